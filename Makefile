@@ -1,0 +1,33 @@
+# Two commands do everything, set-up included:
+#   make demo   make a phantom cohort, train on it, fill in an incomplete study, draw the result
+#   make test   style, configs and the test suite
+# Both use the virtual environment VENV, which is made if it does not exist: make test VENV=/path/to/another
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= demo_output
+
+PY := $(abspath $(VENV))/bin/python
+READY := $(VENV)/.sscf_requirements
+DEMO := cd sscf_bundle && $(PY) -m monai.bundle run
+DEMO_CONFIG := --config_file "['configs/train.json','configs/demo.json']" --output_dir "$(abspath $(DEMO_DIR))"
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(DEMO) training $(DEMO_CONFIG)
+	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --output_dir "$(abspath $(DEMO_DIR))"
+	$(DEMO) picture $(DEMO_CONFIG)
+
+test: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+$(READY): requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements-dev.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(DEMO_DIR) .venv .pytest_cache .ruff_cache

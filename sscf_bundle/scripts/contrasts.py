@@ -1,0 +1,80 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The vocabulary: contrasts, tumor classes, regions and availability scenarios, each defined once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+#: The four contrasts in the one order that every tensor of this bundle uses (K = 4).
+CONTRASTS = ("FLAIR", "T1", "T1ce", "T2")
+#: The same, as keys of a datalist item, of a config and of file names.
+CONTRAST_KEYS = ("flair", "t1", "t1ce", "t2")
+#: Key of the tumor mask file in a datalist item.
+MASK_KEY = "seg"
+#: Tumor classes in channel order (c = 3). In a label map class k + 1 is ``TUMOR_CLASSES[k]``; 0 is background.
+TUMOR_CLASSES = ("ED", "ET", "NET")
+#: Evaluated regions as unions of tumor classes.
+REGIONS = {"WT": ("ED", "ET", "NET"), "TC": ("ET", "NET"), "ET": ("ET",)}
+
+NUM_CONTRASTS = len(CONTRASTS)
+NUM_TUMOR_CLASSES = len(TUMOR_CLASSES)
+
+#: The 14 scenarios as 0/1 rows over ``CONTRASTS``: 1, then 2, then 3 available contrasts, each in contrast order.
+SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
+    tuple(int(i in kept) for i in range(NUM_CONTRASTS))
+    for size in range(1, NUM_CONTRASTS)
+    for kept in itertools.combinations(range(NUM_CONTRASTS), size)
+)
+
+
+class StudyError(ValueError):
+    """A study or an input folder that cannot be used; the message is one sentence that names the file and the mend."""
+
+
+def scenario_name(scenario: Sequence[int]) -> str:
+    """Name of a scenario by its available contrasts.
+
+    Args:
+        scenario: 0/1 vector over ``CONTRASTS``.
+
+    Returns:
+        The available contrasts joined by ``+``, for example ``"FLAIR+T2"``.
+    """
+    return "+".join(name for name, kept in zip(CONTRASTS, scenario, strict=True) if kept)
+
+
+def scenario_table(device: torch.device | str | None = None) -> torch.Tensor:
+    """All scenarios as one boolean tensor.
+
+    Args:
+        device: where the tensor lives.
+
+    Returns:
+        14 x 4 boolean tensor, row order of ``SCENARIOS``.
+    """
+    return torch.tensor(SCENARIOS, dtype=torch.bool, device=device)
+
+
+def region_masks(classes: torch.Tensor) -> torch.Tensor:
+    """Evaluated regions from per-class masks.
+
+    Args:
+        classes: B x 3 x spatial boolean tensor in the order of ``TUMOR_CLASSES``.
+
+    Returns:
+        B x 3 x spatial boolean tensor: WT, TC, ET (order of ``REGIONS``).
+    """
+    index = {name: k for k, name in enumerate(TUMOR_CLASSES)}
+    return torch.stack([classes[:, [index[n] for n in names]].any(dim=1) for names in REGIONS.values()], dim=1)

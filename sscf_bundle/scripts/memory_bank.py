@@ -1,0 +1,188 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The memory bank: a first-in-first-out store of what past slices of other patients teach, and its compiled form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class BankEntries(NamedTuple):
+    """What the bank keeps of E slices (the feature bank B_f and the mask bank B_m of the paper in one).
+
+    Args:
+        key: E x K x D retrieval keys, pooled F_i^5 of the second pass.
+        mean: E x K x (C_1 + ... + C_5) channel means of the second pass (mu of eq. 8).
+        std: E x K x (C_1 + ... + C_5) channel standard deviations (sigma of eq. 8).
+        prototype: E x K x C x c' class prototypes G = b W_l^T of the first pass (eq. 2).
+        class_map: E x K x c' x N class probabilities W_l of the first pass (eq. 1).
+        label: E x N class map y_l, uint8 (eq. 5).
+        present: E x K, which contrasts the study really has.
+        has_mask: E, whether y_l is known.
+        patient: E patient hashes, int64.
+        slice_id: E slice hashes, int64.
+    """
+
+    key: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    prototype: torch.Tensor
+    class_map: torch.Tensor
+    label: torch.Tensor
+    present: torch.Tensor
+    has_mask: torch.Tensor
+    patient: torch.Tensor
+    slice_id: torch.Tensor
+
+
+class CompiledBank(NamedTuple):
+    """What the network reads of a bank of L slots: the linear maps of CITIM are folded into the prototypes.
+
+    Args:
+        key: L x K x D.
+        mean: L x K x (C_1 + ... + C_5).
+        std: L x K x (C_1 + ... + C_5).
+        value: L x K x C x c', psi applied to the centered prototypes.
+        gram: L x K x c' x c', Q = Gc^T Gc / C.
+        present: L x K; an empty slot has no contrast.
+        patient: L.
+    """
+
+    key: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    value: torch.Tensor
+    gram: torch.Tensor
+    present: torch.Tensor
+    patient: torch.Tensor
+
+
+class MemoryBank(nn.Module):
+    """First-in-first-out bank of L entries, all of it in buffers, so that it travels with the training state.
+
+    It is written by the trainer after a step, never inside a forward pass. Writing needs no synchronization with the
+    host: row L is a scratch row that takes what is rejected.
+
+    Args:
+        size: number of entries L.
+        num_contrasts: K.
+        key_dim: D.
+        feature_channels: C_1 + ... + C_5.
+        bottleneck_channels: C of F^5.
+        num_classes: c', tumor classes and background.
+        num_cells: N = h * w of F^5.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_contrasts: int,
+        key_dim: int,
+        feature_channels: int,
+        bottleneck_channels: int,
+        num_classes: int,
+        num_cells: int,
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"the bank needs at least one entry, got size={size}.")
+        self.size = size
+        rows, k = size + 1, num_contrasts
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "key": ((rows, k, key_dim), torch.float32),
+            "mean": ((rows, k, feature_channels), torch.float32),
+            "std": ((rows, k, feature_channels), torch.float32),
+            "prototype": ((rows, k, bottleneck_channels, num_classes), torch.float32),
+            "class_map": ((rows, k, num_classes, num_cells), torch.float32),
+            "label": ((rows, num_cells), torch.uint8),
+            "present": ((rows, k), torch.bool),
+            "has_mask": ((rows,), torch.bool),
+            "patient": ((rows,), torch.int64),
+            "slice_id": ((rows,), torch.int64),
+        }
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("head", torch.zeros((), dtype=torch.int64))
+
+    def entries(self) -> BankEntries:
+        """All L slots, empty ones included (their ``present`` is False)."""
+        return BankEntries(*(getattr(self, name)[: self.size] for name in BankEntries._fields))
+
+    @torch.no_grad()
+    def enqueue(self, new: BankEntries) -> None:
+        """Writes E entries: a known slice in its place, others over the oldest.
+
+        Entries with a non-finite value or without any contrast are rejected. Of several entries of one slice the last
+        is kept. E may not exceed L.
+
+        Args:
+            new: entries, on the device of the bank.
+        """
+        num = new.slice_id.shape[0]
+        if num > self.size:
+            raise ValueError(f"{num} entries at once do not fit a bank of {self.size}: raise the bank size.")
+        accepted = new.present.any(dim=1)
+        for tensor in (new.key, new.mean, new.std, new.prototype, new.class_map):
+            accepted = accepted & torch.isfinite(tensor).flatten(1).all(dim=1)
+        same = new.slice_id.unsqueeze(0) == new.slice_id.unsqueeze(1)
+        later = torch.ones_like(same).triu(diagonal=1)
+        accepted = accepted & ~(same & later & accepted.unsqueeze(0)).any(dim=1)
+
+        filled = torch.arange(self.size, device=new.slice_id.device) < self.count
+        known = (new.slice_id.unsqueeze(1) == self.slice_id[: self.size]) & filled
+        fresh = accepted & ~known.any(dim=1)
+        # a fresh entry takes the oldest slot; oldest slots that this very call rewrites in place are passed over
+        kept_in_place = (known & accepted.unsqueeze(1)).any(dim=0)
+        age = (torch.arange(self.size, device=new.slice_id.device) - self.head) % self.size
+        order = torch.argsort(age + self.size * kept_in_place.to(age.dtype))
+        rank = (fresh.to(torch.int64).cumsum(0) - 1).clamp(min=0)
+        slot = torch.where(fresh, order[rank], known.to(torch.int64).argmax(dim=1))
+        slot = torch.where(accepted, slot, torch.full_like(slot, self.size))
+        for name, value in zip(BankEntries._fields, new, strict=True):
+            buffer = getattr(self, name)
+            keep = accepted.view((-1,) + (1,) * (value.dim() - 1))
+            buffer.index_copy_(0, slot, torch.where(keep, value.to(buffer.dtype), torch.zeros_like(buffer[:1])))
+        written = fresh.sum()
+        self.count.copy_((self.count + written).clamp(max=self.size))
+        last = torch.where(written > 0, (order[(written - 1).clamp(min=0)] + 1) % self.size, self.head)
+        self.head.copy_(last)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """State of the bank for the log.
+
+        Returns:
+            ``effective_size``: filled slots, each a different slice; ``patients``: different patients;
+            ``mean_spread``, ``std_spread``: standard deviation over entries of mu and sigma relative to the mean
+            sigma, the information that AdaIN can carry (0 where fewer than two entries).
+        """
+        filled = torch.arange(self.size, device=self.count.device) < self.count
+        patients = torch.where(filled, self.patient[: self.size], self.patient[:1])
+        ordered = patients.sort().values
+        distinct = (ordered[1:] != ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
+        usable = (self.present[: self.size] & filled.unsqueeze(1)).unsqueeze(2)
+        total = usable.sum(dim=0).clamp(min=1)
+        mean, std = self.mean[: self.size], self.std[: self.size]
+        zero = torch.zeros((), device=mean.device)
+
+        def average(values: torch.Tensor) -> torch.Tensor:
+            return torch.where(usable, values, zero).sum(dim=0) / total
+
+        level = average(std)
+        spread = {
+            f"{name}_spread": (average((values - average(values)) ** 2).sqrt() / level.clamp(min=1e-6)).mean()
+            for name, values in (("mean", mean), ("std", std))
+        }
+        return {"effective_size": self.count.clone(), "patients": distinct, **spread}

@@ -1,0 +1,469 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""SSCFNet: any available contrasts in, all four contrasts and the tumor classes out (Figure 1 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from monai.networks.layers.factories import Conv
+from torch import nn
+
+from .ccp import CCP, active_pairs, retrieve
+from .citim import CITIM, class_prototypes
+from .contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, TUMOR_CLASSES
+from .layers import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, channel_statistics, masked_mean
+from .memory_bank import BankEntries, CompiledBank, MemoryBank
+
+#: Channels of F^1..F^5; ``paper`` is the width of the published code.
+PRESETS = {
+    "tiny": (8, 16, 24, 32, 48),
+    "small": (16, 32, 64, 128, 256),
+    "base": (32, 64, 128, 256, 512),
+    "paper": (64, 128, 256, 512, 1024),
+}
+#: Probability of a tumor class at the start of training.
+PRIOR_PROBABILITY = 0.02
+#: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
+_CELL_PRIORITY = ("ED", "NET", "ET")
+
+
+class BranchOutputs(NamedTuple):
+    """What both branches compute of one batch.
+
+    Args:
+        logits: B x 3 x spatial, logits of ED, ET, NET.
+        images: B x K x spatial in [-1, 1].
+        class_map: B x c' x N, W of the fused feature.
+        first: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
+        second: F_i^1..F_i^5 of the second pass (predicted mask).
+        predicted: F_CCP^1..F_CCP^5, each B x K x C_j x spatial.
+    """
+
+    logits: torch.Tensor
+    images: torch.Tensor
+    class_map: torch.Tensor
+    first: list[torch.Tensor]
+    second: list[torch.Tensor]
+    predicted: list[torch.Tensor]
+
+
+class SSCFNet(nn.Module):
+    """Segmentation-assisted synthesis network with a compiled memory bank.
+
+    ``forward`` takes one tensor and returns one tensor. The compiled bank is part of its state; an empty bank (a
+    network that was never given one) works: F_CITIM is zero and AdaIN keeps the statistics of the source.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels of F^1..F^5, or a name in ``PRESETS``.
+        bank_size: number of bank entries L.
+        key_size: retrieval keys are F_i^5 pooled to ``key_size`` cells along each axis.
+        prototype: ``sum`` or ``mean``, see ``CITIM``.
+        aggregation: ``attention`` or ``concat``, see ``CITIM``.
+        norm: MONAI normalization spec; must not use statistics of the batch.
+        act: MONAI activation spec.
+
+    Raises:
+        ValueError: for an unknown preset or a batch normalization.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        channels: Sequence[int] | str = "base",
+        bank_size: int = 300,
+        key_size: int = 3,
+        prototype: str = "sum",
+        aggregation: str = "attention",
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+    ) -> None:
+        super().__init__()
+        if isinstance(channels, str):
+            if channels not in PRESETS:
+                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
+            channels = PRESETS[channels]
+        if "batch" in str(norm).lower():
+            raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
+        norm, act = _as_spec(norm), _as_spec(act)
+        self.spatial_dims, self.channels, self.bank_size, self.key_size = (
+            spatial_dims,
+            tuple(channels),
+            bank_size,
+            key_size,
+        )
+        self.feature_channels = sum(channels)
+        self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
+        k, c, classes = NUM_CONTRASTS, channels[-1], NUM_TUMOR_CLASSES + 1
+        conv = Conv[Conv.CONV, spatial_dims]
+        self.encoders = nn.ModuleList(
+            Encoder(spatial_dims, 1 + NUM_TUMOR_CLASSES, channels, norm, act) for _ in range(k)
+        )
+        self.fuse_bottleneck = conv(k * c, c, kernel_size=1)
+        self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
+        self.join_citim = conv(2 * c, c, kernel_size=1)
+        self.segmentation_decoder = Decoder(spatial_dims, channels, NUM_TUMOR_CLASSES, norm, act)
+        # a class holds some percent of a slice: from probability 0.5 a few hundred steps would go to learning that alone
+        nn.init.constant_(self.segmentation_decoder.head.bias, math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY)))
+        self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
+        self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
+
+        key_dim = c * key_size**spatial_dims
+        self.register_buffer("bank_key", torch.zeros(bank_size, k, key_dim))
+        self.register_buffer("bank_mean", torch.zeros(bank_size, k, self.feature_channels))
+        self.register_buffer("bank_std", torch.ones(bank_size, k, self.feature_channels))
+        self.register_buffer("bank_value", torch.zeros(bank_size, k, c, classes))
+        self.register_buffer("bank_gram", torch.zeros(bank_size, k, classes, classes))
+        self.register_buffer("bank_present", torch.zeros(bank_size, k, dtype=torch.bool))
+        self.register_buffer("bank_patient", torch.zeros(bank_size, dtype=torch.int64))
+
+    # ------------------------------------------------------------------------------------------------------- banks
+    def new_bank(self, image_size: Sequence[int]) -> MemoryBank:
+        """An empty training bank for this network.
+
+        Args:
+            image_size: spatial size of the training slices, multiples of 16.
+        """
+        cells = 1
+        for size in image_size:
+            cells *= size // 2 ** (len(self.channels) - 1)
+        return MemoryBank(
+            self.bank_size,
+            NUM_CONTRASTS,
+            self.channels[-1] * self.key_size**self.spatial_dims,
+            self.feature_channels,
+            self.channels[-1],
+            NUM_TUMOR_CLASSES + 1,
+            cells,
+        )
+
+    def compile_bank(self, entries: BankEntries) -> CompiledBank:
+        """Folds entries with the present weights of CITIM; differentiable with respect to these."""
+        value, gram = self.citim.fold(entries.prototype, entries.present)
+        return CompiledBank(entries.key, entries.mean, entries.std, value, gram, entries.present, entries.patient)
+
+    @torch.no_grad()
+    def load_bank(self, bank: CompiledBank) -> None:
+        """Stores a compiled bank of L slots in the state of the network."""
+        for name, tensor in zip(CompiledBank._fields, bank, strict=True):
+            getattr(self, f"bank_{name}").copy_(tensor)
+
+    def stored_bank(self) -> CompiledBank:
+        """The compiled bank in the state of the network."""
+        return CompiledBank(
+            self.bank_key,
+            self.bank_mean,
+            self.bank_std,
+            self.bank_value,
+            self.bank_gram,
+            self.bank_present,
+            self.bank_patient,
+        )
+
+    # ---------------------------------------------------------------------------------------------------- branches
+    def encode(self, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Runs the four encoders.
+
+        Args:
+            images: B x K x spatial.
+            mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
+
+        Returns:
+            F_i^1..F_i^5, each B x K x C_j x spatial / 2^(j-1).
+        """
+        per_contrast: list[list[torch.Tensor]] = []
+        for i, encoder in enumerate(self.encoders):
+            per_contrast.append(encoder(torch.cat([images[:, i : i + 1], mask], dim=1)))
+        features: list[torch.Tensor] = []
+        for j in range(len(per_contrast[0])):
+            features.append(torch.stack([f[j] for f in per_contrast], dim=1))
+        return features
+
+    def segment(
+        self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segmentation branch (section 2.1).
+
+        Args:
+            features: of the first pass.
+            available: B x K boolean, with at least one contrast for a meaningful result.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            logits, B x 3 x spatial; W, B x c' x N.
+        """
+        fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
+        bottleneck = features[-1]
+        shape = available.shape + (1,) * (bottleneck.dim() - 2)
+        kept = torch.where(
+            available.view(shape), bottleneck, torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
+        )
+        count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
+        scale = (available.shape[1] / count).view((-1,) + (1,) * (bottleneck.dim() - 2))
+        f5 = self.fuse_bottleneck(kept.flatten(1, 2) * scale)
+        class_map = self.citim.head(f5)
+        if torch.jit.is_scripting():
+            context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
+        else:
+            with torch.autocast(f5.device.type, enabled=False):
+                context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
+        fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+        return self.segmentation_decoder(fused), class_map
+
+    def retrieval_key(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """Keys of eq. 8's l*: F_i^5 pooled to a coarse grid.
+
+        Args:
+            bottleneck: B x K x C x spatial.
+
+        Returns:
+            B x K x D float32, D = C * key_size^spatial_dims.
+        """
+        flat = bottleneck.flatten(0, 1).float()
+        if self.spatial_dims == 2:
+            pooled = F.adaptive_avg_pool2d(flat, [self.key_size, self.key_size])
+        else:
+            pooled = F.adaptive_avg_pool3d(flat, [self.key_size, self.key_size, self.key_size])
+        return pooled.view(bottleneck.shape[0], bottleneck.shape[1], -1)
+
+    def synthesize(
+        self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The synthesis branch (section 2.2): missing contrasts from F_CCP, available ones from their own features.
+
+        Args:
+            features: of the second pass.
+            available: B x K boolean.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            images, B x K x spatial in [-1, 1]; F_CCP^1..F_CCP^5.
+        """
+        target, source, active = active_pairs(available)
+        index, found = retrieve(self.retrieval_key(features[-1].detach()), bank, allowed, target, source)
+        mean = bank.mean[index, target]  # B x P x (C_1 + ... + C_5)
+        std = bank.std[index, target]
+        predicted: list[torch.Tensor] = []
+        mixed: list[torch.Tensor] = []
+        start = 0
+        for j, ccp in enumerate(self.ccp):
+            stop = start + features[j].shape[2]
+            f = ccp(features[j], target, source, active, found, mean[..., start:stop], std[..., start:stop])
+            predicted.append(f)
+            own = available.view(available.shape + (1,) * (f.dim() - 2))
+            mixed.append(torch.where(own, features[j].to(f.dtype), f))
+            start = stop
+        images: list[torch.Tensor] = []
+        for i, decoder in enumerate(self.synthesis_decoders):
+            images.append(decoder([m[:, i] for m in mixed]))
+        return torch.tanh(torch.cat(images, dim=1).float()), predicted
+
+    def run_branches(
+        self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> BranchOutputs:
+        """Both branches, closed into a loop by the soft mask.
+
+        Args:
+            images: B x K x spatial in [-1, 1]; rows that ``available`` leaves out are encoded for the bank and the
+                feature loss, and reach neither ``logits`` nor ``images`` of the result.
+            available: B x K boolean.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+        """
+        empty = torch.zeros_like(images[:, : self.num_tumor_classes])
+        first = self.encode(images, empty)
+        logits, class_map = self.segment(first, available, bank, allowed)
+        second = self.encode(images, torch.sigmoid(logits).to(images.dtype))
+        synthetic, predicted = self.synthesize(second, available, bank, allowed)
+        return BranchOutputs(logits.float(), synthetic, class_map, first, second, predicted)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Fills in the missing contrasts and segments the tumor.
+
+        Args:
+            image: B x 8 x spatial (multiples of 16): the contrasts in the order FLAIR, T1, T1ce, T2 in [-1, 1] (missing
+                ones -1), then four planes of 0/1 availability, read as their maximum over space > 0.5.
+
+        Returns:
+            B x 7 x spatial: four contrasts in [-1, 1], then probabilities of ED, ET, NET. Available contrasts are
+            reconstructed.
+        """
+        available = read_availability(image)
+        bank = self.stored_bank()
+        allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
+        out = self.run_branches(image[:, : self.num_contrasts], available, bank, allowed)
+        return torch.cat([out.images, torch.sigmoid(out.logits)], dim=1)
+
+
+class SSCFTrainingStep(nn.Module):
+    """The training forward pass: what DistributedDataParallel and torch.compile wrap.
+
+    Args:
+        net: the network.
+        image_size: spatial size of the training slices, multiples of 16.
+    """
+
+    def __init__(self, net: SSCFNet, image_size: Sequence[int]) -> None:
+        super().__init__()
+        if any(s % 2 ** (len(net.channels) - 1) for s in image_size):
+            raise ValueError(
+                f"image_size must be multiples of {2 ** (len(net.channels) - 1)}, got {tuple(image_size)}."
+            )
+        self.net = net
+        self.bank = net.new_bank(image_size)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        target: torch.Tensor,
+        label: torch.Tensor,
+        has_contrast: torch.Tensor,
+        has_mask: torch.Tensor,
+        patient: torch.Tensor,
+        slice_id: torch.Tensor,
+    ) -> dict[str, torch.Tensor | list[torch.Tensor] | BankEntries]:
+        """Runs both branches against the training bank, without the entries of the sample's own patient.
+
+        Args:
+            image: B x 8 x spatial, as for ``SSCFNet.forward``.
+            target: B x K x spatial, the complete study; rows without ``has_contrast`` are ignored.
+            label: B x 1 x spatial classes (0 background, 1 ED, 2 ET, 3 NET).
+            has_contrast: B x K boolean.
+            has_mask: B boolean.
+            patient: B int64 patient hashes.
+            slice_id: B int64 slice hashes.
+
+        Returns:
+            ``pred``: B x 7 x spatial, a function of ``image`` alone; ``logits``: B x 3 x spatial; ``available``: B x K;
+            ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of each contrast's own F_i^5;
+            ``predicted`` and ``features``: lists of F_CCP^j and (detached) F_i^j; ``entries``: the new bank entries.
+        """
+        available = read_availability(image) & has_contrast
+        images = torch.where(_over_space(available, image), image[:, :NUM_CONTRASTS], target)
+        # a contrast that the study does not have stands as background, and no NaN may enter the encoders' gradients
+        images = torch.where(_over_space(has_contrast, image) & torch.isfinite(images), images, -1.0)
+        bank = self.net.compile_bank(self.bank.entries())
+        filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
+        allowed = filled.unsqueeze(0) & (bank.patient.unsqueeze(0) != patient.unsqueeze(1))
+        out = self.net.run_branches(images, available, bank, allowed)
+        own = out.first[-1]
+        contrast_maps = self.net.citim.head(own.flatten(0, 1)).unflatten(0, own.shape[:2])
+        entries = make_entries(
+            self.net, out.first, out.second, contrast_maps, label, has_contrast, has_mask, patient, slice_id
+        )
+        return {
+            "pred": torch.cat([out.images, torch.sigmoid(out.logits)], dim=1),
+            "logits": out.logits,
+            "available": available,
+            "class_map": out.class_map,
+            "contrast_maps": contrast_maps,
+            "predicted": out.predicted,
+            "features": [f.detach() for f in out.second],
+            "entries": entries,
+        }
+
+
+@torch.no_grad()
+def make_entries(
+    net: SSCFNet,
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
+    contrast_maps: torch.Tensor,
+    label: torch.Tensor,
+    has_contrast: torch.Tensor,
+    has_mask: torch.Tensor,
+    patient: torch.Tensor,
+    slice_id: torch.Tensor,
+) -> BankEntries:
+    """Bank entries of a batch: G and W_l of the first pass, keys, mu and sigma of the second.
+
+    Args:
+        net: the network that made the features.
+        first: features of the first pass, each B x K x C_j x spatial.
+        second: features of the second pass.
+        contrast_maps: B x K x c' x N, W^i.
+        label: B x 1 x spatial classes.
+        has_contrast: B x K boolean.
+        has_mask: B boolean.
+        patient: B int64.
+        slice_id: B int64.
+    """
+    statistics = [channel_statistics(f) for f in second]
+    b, k = contrast_maps.shape[:2]
+    prototype = class_prototypes(
+        first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.citim.mean_prototype
+    )
+    return BankEntries(
+        key=net.retrieval_key(second[-1]),
+        mean=torch.cat([mean for mean, _ in statistics], dim=2),
+        std=torch.cat([std for _, std in statistics], dim=2),
+        prototype=prototype.unflatten(0, (b, k)),
+        class_map=contrast_maps.detach().float(),
+        label=cell_labels(label, 2 ** (len(net.channels) - 1)),
+        present=has_contrast,
+        has_mask=has_mask,
+        patient=patient,
+        slice_id=slice_id,
+    )
+
+
+def cell_labels(label: torch.Tensor, factor: int) -> torch.Tensor:
+    """The class map y at the resolution of F^5: a class holds a cell if any voxel of the cell has it.
+
+    Args:
+        label: B x 1 x spatial classes (0 background, 1 ED, 2 ET, 3 NET).
+        factor: stride of F^5.
+
+    Returns:
+        B x N uint8; where classes meet, ET > NET > ED > background.
+    """
+    pool = F.max_pool2d if label.dim() == 4 else F.max_pool3d
+    out = torch.zeros([], device=label.device)
+    for name in _CELL_PRIORITY:
+        value = TUMOR_CLASSES.index(name) + 1
+        held = pool((label == value).float(), factor) > 0
+        out = torch.where(held, float(value), out)
+    return out.flatten(1).to(torch.uint8)
+
+
+def read_availability(image: torch.Tensor) -> torch.Tensor:
+    """Availability of each contrast: B x 8 x spatial network input to B x K boolean."""
+    return image[:, image.shape[1] // 2 :].flatten(2).amax(dim=2) > 0.5
+
+
+def network_input(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    """Network input from complete contrasts and a scenario.
+
+    Args:
+        target: B x K x spatial in [-1, 1].
+        available: B x K boolean.
+
+    Returns:
+        B x 2K x spatial: the available contrasts (missing ones -1) and the availability planes.
+    """
+    mask = _over_space(available, target)
+    return torch.cat([torch.where(mask, target, -1.0), mask.expand(target.shape).to(target.dtype)], dim=1)
+
+
+def _over_space(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return mask.view(mask.shape + (1,) * (like.dim() - 2))
+
+
+def _as_spec(spec: str | tuple | list) -> str | tuple:
+    """A layer spec as MONAI's factories take it (JSON has lists only)."""
+    return spec if isinstance(spec, str) else tuple(spec)

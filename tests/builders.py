@@ -1,0 +1,120 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tiny networks, banks and batches that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
+from scripts.memory_bank import BankEntries, MemoryBank
+from scripts.network import SSCFNet, SSCFTrainingStep, network_input
+
+TINY_CHANNELS = (4, 8, 8, 8, 16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several threads, far slower on a busy machine; holds where it is imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compute_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every ``.float()`` of the code under test a ``.double()``.
+
+    The code casts to float32 on purpose; with the cast widened, the same lines can be held against a literal formula to
+    float64 precision, where a wrong term cannot hide below a float32 tolerance.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_net(seed: int = 0, **changes: object) -> SSCFNet:
+    """A network of a few thousand weights, with every bias and affine weight moved away from its trivial value."""
+    settings: dict[str, object] = {"spatial_dims": 2, "channels": TINY_CHANNELS, "bank_size": 6, "key_size": 2}
+    torch.manual_seed(seed)
+    net = SSCFNet(**{**settings, **changes})  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return net
+
+
+def random_labels(batch: int, size: Sequence[int], seed: int) -> torch.Tensor:
+    """B x 1 x spatial classes 0..3, more than half of it background."""
+    drawn = torch.randint(0, 8, (batch, 1, *size), generator=generator(seed))
+    return torch.where(drawn > NUM_TUMOR_CLASSES, torch.zeros_like(drawn), drawn)
+
+
+def random_batch(
+    available: torch.Tensor, size: Sequence[int] = (32, 32), seed: int = 0, first_patient: int = 1000
+) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the training step for complete studies under the given scenarios (B x 4 boolean)."""
+    batch = available.shape[0]
+    target = torch.rand((batch, NUM_CONTRASTS, *size), generator=generator(seed)) * 2 - 1
+    identity = torch.arange(batch, dtype=torch.int64) + first_patient
+    return {
+        "image": network_input(target, available),
+        "target": target,
+        "label": random_labels(batch, size, seed + 1),
+        "has_contrast": torch.ones(batch, NUM_CONTRASTS, dtype=torch.bool),
+        "has_mask": torch.ones(batch, dtype=torch.bool),
+        "patient": identity.clone(),
+        "slice_id": identity + 10**6,
+    }
+
+
+def all_availabilities() -> torch.Tensor:
+    """All 16 x 4 availability vectors, those with 0 and with 4 contrasts included."""
+    rows = torch.arange(16).unsqueeze(1)
+    return (rows >> torch.arange(NUM_CONTRASTS)) & 1 > 0
+
+
+def random_entries(
+    bank: MemoryBank, slice_ids: Sequence[int], seed: int = 0, patients: Sequence[int] | None = None
+) -> BankEntries:
+    """Finite random entries that fit a bank; the patient is the slice id unless given."""
+    num, draw = len(slice_ids), generator(seed)
+
+    def normal(name: str) -> torch.Tensor:
+        return torch.randn((num, *getattr(bank, name).shape[1:]), generator=draw)
+
+    return BankEntries(
+        key=normal("key"),
+        mean=normal("mean"),
+        std=normal("std").abs() + 0.1,
+        prototype=normal("prototype"),
+        class_map=normal("class_map").softmax(dim=2),
+        label=torch.randint(0, NUM_TUMOR_CLASSES + 1, (num, *bank.label.shape[1:]), generator=draw).to(torch.uint8),
+        present=torch.ones(num, NUM_CONTRASTS, dtype=torch.bool),
+        has_mask=torch.ones(num, dtype=torch.bool),
+        patient=torch.tensor(slice_ids if patients is None else patients, dtype=torch.int64),
+        slice_id=torch.tensor(slice_ids, dtype=torch.int64),
+    )
+
+
+def tiny_step(seed: int = 0, size: Sequence[int] = (32, 32), filled: int = 4, **changes: object) -> SSCFTrainingStep:
+    """A training step whose bank holds entries that its own network made of other patients' slices."""
+    net = tiny_net(seed, **changes)
+    step = SSCFTrainingStep(net, size)
+    if filled:
+        past = random_batch(scenario_table()[:filled], size, seed=seed + 77, first_patient=10)
+        step.bank.enqueue(step(**past)["entries"])
+    return step

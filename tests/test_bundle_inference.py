@@ -1,0 +1,198 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Inference through the bundle: configs, metadata, export and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE_ROOT, REPOSITORY
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.transforms import Compose
+from test_inferer import TINY, load, write_study
+
+from scripts.contrasts import CONTRASTS, TUMOR_CLASSES
+from scripts.network import SSCFNet
+
+CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
+META = BUNDLE_ROOT / "configs" / "metadata.json"
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.manual_seed(0)
+    torch.save(SSCFNet(**TINY).state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def workflow(**override) -> ConfigWorkflow:
+    override = {**TINY, "image_size": 48, "device": "cpu", "handlers": [], **override}
+    made = ConfigWorkflow(
+        str(CONFIG), workflow_type="inference", logging_file=False, **{k: _plain(v) for k, v in override.items()}
+    )
+    made.initialize()
+    return made
+
+
+def _plain(value):
+    return str(value) if isinstance(value, Path) else value
+
+
+def test_workflow_properties_and_run(tmp_path, weights):
+    for name, keys in (("A1", ["flair", "t1"]), ("B2", ["flair", "t1", "t1ce", "t2"])):
+        write_study(tmp_path / "in" / name, keys, name)
+    made = workflow(dataset_dir=tmp_path / "in", output_dir=tmp_path / "out", ckpt_path=weights)
+    assert made.check_properties() == []
+    assert isinstance(made.preprocessing, Compose) and isinstance(made.network_def, SSCFNet)
+    made.run()
+    made.finalize()
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "B2"]
+    assert sorted(os.listdir(tmp_path / "out" / "A1")) == [
+        "A1_seg.nii.gz",
+        "A1_synthesis.json",
+        "A1_t1ce_synthetic.nii.gz",
+        "A1_t2_synthetic.nii.gz",
+    ]
+    assert sorted(os.listdir(tmp_path / "out" / "B2")) == ["B2_seg.nii.gz", "B2_synthesis.json"]
+
+
+def test_worker_processes_pass_failures_on(tmp_path, weights):
+    for name in ("A1", "B2", "C3"):
+        write_study(tmp_path / "in" / name, ["flair"], name)
+    (tmp_path / "in" / "B2" / "B2_flair.nii.gz").write_bytes(b"damaged")
+    made = workflow(dataset_dir=tmp_path / "in", output_dir=tmp_path / "out", ckpt_path=weights, num_workers=2)
+    with pytest.raises(SystemExit, match="1 of 3 studies failed: B2"):
+        made.run()
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "C3", "failures.json"]
+
+
+@pytest.mark.parametrize("wrong", ["empty folder", "no input", "no weights", "other weights"])
+def test_mistakes_end_with_one_sentence(tmp_path, weights, wrong):
+    write_study(tmp_path / "in", ["flair"])
+    (tmp_path / "empty").mkdir()
+    override, words = {
+        "empty folder": ({"dataset_dir": tmp_path / "empty"}, "No study was found"),
+        "no input": ({"dataset_dir": None}, "No input is given"),
+        "no weights": ({"ckpt_path": tmp_path / "none.pt"}, "There are no weights"),
+        "other weights": ({"bank_size": 7}, "set channels, bank_size, key_size"),
+    }[wrong]
+    made = workflow(
+        **{"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out", "ckpt_path": weights, **override}
+    )
+    with pytest.raises(SystemExit, match=words) as caught:
+        made.run()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_settings_are_those_of_the_training():
+    inference = json.loads(CONFIG.read_text())
+    training = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
+    shared = ("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation", "network_def")
+    for name in (*shared, "image_size", "scaling", "spacing"):
+        assert inference[name] == training[name], name
+
+
+def test_platform_ids():
+    """What MONAI Label asks of the config: it sets these ids and instantiates these objects, and never runs it."""
+    parser = ConfigParser()
+    parser.read_config(str(CONFIG))
+    parser.update({"bundle_root": str(BUNDLE_ROOT), "device": "cpu", **TINY})
+    for name in ("network_def", "preprocessing", "inferer", "postprocessing"):
+        assert parser.get_parsed_content(name, instantiate=True) is not None
+    assert parser.get_parsed_content("displayable_configs") == {"target": "seg"}
+    assert callable(parser.get_parsed_content("preprocessing").transforms[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- metadata
+def test_metadata_says_what_the_network_does():
+    meta = json.loads(META.read_text())
+    inputs = list(meta["network_data_format"]["inputs"]["image"]["channel_def"].values())
+    outputs = list(meta["network_data_format"]["outputs"]["pred"]["channel_def"].values())
+    assert inputs[:4] == list(CONTRASTS) and all(text.startswith(n) for text, n in zip(inputs[4:], CONTRASTS))
+    assert outputs == [*CONTRASTS, *TUMOR_CLASSES]
+    assert meta["version"] in meta["changelog"]
+
+
+def test_metadata_schema(tmp_path):
+    schema = next((p for p in (BUNDLE_ROOT / "eval" / "schema.json",) if p.is_file()), None)
+    if schema is None:
+        pytest.skip("no schema at hand: put the Model Zoo's meta_schema_20240725.json at sscf_bundle/eval/schema.json")
+    verify_metadata(meta_file=str(META), filepath=str(schema))
+
+
+def test_network_input_and_output(monkeypatch):
+    monkeypatch.chdir(BUNDLE_ROOT)
+    verify_net_in_out("network_def", meta_file=str(META), config_file=str(CONFIG), device="cpu", n=2, **TINY)
+
+
+def test_export_to_torchscript(tmp_path, weights):
+    exported = tmp_path / "model.ts"
+    ckpt_export(
+        "network_def",
+        filepath=str(exported),
+        ckpt_file=str(weights),
+        meta_file=str(META),
+        config_file=str(CONFIG),
+        **TINY,
+    )
+    network = SSCFNet(**TINY).eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    image = torch.rand(2, 8, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(exported)(image), network(image), atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    tiny = ["--channels", str(TINY["channels"]), "--bank_size", str(TINY["bank_size"]), "--image_size", "48"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-m", "monai.bundle", "run", "inference", *arguments, *tiny]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_command_for_a_folder_from_the_repository(tmp_path, weights):
+    for name in ("A1", "B2"):
+        write_study(tmp_path / "in" / name, ["t1", "t2"], name)
+    (tmp_path / "in" / "B2" / "B2_t1.nii.gz").write_bytes(b"damaged")
+    config = str(CONFIG.relative_to(REPOSITORY))
+    done = run(
+        [
+            *("--config_file", config, "--bundle_root", BUNDLE_ROOT.name, "--ckpt_path", str(weights)),
+            *("--dataset_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")),
+        ],
+        REPOSITORY,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("1 of 2 studies failed: B2")
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json"]
+
+
+def test_command_for_one_study_from_the_bundle(tmp_path, weights):
+    paths = write_study(tmp_path / "in", ["flair", "t1ce"])
+    done = run(
+        [
+            *("--config_file", "configs/inference.json", "--ckpt_path", str(weights)),
+            *("--flair", paths["flair"], "--t1ce", paths["t1ce"], "--output_dir", str(tmp_path / "out")),
+        ],
+        BUNDLE_ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    made = nib.load(tmp_path / "out" / "S1" / "S1_t1_synthetic.nii.gz")
+    np.testing.assert_array_equal(made.affine, nib.load(paths["flair"]).affine)
+    assert load(tmp_path / "out" / "S1" / "S1_seg.nii.gz").dtype == np.uint8

@@ -1,0 +1,319 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Cross-contrast prediction equals equations 8 and 9 written as loops over samples, targets and sources."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from builders import all_availabilities, compute_in_float64, generator, one_thread  # noqa: F401
+
+from scripts.ccp import CCP, active_pairs, retrieve
+from scripts.contrasts import scenario_table
+from scripts.memory_bank import CompiledBank
+
+K = 4
+
+
+def make_bank(
+    entries: int, key_dim: int, widths: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> CompiledBank:
+    draw = generator(seed)
+    return CompiledBank(
+        key=torch.randn((entries, K, key_dim), generator=draw, dtype=dtype),
+        mean=torch.randn((entries, K, widths), generator=draw, dtype=dtype),
+        std=torch.rand((entries, K, widths), generator=draw, dtype=dtype) + 0.2,
+        value=torch.zeros(entries, K, 1, 1),
+        gram=torch.zeros(entries, K, 1, 1),
+        present=torch.ones(entries, K, dtype=torch.bool),
+        patient=torch.arange(entries),
+    )
+
+
+def make_ccp(channels: int, spatial_dims: int = 2, **changes: int) -> CCP:
+    torch.manual_seed(3)
+    ccp = CCP(spatial_dims, channels, K, **changes)
+    with torch.no_grad():
+        for parameter in ccp.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return ccp
+
+
+def literal_nearest(query: np.ndarray, bank: CompiledBank, allowed: np.ndarray, t: int, s: int) -> int | None:
+    """l* of eq. 8: Euclidean distance over all entries that the sample may use and that have both contrasts."""
+    best, nearest = math.inf, None
+    for entry in range(bank.key.shape[0]):
+        if not (allowed[entry] and bank.present[entry, s] and bank.present[entry, t]):
+            continue
+        distance = math.sqrt(sum((float(a) - float(b)) ** 2 for a, b in zip(query, bank.key[entry, s], strict=True)))
+        if distance < best:
+            best, nearest = distance, entry
+    return nearest
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def literal_candidate(
+    ccp: CCP, feature: np.ndarray, t: int, mu: np.ndarray | None, sigma: np.ndarray | None
+) -> np.ndarray:
+    """AdaIN (eq. 8) with the prototype's mu and sigma, then CBAM of target t. feature: C x spatial."""
+    weights = {name: p.detach().double().numpy() for name, p in ccp.named_parameters()}
+    axes = tuple(range(1, feature.ndim))
+    wide = (slice(None),) + (None,) * len(axes)
+    center, own = feature.mean(axis=axes), np.sqrt(feature.var(axis=axes) + ccp.eps)
+    mu, sigma = (center, own) if mu is None or sigma is None else (mu, sigma)
+    styled = sigma[wide] * (feature - center[wide]) / own[wide] + mu[wide]
+
+    def shared_mlp(pooled: np.ndarray) -> np.ndarray:
+        hidden = np.maximum(weights["squeeze_weight"][t] @ pooled + weights["squeeze_bias"][t], 0)
+        return weights["excite_weight"][t] @ hidden + weights["excite_bias"][t]
+
+    channel = sigmoid(shared_mlp(styled.mean(axis=axes)) + shared_mlp(styled.max(axis=axes)))
+    refined = channel[wide] * styled
+    pooled = np.stack([refined.mean(axis=0), refined.max(axis=0)])
+    kernel = weights["spatial.weight"][t]
+    reach = kernel.shape[-1] // 2
+    padded = np.pad(pooled, [(0, 0)] + [(reach, reach)] * len(axes))
+    gate = np.empty(feature.shape[1:])
+    for place in np.ndindex(*gate.shape):
+        window = padded[(slice(None), *(slice(p, p + kernel.shape[-1]) for p in place))]
+        gate[place] = (window * kernel).sum() + weights["spatial.bias"][t]
+    return sigmoid(gate)[None] * refined
+
+
+def literal_ccp(
+    ccp: CCP,
+    feature: torch.Tensor,
+    key: torch.Tensor,
+    available: torch.Tensor,
+    bank: CompiledBank,
+    allowed: torch.Tensor,
+) -> np.ndarray:
+    """F_CCP of eq. 9: gamma over the concatenation of K candidates, zero where a contrast is no source."""
+    gamma = ccp.gamma_weight.detach().double().numpy()
+    bias = ccp.gamma_bias.detach().double().numpy()
+    c = feature.shape[2]
+    out = np.zeros(tuple(feature.shape))
+    for b in range(feature.shape[0]):
+        sources = [s for s in range(K) if available[b, s]]
+        for t in range(K):
+            out[b, t] += bias[t].reshape((-1,) + (1,) * (feature.dim() - 3))
+            if available[b, t]:
+                continue
+            concatenated = np.zeros((K * c, *feature.shape[3:]))
+            for s in sources:
+                entry = literal_nearest(key[b, s].numpy(), bank, allowed[b].numpy(), t, s)
+                prototype = (None, None)
+                if entry is not None:
+                    prototype = (bank.mean[entry, t].double().numpy(), bank.std[entry, t].double().numpy())
+                concatenated[s * c : (s + 1) * c] = literal_candidate(
+                    ccp, feature[b, s].double().numpy(), t, *prototype
+                )
+            convolution = np.concatenate([gamma[t, s] for s in range(K)], axis=1)  # C x K C, a 1x1 convolution
+            scale = (K - 1) / max(len(sources), 1)
+            out[b, t] += scale * np.tensordot(convolution, concatenated, axes=(1, 0))
+    return out
+
+
+def run(
+    ccp: CCP,
+    feature: torch.Tensor,
+    key: torch.Tensor,
+    available: torch.Tensor,
+    bank: CompiledBank,
+    allowed: torch.Tensor,
+) -> torch.Tensor:
+    target, source, active = active_pairs(available)
+    index, found = retrieve(key, bank, allowed, target, source)
+    return ccp(feature, target, source, active, found, bank.mean[index, target], bank.std[index, target])
+
+
+def compare(result: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(
+        result.detach().double().numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("row", range(16))
+def test_active_pairs_are_exactly_missing_times_available(row: int) -> None:
+    available = all_availabilities()[row : row + 1]
+    target, source, active = active_pairs(available)
+    assert target.shape == source.shape == active.shape == (1, 4)
+    pairs = [(int(t), int(s)) for t, s, a in zip(target[0], source[0], active[0], strict=True) if a]
+    expected = [(t, s) for t in range(K) for s in range(K) if not available[0, t] and available[0, s]]
+    assert sorted(pairs) == sorted(expected)
+    assert len(set(pairs)) == len(pairs)
+    assert int(target.min()) >= 0 and int(target.max()) < K and int(source.min()) >= 0 and int(source.max()) < K
+
+
+def test_active_pairs_of_a_mixed_batch_are_those_of_each_sample() -> None:
+    available = all_availabilities()
+    together = active_pairs(available)
+    for row in range(16):
+        alone = active_pairs(available[row : row + 1])
+        assert all(torch.equal(t[row : row + 1], a) for t, a in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("space", [(5, 6), (3, 4, 3)], ids=["2d", "3d"])
+def test_ccp_equals_equations_8_and_9_for_all_scenarios_in_float64(
+    monkeypatch: pytest.MonkeyPatch, space: tuple[int, ...]
+) -> None:
+    compute_in_float64(monkeypatch)
+    ccp = make_ccp(6, len(space), kernel_size=7 if len(space) == 2 else 3).double()
+    available = all_availabilities()  # the 14 scenarios, and none and all available
+    feature = torch.randn((16, K, 6, *space), generator=generator(1), dtype=torch.float64) * 2 + 0.5
+    key = torch.randn((16, K, 7), generator=generator(2), dtype=torch.float64)
+    bank = make_bank(5, 7, 6, dtype=torch.float64)
+    allowed = torch.ones(16, 5, dtype=torch.bool)
+    result = run(ccp, feature, key, available, bank, allowed)
+    assert result.shape == feature.shape
+    compare(result, literal_ccp(ccp, feature, key, available, bank, allowed), 1e-12)
+
+
+def test_ccp_equals_equations_8_and_9_in_float32_with_partial_studies_and_masked_entries() -> None:
+    ccp = make_ccp(8)
+    available = scenario_table()
+    feature = torch.randn((14, K, 8, 4, 6), generator=generator(1)) * 2 + 0.5
+    key = torch.randn((14, K, 7), generator=generator(2))
+    bank = make_bank(6, 7, 8)
+    bank = bank._replace(present=torch.rand((6, K), generator=generator(4)) > 0.3)
+    allowed = torch.rand((14, 6), generator=generator(5)) > 0.4
+    allowed[3] = False
+    result = run(ccp, feature, key, available, bank, allowed)
+    compare(result, literal_ccp(ccp, feature, key, available, bank, allowed), 1e-5)
+
+
+def test_retrieval_finds_the_euclidean_nearest_usable_entry_of_every_pair() -> None:
+    """l* of eq. 8 over entries that are allowed (not the patient's own) and hold both contrasts of the pair."""
+    bank = make_bank(12, 9, 1)
+    bank = bank._replace(key=bank.key + 10, present=torch.rand((12, K), generator=generator(1)) > 0.4)
+    query = torch.randn((32, K, 9), generator=generator(2)) + 10  # far from the origin compared with their distances
+    allowed = torch.rand((32, 12), generator=generator(3)) > 0.5
+    allowed[7] = False
+    target, source, active = active_pairs(all_availabilities().repeat(2, 1))
+    index, found = retrieve(query, bank, allowed, target, source)
+    seen = {True: 0, False: 0}
+    for b in range(32):
+        for p in range(4):
+            if not active[b, p]:
+                continue
+            t, s = int(target[b, p]), int(source[b, p])
+            expected = literal_nearest(query[b, s].numpy(), bank, allowed[b].numpy(), t, s)
+            assert bool(found[b, p]) == (expected is not None)
+            seen[expected is not None] += 1
+            if expected is not None:
+                assert int(index[b, p]) == expected
+    assert seen[True] > 50 and seen[False] > 3
+
+
+def test_retrieval_never_takes_an_entry_that_lacks_the_target_or_the_source() -> None:
+    bank = make_bank(3, 4, 1)
+    present = torch.tensor([[True, True, False, True], [True, False, True, True], [True, True, True, True]])
+    bank = bank._replace(present=present)
+    query = bank.key[0:1].clone()  # entry 0 is at distance 0
+    target, source = torch.tensor([[2, 1, 2, 3]]), torch.tensor([[0, 0, 1, 0]])
+    query[0, 0] = 0.75 * bank.key[0, 0] + 0.25 * bank.key[1, 0]
+    index, found = retrieve(query, bank, torch.ones(1, 3, dtype=torch.bool), target, source)
+    assert found.all()
+    lacking = [
+        ~present[int(e), int(t)] | ~present[int(e), int(s)]
+        for e, t, s in zip(index[0], target[0], source[0], strict=True)
+    ]
+    assert not any(bool(flag) for flag in lacking)
+    assert int(index[0, 3]) == 0  # where nothing is lacking, the nearest wins
+
+
+def test_own_patient_is_masked_even_when_it_is_the_nearest() -> None:
+    bank = make_bank(4, 5, 1)
+    query = bank.key[2:3].clone()
+    target, source = torch.tensor([[1]]), torch.tensor([[0]])
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    assert retrieve(query, bank, everything, target, source)[0].item() == 2
+    index, found = retrieve(query, bank, bank.patient.unsqueeze(0) != 2, target, source)
+    assert found.item() and index.item() == literal_nearest(query[0, 0].numpy(), bank, np.array([1, 1, 0, 1]), 1, 0)
+
+
+def test_without_any_usable_entry_adain_keeps_the_statistics_of_the_source() -> None:
+    ccp = make_ccp(8)
+    available = scenario_table()
+    feature = torch.randn((14, K, 8, 4, 4), generator=generator(1)) * 3 + 1
+    key = torch.randn((14, K, 5), generator=generator(2))
+    bank = make_bank(3, 5, 8)
+    empty = bank._replace(
+        present=torch.zeros(3, K, dtype=torch.bool),
+        mean=torch.full_like(bank.mean, 1e6),
+        std=torch.zeros_like(bank.std),
+    )
+    for unusable, allowed in ((empty, torch.ones(14, 3)), (bank, torch.zeros(14, 3))):
+        result = run(ccp, feature, key, available, unusable, allowed.bool())
+        assert torch.isfinite(result).all()
+        compare(result, literal_ccp(ccp, feature, key, available, unusable, allowed.bool()), 1e-5)
+
+
+def test_only_available_features_are_read_and_missing_ones_get_no_gradient() -> None:
+    ccp = make_ccp(8)
+    available = all_availabilities()
+    feature = torch.randn((16, K, 8, 4, 4), generator=generator(1))
+    key, bank = torch.randn((16, K, 5), generator=generator(2)), make_bank(3, 5, 8)
+    allowed = torch.ones(16, 3, dtype=torch.bool)
+    result = run(ccp, feature, key, available, bank, allowed)
+    for junk in (float("nan"), float("inf"), 1e20):
+        replaced = torch.where(available[:, :, None, None, None], feature, torch.tensor(junk)).requires_grad_()
+        again = run(ccp, replaced, key, available, bank, allowed)
+        assert torch.equal(again, result)
+        again.square().sum().backward()
+        assert replaced.grad is not None
+        assert torch.equal(replaced.grad[~available], torch.zeros_like(replaced.grad[~available]))
+        some_missing = available & (available.sum(dim=1) < K).unsqueeze(1)
+        assert torch.isfinite(replaced.grad).all()
+        assert (replaced.grad[some_missing].flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_predicted_channel_statistics_follow_the_prototype() -> None:
+    """With attention and fusion made transparent, what eq. 8 promises is there: mu and sigma are the prototype's."""
+    ccp = make_ccp(4)
+    with torch.no_grad():
+        for parameter in ccp.parameters():
+            parameter.zero_()
+        ccp.excite_bias.fill_(50.0)  # both sigmoids open
+        ccp.spatial.bias.fill_(50.0)
+        ccp.gamma_weight.copy_(torch.eye(4).expand(K, K, 4, 4))
+    available = torch.tensor([[True, True, True, False]])
+    feature = torch.randn((1, K, 4, 16, 16), generator=generator(1)) * 5 - 2
+    bank = make_bank(1, 3, 4)
+    result = run(ccp, feature, torch.zeros(1, K, 3), available, bank, torch.ones(1, 1, dtype=torch.bool))
+    # three sources, scaled by (K - 1) / |S| = 1: the sum of three candidates of equal mean
+    torch.testing.assert_close(result[0, 3].mean(dim=(1, 2)), 3 * bank.mean[0, 3], rtol=1e-4, atol=1e-4)
+    alone = torch.tensor([[True, False, False, False]])
+    result = run(ccp, feature, torch.zeros(1, K, 3), alone, bank, torch.ones(1, 1, dtype=torch.bool))
+    for t in (1, 2, 3):
+        torch.testing.assert_close(result[0, t].mean(dim=(1, 2)), 3 * bank.mean[0, t], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[0, t].std(dim=(1, 2), correction=0), 3 * bank.std[0, t], rtol=1e-3, atol=1e-4)
+
+
+def test_channel_attention_uses_the_weights_of_the_target() -> None:
+    ccp = make_ccp(6)
+    mean, maximum = torch.randn((2, 3, 6), generator=generator(1)), torch.randn((2, 3, 6), generator=generator(2))
+    target = torch.tensor([[0, 3, 1], [2, 2, 0]])
+    result = ccp.channel_attention(target, mean, maximum)
+    for b in range(2):
+        for p in range(3):
+            t = int(target[b, p])
+            total = torch.zeros(6, dtype=torch.float64)
+            for pooled in (mean[b, p].double(), maximum[b, p].double()):
+                hidden = (ccp.squeeze_weight[t].double() @ pooled + ccp.squeeze_bias[t].double()).clamp(min=0)
+                total = total + ccp.excite_weight[t].double() @ hidden + ccp.excite_bias[t].double()
+            torch.testing.assert_close(result[b, p].double(), torch.sigmoid(total), rtol=0, atol=1e-6)

@@ -1,0 +1,134 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Encoders tap features before normalization, decoders leave them alone, and nothing mixes samples or contrasts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import generator, one_thread  # noqa: F401
+
+from scripts.layers import Decoder, Encoder, channel_statistics, masked_mean
+
+CHANNELS = (4, 8, 8, 8, 16)
+
+
+def test_masked_mean_is_the_mean_over_the_named_contrasts_whatever_the_others_hold() -> None:
+    features = torch.randn((16, 4, 3, 2, 5), generator=generator(0), dtype=torch.float64)
+    mask = torch.tensor([[bool(row >> i & 1) for i in range(4)] for row in range(16)])
+    features[~mask] = float("nan")
+    result = masked_mean(features, mask)
+    for b in range(16):
+        kept = [features[b, i].numpy() for i in range(4) if mask[b, i]]
+        expected = sum(kept) / len(kept) if kept else np.zeros((3, 2, 5))
+        np.testing.assert_allclose(result[b].numpy(), expected, rtol=0, atol=1e-14)
+
+
+def test_masked_mean_gives_left_out_contrasts_a_zero_and_finite_gradient() -> None:
+    features = torch.randn((2, 4, 3, 4), generator=generator(0))
+    features[0, 1] = float("nan")
+    features.requires_grad_()
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    masked_mean(features, mask).sum().backward()
+    assert features.grad is not None
+    expected = torch.tensor([[0.5, 0, 0.5, 0], [0, 1 / 3, 1 / 3, 1 / 3]])[:, :, None, None].expand(features.shape)
+    torch.testing.assert_close(features.grad, expected)
+
+
+@pytest.mark.parametrize("space", [(6, 5), (4, 3, 2)], ids=["2d", "3d"])
+def test_channel_statistics_equal_numpy(space: tuple[int, ...]) -> None:
+    """The mu and sigma of eq. 8: over space, for each contrast and channel, with epsilon under the root."""
+    features = torch.randn((3, 4, 5, *space), generator=generator(1)) * 3 + 2
+    mean, std = channel_statistics(features, eps=1e-3)
+    values = features.double().numpy()
+    for b in range(3):
+        for i in range(4):
+            for c in range(5):
+                plane = values[b, i, c]
+                mu = plane.sum() / plane.size
+                sigma = np.sqrt(((plane - mu) ** 2).sum() / plane.size + 1e-3)
+                assert mean[b, i, c].item() == pytest.approx(mu, abs=1e-5)
+                assert std[b, i, c].item() == pytest.approx(sigma, rel=1e-5)
+
+
+def test_channel_statistics_are_float32_for_half_precision_features() -> None:
+    features = (torch.randn((1, 1, 2, 64, 64), generator=generator(2)) + 40).to(torch.bfloat16)
+    mean, std = channel_statistics(features)
+    assert mean.dtype == torch.float32 and std.dtype == torch.float32
+    exact = features.double()
+    torch.testing.assert_close(mean.double(), exact.mean(dim=(3, 4)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(std.double(), exact.std(dim=(3, 4), correction=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial_dims,size", [(2, (32, 48)), (3, (16, 32, 16))], ids=["2d", "3d"])
+def test_encoder_halves_the_resolution_at_each_scale_and_decoder_restores_it(
+    spatial_dims: int, size: tuple[int, ...]
+) -> None:
+    encoder, decoder = Encoder(spatial_dims, 4, CHANNELS), Decoder(spatial_dims, CHANNELS, 3)
+    features = encoder(torch.randn((2, 4, *size), generator=generator(3)))
+    assert [tuple(f.shape) for f in features] == [(2, c, *(s // 2**j for s in size)) for j, c in enumerate(CHANNELS)]
+    assert decoder(features).shape == (2, 3, *size)
+
+
+def test_encoder_taps_each_feature_directly_behind_a_convolution() -> None:
+    """F^j passes no normalization or activation, neither before the tap nor in place after it (eq. 8 lives on it)."""
+    encoder = Encoder(2, 4, CHANNELS)
+    raw: list[torch.Tensor] = []
+    for stage in encoder.stages:
+        last = [m for m in stage.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+        last.register_forward_hook(lambda _module, _inputs, output: raw.append(output.detach().clone()))
+    features = encoder(torch.randn((1, 4, 32, 32), generator=generator(4)))
+    assert len(raw) == len(features)
+    for tapped, behind_convolution in zip(features, raw, strict=True):
+        assert torch.equal(tapped, behind_convolution)
+
+
+def test_encoder_statistics_differ_between_slices() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(2, 4, CHANNELS)
+    # slices of different content: from a nearly empty one to one full of structure
+    slices = torch.full((8, 4, 32, 32), -1.0)
+    for k in range(8):
+        slices[k, :, : 4 * k + 4] = torch.rand((4, 4 * k + 4, 32), generator=generator(k))
+    for feature in encoder(slices):
+        _, std = channel_statistics(feature.unsqueeze(1))
+        spread = std.std(dim=0) / std.mean(dim=0)
+        assert spread.mean() > 0.05  # behind an instance normalization it would be 0
+
+
+def test_decoder_leaves_the_features_it_is_given_unchanged() -> None:
+    decoder = Decoder(2, CHANNELS, 1)
+    features = [torch.randn((1, c, 32 // 2**j, 32 // 2**j), generator=generator(j)) for j, c in enumerate(CHANNELS)]
+    copies = [f.clone() for f in features]
+    decoder(features)
+    for feature, copy in zip(features, copies, strict=True):
+        assert torch.equal(feature, copy)
+
+
+@pytest.mark.parametrize("scale", range(5))
+def test_decoder_reads_the_channel_statistics_of_every_scale(scale: int) -> None:
+    """A normalization on entry would undo what AdaIN (eq. 8) injects: then this affine change would have no effect."""
+    torch.manual_seed(0)
+    decoder = Decoder(2, CHANNELS, 1)
+    features = [torch.randn((1, c, 32 // 2**j, 32 // 2**j), generator=generator(j)) for j, c in enumerate(CHANNELS)]
+    before = decoder(features)
+    shift = torch.linspace(-1, 1, CHANNELS[scale]).view(1, -1, 1, 1)
+    features[scale] = 1.5 * features[scale] + shift
+    assert (decoder(features) - before).abs().max() > 1e-3
+
+
+def test_encoder_and_decoder_treat_each_sample_alone() -> None:
+    encoder, decoder = Encoder(2, 4, CHANNELS), Decoder(2, CHANNELS, 1)
+    batch = torch.randn((3, 4, 32, 32), generator=generator(5))
+    together = decoder(encoder(batch))
+    for b in range(3):
+        torch.testing.assert_close(decoder(encoder(batch[b : b + 1])), together[b : b + 1], rtol=0, atol=1e-5)

@@ -1,0 +1,546 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Losses equal equations 5 to 7 and 10 to 15 written as loops over samples, contrasts, entries and locations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    all_availabilities,
+    compute_in_float64,
+    generator,
+    one_thread,  # noqa: F401
+    random_batch,
+    random_entries,
+    random_labels,
+    tiny_step,
+)
+from monai.networks.nets import PatchDiscriminator
+
+from scripts.citim import PredictionHead
+from scripts.contrasts import scenario_table
+from scripts.losses import (
+    DiscriminatorLoss,
+    Discriminators,
+    GeneratorLoss,
+    SegmentationLoss,
+    dependency_loss,
+    draw_entries,
+    set_mean,
+)
+from scripts.memory_bank import BankEntries, MemoryBank
+from scripts.randomness import hash_uniform
+
+K, CLASSES = 4, 4
+
+
+# ------------------------------------------------------------------------------------------------- eq. 5, 6 and 7: CTDL
+def entries_of(maps: torch.Tensor, labels: torch.Tensor, present: torch.Tensor | None = None) -> BankEntries:
+    """Bank entries that hold class maps (L x K x c' x N_l) and class maps y (L x N_l) alone."""
+    bank = MemoryBank(maps.shape[0], K, 1, 1, 1, CLASSES, maps.shape[3])
+    filled = random_entries(bank, range(maps.shape[0]))
+    present = filled.present if present is None else present
+    return filled._replace(class_map=maps, label=labels.to(torch.uint8), present=present)
+
+
+def random_maps(*shape: int, seed: int) -> torch.Tensor:
+    return (3 * torch.randn(shape, generator=generator(seed), dtype=torch.float64)).softmax(dim=-2)
+
+
+def literal_entry_loss(w_entry: torch.Tensor, w: torch.Tensor, y_entry: Sequence[int], y: Sequence[int]) -> float:
+    """Eq. 6 for one contrast: the mean over N_l x N of the cross-entropy of P = W_l^T W against M = y_l^T y (eq. 5)."""
+    one_hot = [[float(k == value) for value in y] for k in range(CLASSES)]
+    one_hot_entry = [[float(k == value) for value in y_entry] for k in range(CLASSES)]
+    total = 0.0
+    for row in range(len(y_entry)):
+        for column in range(len(y)):
+            m = sum(one_hot_entry[k][row] * one_hot[k][column] for k in range(CLASSES))
+            p = sum(float(w_entry[k, row]) * float(w[k, column]) for k in range(CLASSES))
+            p = min(max(p, 1e-6), 1 - 1e-6)
+            total -= m * math.log(p) + (1 - m) * math.log(1 - p)
+    return total / (len(y_entry) * len(y))
+
+
+def literal_dependency(
+    entries: BankEntries,
+    chosen: Sequence[int],
+    w: torch.Tensor,
+    own: torch.Tensor,
+    has: Sequence[bool],
+    y: torch.Tensor,
+) -> float:
+    """Eq. 7 for one sample: W of the fused feature against the entries, and W^i of each own contrast likewise."""
+    fused, contrasts = [], []
+    for entry in chosen:
+        held = [i for i in range(K) if entries.present[entry, i]]
+        labels = (entries.label[entry].tolist(), y.tolist())
+        if held:
+            values = [literal_entry_loss(entries.class_map[entry, i], w, *labels) for i in held]
+            fused.append(sum(values) / len(values))
+        both = [i for i in held if has[i]]
+        if both:
+            values = [literal_entry_loss(entries.class_map[entry, i], own[i], *labels) for i in both]
+            contrasts.append(sum(values) / len(values))
+    return sum(sum(group) / len(group) for group in (fused, contrasts) if group)
+
+
+@pytest.mark.parametrize("entry_cells,cells", [(6, 6), (5, 7)], ids=["same size", "other size"])
+def test_dependency_loss_equals_equations_5_to_7(monkeypatch: pytest.MonkeyPatch, entry_cells: int, cells: int) -> None:
+    compute_in_float64(monkeypatch)
+    samples, size = 4, 5
+    maps, own = random_maps(size, K, CLASSES, entry_cells, seed=0), random_maps(samples, K, CLASSES, cells, seed=1)
+    w = random_maps(samples, CLASSES, cells, seed=2)
+    present = torch.rand((size, K), generator=generator(3)) > 0.3
+    present[4] = False
+    entries = entries_of(maps, torch.randint(0, CLASSES, (size, entry_cells), generator=generator(4)), present)
+    y = torch.randint(0, CLASSES, (samples, cells), generator=generator(5)).to(torch.uint8)
+    has = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4, [False, True, True, True]])
+    index = torch.tensor([[0, 1, 2], [3, 4, 0], [2, 1, 3], [4, 1, 0]])
+    usable = torch.tensor([[True, True, True], [True, True, False], [True, False, True], [False, False, False]])
+    result = dependency_loss(entries, index, usable, w, own, has, y)
+    assert result.dtype == torch.float64
+    for b in range(samples):
+        chosen = [int(e) for e, use in zip(index[b], usable[b], strict=True) if use]
+        expected = literal_dependency(entries, chosen, w[b], own[b], has[b].tolist(), y[b])
+        assert result[b].item() == pytest.approx(expected, rel=1e-10), b
+    assert result[3] == 0
+
+
+def test_dependency_loss_is_not_that_of_the_transpose() -> None:
+    """Eq. 5 as printed is the transpose of what eq. 1 needs: a perfect head must have a loss of almost 0."""
+    y_entry, y = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[2, 1, 0, 3]])
+    maps = torch.nn.functional.one_hot(y_entry, CLASSES).mT.double().unsqueeze(1).expand(1, K, CLASSES, 4)
+    w = torch.nn.functional.one_hot(y, CLASSES).mT.double()
+    all_of_it = (torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool))
+    own, has = w.unsqueeze(1).expand(1, K, CLASSES, 4), torch.ones(1, K, dtype=torch.bool)
+    assert dependency_loss(entries_of(maps, y_entry), *all_of_it, w, own, has, y.to(torch.uint8)) < 1e-4
+    swapped = entries_of(maps, y)  # masks that do not belong to the maps
+    assert dependency_loss(swapped, *all_of_it, w, own, has, y_entry.to(torch.uint8)) > 1
+
+
+def test_dependency_loss_is_finite_with_finite_gradients_for_certain_maps() -> None:
+    sure = 40 * torch.randn((2, CLASSES, 6), generator=generator(0))
+    logits = sure.clone().requires_grad_()
+    maps = sure.softmax(dim=1)[:, None].expand(2, K, CLASSES, 6)
+    entries = entries_of(maps, torch.randint(0, CLASSES, (2, 6), generator=generator(1)))
+    w = logits.softmax(dim=1)
+    loss = dependency_loss(
+        entries,
+        torch.tensor([[0, 1], [1, 0]]),
+        torch.ones(2, 2, dtype=torch.bool),
+        w,
+        w[:, None].expand(2, K, CLASSES, 6),
+        torch.ones(2, K, dtype=torch.bool),
+        torch.randint(0, CLASSES, (2, 6), generator=generator(2)).to(torch.uint8),
+    )
+    assert torch.isfinite(loss).all() and loss.min() > 1
+    loss.sum().backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+
+
+def train_toy_head(seed: int, with_contrasts: bool, steps: int = 120) -> float:
+    """Trains a head by CTDL alone where the features of every contrast separate tumor and background linearly.
+
+    Returns:
+        Mean probability of the right class over the contrasts' own maps W^i, averaged over the two classes. CTDL tells
+        equal from different and names no class, so the head's output channels are assigned one to one at their best.
+    """
+    torch.manual_seed(seed)
+    draw, channels, side, batch, size = generator(seed), 16, 4, 4, 16
+    head = PredictionHead(2, channels, CLASSES, 8)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    centers = 1.5 * torch.randn((5, 2, channels), generator=draw)  # four contrasts and the fused feature
+    maps, labels = torch.zeros(size, K, CLASSES, side**2), torch.zeros(size, side**2, dtype=torch.int64)
+
+    def sample(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = (torch.rand((number, side**2), generator=draw) < 0.3).to(torch.int64)
+        noise = 0.3 * torch.randn((5, number, side**2, channels), generator=draw)
+        return y, (centers[:, y] + noise).permute(1, 0, 3, 2).reshape(number, 5, channels, side, side)
+
+    def classify(feature: torch.Tensor) -> torch.Tensor:
+        return head(feature.flatten(0, 1)).unflatten(0, feature.shape[:2])
+
+    for step in range(steps):
+        y, feature = sample(batch)
+        w = classify(feature)
+        if step * batch >= size:
+            index = torch.stack([torch.randperm(size, generator=draw)[:8] for _ in range(batch)])
+            loss = dependency_loss(
+                entries_of(maps, labels),
+                index,
+                torch.ones(batch, 8, dtype=torch.bool),
+                w[:, 4],
+                w[:, :4],
+                torch.full((batch, K), with_contrasts),  # without any own contrast the second term is off
+                y.to(torch.uint8),
+            ).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        slots = torch.arange(step * batch, (step + 1) * batch) % size
+        maps[slots], labels[slots] = w[:, :4].detach(), y
+    y, feature = sample(64)
+    with torch.no_grad():
+        own = classify(feature)[:, :4].transpose(2, 3)  # B x K x N x c'
+    mean = [own[y.unsqueeze(1).expand(-1, K, -1) == k].mean(dim=0) for k in (0, 1)]
+    return max(float(mean[0][a] + mean[1][b]) / 2 for a, b in itertools.permutations(range(CLASSES), 2))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_head_learns_from_the_dependency_loss_only_with_the_contrasts_own_term(
+    seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored W_l carry no gradient: without BCE(W_l^T W^i, M) nothing trains what makes them (eq. 6)."""
+    with_term, without_term = train_toy_head(seed, True), train_toy_head(seed, False)
+    with capsys.disabled():
+        print(f"\nprobability of the right class: {with_term:.2f} with the second term, {without_term:.2f} without")
+    assert with_term > 0.9
+    assert without_term < 0.75
+
+
+def test_entries_are_drawn_without_bias_from_other_patients_with_a_mask() -> None:
+    bank = MemoryBank(8, K, 1, 1, 1, CLASSES, 4)
+    new = random_entries(bank, range(6), patients=[1, 1, 2, 3, 4, 5])
+    new.has_mask[2] = False
+    bank.enqueue(new)
+    patient = torch.arange(2000) % 2 + 1  # patient 1 has two entries, patient 2 has one, without a mask
+    priority = hash_uniform(torch.arange(2000), 0, 0, "ctdl", 8)
+    index, usable = draw_entries(priority, bank.entries(), bank.count, patient, 2)
+    assert index.shape == (2000, 2) and usable.all()
+    assert (index[:, 0] != index[:, 1]).all()
+    for own, candidates in ((1, [3, 4, 5]), (2, [0, 1, 3, 4, 5])):
+        drawn = index[patient == own].flatten()
+        counts = torch.bincount(drawn, minlength=8)
+        assert counts.nonzero().flatten().tolist() == candidates
+        expected = 2000 / len(candidates)
+        assert (counts[candidates] - expected).abs().max() < 5 * expected**0.5
+
+
+def test_a_draw_of_more_entries_than_there_are_marks_the_rest_unusable() -> None:
+    bank = MemoryBank(4, K, 1, 1, 1, CLASSES, 4)
+    patient = torch.tensor([0, 7])
+    priority = hash_uniform(torch.arange(2), 0, 0, "ctdl", 4)
+    index, usable = draw_entries(priority, bank.entries(), bank.count, patient, 8)
+    assert index.shape == usable.shape == (2, 4) and not usable.any()
+    bank.enqueue(random_entries(bank, [0, 1, 2]))
+    index, usable = draw_entries(priority, bank.entries(), bank.count, patient, 8)
+    assert usable.sum(dim=1).tolist() == [2, 3]
+    assert sorted(index[0, usable[0]].tolist()) == [1, 2] and sorted(index[1, usable[1]].tolist()) == [0, 1, 2]
+
+
+def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eq. 7 end to end: from the training step's output, with y at the resolution of F^5."""
+    step = tiny_step(filled=0)
+    past = random_batch(scenario_table()[:4], seed=3, first_patient=998)
+    past["label"][:, :, 4:20, 3:21] = 2
+    past["has_mask"][0] = False
+    step.bank.enqueue(step(**past)["entries"])
+    batch = random_batch(scenario_table()[:3])
+    batch["label"][:, :, :16] = 0
+    batch["has_contrast"][1, 2] = False
+    output = step(**batch)
+    priority = torch.rand((3, 6), generator=generator(1))
+    loss = GeneratorLoss(ctdl_entries=6)
+    result = loss.sampled_ctdl(
+        output,
+        step.bank.entries(),
+        step.bank.count,
+        priority,
+        batch["label"],
+        batch["has_contrast"],
+        batch["patient"],
+        16,
+    )
+    entries = step.bank.entries()
+    for b in range(3):
+        others = [e for e in range(1, 4) if 998 + e != 1000 + b]
+        y = []
+        for row, column in itertools.product(range(2), range(2)):
+            cell = batch["label"][b, 0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            y.append(next((k for k in (2, 3, 1) if (cell == k).any()), 0))
+        expected = literal_dependency(
+            entries,
+            others,
+            output["class_map"][b].detach(),
+            output["contrast_maps"][b].detach(),
+            batch["has_contrast"][b].tolist(),
+            torch.tensor(y),
+        )
+        assert result[b].item() == pytest.approx(expected, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ eq. 12 and 13
+def literal_dice_and_bce(logits: np.ndarray, label: np.ndarray, eps: float) -> tuple[float, float]:
+    """Eq. 12, a mean over the three classes, and eq. 13, a mean over classes and pixels, for one sample."""
+    dice, bce = [], []
+    for k in range(3):
+        probability, truth = 1 / (1 + np.exp(-logits[k])), (label[0] == k + 1).astype(float)
+        dice.append(1 - (2 * (truth * probability).sum() + eps) / (truth.sum() + probability.sum() + eps))
+        bce.append(-(truth * np.log(probability) + (1 - truth) * np.log(1 - probability)).mean())
+    return float(np.mean(dice)), float(np.mean(bce))
+
+
+@pytest.mark.parametrize("size", [(6, 5), (4, 3, 2)], ids=["2d", "3d"])
+@pytest.mark.parametrize("eps", [1.0, 1e-5])
+def test_segmentation_loss_equals_equations_12_and_13(size: Sequence[int], eps: float) -> None:
+    logits = 2 * torch.randn((4, 3, *size), generator=generator(0), dtype=torch.float64)
+    label = random_labels(4, size, seed=1)
+    label[1] = 0  # no tumor
+    has_mask = torch.tensor([True, True, False, True])
+    result = SegmentationLoss(eps)(logits, label, has_mask)
+    expected = [literal_dice_and_bce(logits[b].numpy(), label[b].numpy(), eps) for b in (0, 1, 3)]
+    # the sample without a mask gives 0 and is counted
+    assert result["dice"].item() == pytest.approx(sum(d for d, _ in expected) / 4, rel=1e-6)
+    assert result["bce"].item() == pytest.approx(sum(b for _, b in expected) / 4, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- eq. 10, 11, 14, 15
+class Mixed:
+    """Network outputs and truths of all 16 availabilities in one batch, with incomplete studies among them."""
+
+    def __init__(self, seed: int = 0, batch: int = 16) -> None:
+        draw = generator(seed)
+        shape, widths = (batch, K, 8, 6), ((3, 8, 6), (5, 4, 3))
+        self.available = all_availabilities()[:batch]
+        self.has_contrast = self.available | (torch.rand((batch, K), generator=draw) > 0.3)
+        self.has_mask = torch.arange(batch) % 3 != 1
+        self.target = torch.rand(shape, generator=draw, dtype=torch.float64) * 2 - 1
+        self.label = random_labels(batch, (8, 6), seed)
+        self.logits = torch.randn((batch, 3, 8, 6), generator=draw, dtype=torch.float64)
+        images = torch.rand(shape, generator=draw, dtype=torch.float64) * 2 - 1
+        self.predicted = [torch.randn((batch, K, *w), generator=draw, dtype=torch.float64) for w in widths]
+        self.features = [torch.randn((batch, K, *w), generator=draw, dtype=torch.float64) for w in widths]
+        self.images = images
+        self.ctdl = torch.rand(batch, generator=draw, dtype=torch.float64)
+        self.real = torch.randn((batch, K, 5), generator=draw, dtype=torch.float64)
+        self.fake = torch.randn((batch, K, 5), generator=draw, dtype=torch.float64)
+
+    def run(self, loss: GeneratorLoss) -> dict[str, torch.Tensor]:
+        output = {
+            "pred": torch.cat([self.images, torch.sigmoid(self.logits)], dim=1),
+            "logits": self.logits,
+            "available": self.available,
+            "predicted": self.predicted,
+            "features": self.features,
+        }
+        return loss(output, self.target, self.label, self.has_contrast, self.has_mask, self.ctdl, self.fake)
+
+    def literal(self) -> dict[str, float]:
+        """Every term as the mean over pixels, then over the contrasts of its set, then over samples."""
+        names = ("ctdl", "bce", "dice", "synthesis", "reconstruction", "feature", "tumor", "adversarial")
+        sums = dict.fromkeys(names, 0.0)
+        batch = self.target.shape[0]
+        for b in range(batch):
+            truth, images, label = self.target[b].numpy(), self.images[b].numpy(), self.label[b].numpy()
+            if self.has_mask[b]:
+                sums["ctdl"] += float(self.ctdl[b])
+                dice, bce = literal_dice_and_bce(self.logits[b].numpy(), label, 1.0)
+                sums["dice"] += dice
+                sums["bce"] += bce
+            values: dict[str, list[float]] = {name: [] for name in names}
+            for i in range(K):
+                if not self.has_contrast[b, i]:
+                    continue
+                error = np.abs(images[i] - truth[i])
+                if self.has_mask[b]:
+                    whole_tumor = (label[0] > 0).astype(float)
+                    masked = np.abs(images[i] * whole_tumor - truth[i] * whole_tumor)
+                    values["tumor"].append(masked.sum() / masked.size)  # over ALL pixels, not those of the tumor
+                if self.available[b, i]:
+                    values["reconstruction"].append(error.mean())
+                    continue
+                values["synthesis"].append(error.mean())
+                scales = [
+                    ((p[b, i].numpy() - f[b, i].numpy()) ** 2).mean()
+                    for p, f in zip(self.predicted, self.features, strict=True)
+                ]
+                values["feature"].append(sum(scales) / len(scales))  # eq. 10
+                values["adversarial"].append(((self.fake[b, i].numpy() - 1) ** 2).mean())
+            for name, found in values.items():
+                if found:
+                    sums[name] += sum(found) / len(found)
+        return {name: total / batch for name, total in sums.items()}
+
+    def literal_discriminator(self) -> float:
+        total = 0.0
+        for b in range(self.target.shape[0]):
+            found = [
+                ((self.real[b, i].numpy() - 1) ** 2).mean() + (self.fake[b, i].numpy() ** 2).mean()
+                for i in range(K)
+                if self.has_contrast[b, i] and not self.available[b, i]
+            ]
+            total += sum(found) / len(found) if found else 0.0
+        return total / self.target.shape[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_generator_terms_equal_equations_10_to_14(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    compute_in_float64(monkeypatch)
+    mixed = Mixed(seed)
+    result, expected = mixed.run(GeneratorLoss()), mixed.literal()
+    for name, value in expected.items():
+        assert value > 0
+        assert result[name].item() == pytest.approx(value, rel=1e-6), name
+    # eq. 11 and 14 with the weights of section 3.2
+    total = 0.5 * expected["ctdl"] + expected["bce"] + expected["dice"]
+    total += 100 * expected["synthesis"] + 30 * expected["reconstruction"] + 50 * expected["feature"]
+    total += 50 * expected["tumor"] + 1 * expected["adversarial"]
+    assert result["loss"].item() == pytest.approx(total, rel=1e-6)
+
+
+def test_each_weight_multiplies_its_own_term() -> None:
+    """Alpha of eq. 11 and beta_1 to beta_5 of eq. 14, one at a time."""
+    mixed = Mixed()
+    terms = mixed.run(GeneratorLoss(alpha=0, beta=(0, 0, 0, 0, 0)))
+    base = terms["loss"].item()
+    assert base == pytest.approx((terms["bce"] + terms["dice"]).item())
+    names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
+    for k, name in enumerate(names):
+        beta = [0.0] * 5
+        beta[k] = 7.0
+        assert mixed.run(GeneratorLoss(alpha=0, beta=beta))["loss"].item() == pytest.approx(
+            base + 7 * terms[name].item()
+        )
+    assert mixed.run(GeneratorLoss(alpha=3, beta=(0, 0, 0, 0, 0)))["loss"].item() == pytest.approx(
+        base + 3 * terms["ctdl"].item()
+    )
+    with pytest.raises(ValueError, match="five"):
+        GeneratorLoss(beta=(1, 2, 3))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_discriminator_loss_equals_equation_15_on_missing_contrasts_with_truth(seed: int) -> None:
+    mixed = Mixed(seed)
+    missing = ~mixed.available & mixed.has_contrast
+    result = DiscriminatorLoss()(mixed.real, mixed.fake, missing)
+    assert result.item() == pytest.approx(mixed.literal_discriminator(), rel=1e-6)
+
+
+def test_adversarial_terms_pull_in_the_directions_of_equations_14_and_15() -> None:
+    """The generator drives scores of its images to 1, the discriminator drives them to 0 and real ones to 1."""
+    mixed = Mixed()
+    mixed.fake.requires_grad_()
+    mixed.real.requires_grad_()
+    missing = ~mixed.available & mixed.has_contrast
+    (gradient,) = torch.autograd.grad(mixed.run(GeneratorLoss())["adversarial"], mixed.fake)
+    assert torch.equal(gradient[missing].sign(), (mixed.fake - 1)[missing].sign())
+    assert not gradient[~missing].any()
+    loss = DiscriminatorLoss()(mixed.real, mixed.fake, missing)
+    on_real, on_fake = torch.autograd.grad(loss, (mixed.real, mixed.fake))
+    assert torch.equal(on_real[missing].sign(), (mixed.real - 1)[missing].sign())
+    assert torch.equal(on_fake[missing].sign(), mixed.fake[missing].sign())
+    assert not on_real[~missing].any() and not on_fake[~missing].any()
+
+
+def test_truth_that_a_study_lacks_may_hold_nan() -> None:
+    reference = Mixed()
+    expected = reference.run(GeneratorLoss())
+    mixed = Mixed()
+    mixed.target[~mixed.has_contrast] = float("nan")
+    mixed.label[~mixed.has_mask] = 3  # and masks that are not known may hold anything
+    for name in ("images", "logits", "fake"):
+        getattr(mixed, name).requires_grad_()
+    mixed.predicted = [p.requires_grad_() for p in mixed.predicted]
+    result = mixed.run(GeneratorLoss())
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value)
+    result["loss"].backward()
+    for tensor in (mixed.images, mixed.logits, mixed.fake, *mixed.predicted):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
+    assert not mixed.images.grad[~mixed.has_contrast].any()
+    assert not mixed.logits.grad[~mixed.has_mask].any()
+    for p in mixed.predicted:
+        assert not p.grad[mixed.available | ~mixed.has_contrast].any()
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
+    """So that accumulation over batches and processes equals one large batch, incomplete studies included."""
+    whole = Mixed()
+    total = whole.run(GeneratorLoss())
+    parts = []
+    for start in (0, 8):
+        part, rows = Mixed(), slice(start, start + 8)
+        for name, value in vars(whole).items():
+            setattr(part, name, [t[rows] for t in value] if isinstance(value, list) else value[rows])
+        parts.append(part.run(GeneratorLoss()))
+    for name, value in total.items():
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value)
+
+
+def test_set_mean_counts_a_sample_without_members_as_zero() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0, 6.0], [float("nan"), 5.0, 5.0, 5.0], [9.0, 9.0, 9.0, float("inf")]])
+    members = torch.tensor([[True, False, True, False], [False, True, False, False], [False] * 4])
+    assert set_mean(values, members).item() == pytest.approx((2 + 5 + 0) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------ discriminators
+def patch_discriminator(norm: str = "INSTANCE") -> PatchDiscriminator:
+    return PatchDiscriminator(spatial_dims=2, num_layers_d=2, channels=4, in_channels=1, norm=norm)
+
+
+def test_discriminators_judge_each_contrast_by_its_own_network_and_last_output() -> None:
+    torch.manual_seed(0)
+    discriminators = Discriminators([patch_discriminator() for _ in range(K)]).eval()
+    images = torch.rand((2, K, 32, 32), generator=generator(0)) * 2 - 1
+    scores = discriminators(images)
+    for b, i in itertools.product(range(2), range(K)):
+        outputs = discriminators[i](images[b : b + 1, i : i + 1])
+        assert len(outputs) > 1
+        torch.testing.assert_close(scores[b, i], outputs[-1].flatten(), rtol=0, atol=1e-5)
+
+
+def test_discriminators_with_batch_normalization_are_refused() -> None:
+    with pytest.raises(ValueError, match="INSTANCE"):
+        Discriminators([patch_discriminator(), patch_discriminator("BATCH")])
+
+
+# --------------------------------------------------------------------------------------------------------- whole step
+def test_the_whole_objective_trains_every_parameter_from_a_mixed_batch() -> None:
+    step = tiny_step()
+    batch = random_batch(scenario_table())
+    batch["has_contrast"][2, 3] = False
+    batch["has_mask"][4] = False
+    batch["target"][2, 3] = float("nan")
+    discriminators = Discriminators([patch_discriminator() for _ in range(K)])
+    output, loss = step(**batch), GeneratorLoss()
+    priority = hash_uniform(batch["slice_id"], 0, 0, "ctdl", step.bank.size)
+    ctdl = loss.sampled_ctdl(
+        output,
+        step.bank.entries(),
+        step.bank.count,
+        priority,
+        batch["label"],
+        batch["has_contrast"],
+        batch["patient"],
+        16,
+    )
+    terms = loss(
+        output,
+        batch["target"],
+        batch["label"],
+        batch["has_contrast"],
+        batch["has_mask"],
+        ctdl,
+        discriminators(output["pred"][:, :K]),
+    )
+    assert all(torch.isfinite(value) and value > 0 for value in terms.values())
+    terms["loss"].backward()
+    for name, parameter in step.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0 or name.endswith("psi.bias"), name

@@ -1,0 +1,559 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The network as a whole: no leakage of missing contrasts, no mixing of samples, one tensor in and one out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    TINY_CHANNELS,
+    all_availabilities,
+    generator,
+    one_thread,  # noqa: F401
+    random_batch,
+    random_entries,
+    tiny_net,
+    tiny_step,
+)
+
+from scripts.citim import CITIM
+from scripts.contrasts import scenario_table
+from scripts.memory_bank import BankEntries, CompiledBank
+from scripts.network import (
+    PRESETS,
+    SSCFNet,
+    SSCFTrainingStep,
+    cell_labels,
+    network_input,
+    read_availability,
+)
+
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def outputs_to_sum(output: dict) -> torch.Tensor:
+    """One number through which every differentiable output sends a gradient."""
+    total = output["pred"].square().sum() + output["contrast_maps"].square().sum() + output["class_map"].square().sum()
+    return total + sum(f.square().sum() for f in output["predicted"])
+
+
+# ---------------------------------------------------------------------------------------------------------- leakage
+@MODES
+@pytest.mark.parametrize("junk", ["noise", "nan", "inf", "other contrast"])
+def test_missing_targets_do_not_reach_the_prediction(training: bool, junk: str) -> None:
+    step = tiny_step().train(training)
+    available = scenario_table()  # all 14 scenarios in one batch
+    batch = random_batch(available)
+    missing = ~available[:, :, None, None].expand(batch["target"].shape)
+    with torch.no_grad():
+        reference = step(**batch)
+        replaced = {
+            "noise": 3 * torch.randn(batch["target"].shape, generator=generator(9)),
+            "nan": torch.full_like(batch["target"], float("nan")),
+            "inf": torch.full_like(batch["target"], float("inf")),
+            "other contrast": batch["target"].roll(1, dims=1),
+        }[junk]
+        output = step(**{**batch, "target": torch.where(missing, replaced, batch["target"])})
+    for name in ("pred", "logits", "class_map"):
+        assert torch.equal(output[name], reference[name]), name
+    for changed, before in zip(output["predicted"], reference["predicted"], strict=True):
+        assert torch.equal(changed, before)
+    # the test has power: the same change does reach the targets of the feature loss and the new entries
+    assert not torch.equal(output["features"][0], reference["features"][0])
+    assert not torch.equal(output["entries"].prototype, reference["entries"].prototype)
+
+
+@MODES
+def test_gradient_of_the_prediction_to_missing_targets_is_exactly_zero(training: bool) -> None:
+    step = tiny_step().train(training)
+    available = scenario_table()
+    batch = random_batch(available)
+    target = batch["target"].clone().requires_grad_()
+    output = step(**{**batch, "target": target})
+    (gradient,) = torch.autograd.grad(output["pred"].square().sum(), target, retain_graph=True)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    # the graph is not simply cut: the class maps that train the head on all contrasts do depend on missing targets
+    (gradient,) = torch.autograd.grad(output["contrast_maps"].square().sum(), target)
+    assert (gradient.flatten(2).abs().sum(dim=2)[~available] > 0).all()
+
+
+@MODES
+def test_gradients_stay_finite_when_missing_targets_hold_nan(training: bool) -> None:
+    step = tiny_step().train(training)
+    available = scenario_table()
+    batch = random_batch(available)
+    target = batch["target"].masked_fill(~available[:, :, None, None], float("nan")).requires_grad_()
+    outputs_to_sum(step(**{**batch, "target": target})).backward()
+    assert target.grad is not None and torch.isfinite(target.grad).all()
+    for name, parameter in step.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 7.0])
+def test_image_planes_of_missing_contrasts_are_not_read(junk: float) -> None:
+    step = tiny_step().eval()
+    net = step.net
+    net.load_bank(net.compile_bank(step.bank.entries()))
+    available = all_availabilities()
+    image = random_batch(available)["image"]
+    replaced = image.clone()
+    replaced[:, :4][~available] = junk
+    with torch.no_grad():
+        assert torch.equal(net(replaced), net(image))
+
+
+def test_a_contrast_that_the_study_lacks_is_not_read_and_not_stored() -> None:
+    step = tiny_step()
+    batch = random_batch(scenario_table())
+    batch["has_contrast"][:, 2] = False
+    batch["has_contrast"][:, 3] = torch.arange(14) % 2 == 0
+    holes = ~batch["has_contrast"][:, :, None, None].expand(batch["target"].shape)
+    with torch.no_grad():
+        reference = step(**batch)
+        batch["target"] = batch["target"].masked_fill(holes, float("nan"))
+        # the loader may still have set its availability plane
+        batch["image"][:, 6] = 1.0
+        batch["image"][:, 2] = 0.3
+        output = step(**batch)
+    assert torch.equal(output["pred"], reference["pred"])
+    assert not (output["available"] & ~batch["has_contrast"]).any()
+    assert torch.equal(output["entries"].present, batch["has_contrast"])
+    assert all(torch.isfinite(tensor.float()).all() for tensor in output["entries"])
+
+
+@MODES
+def test_samples_do_not_influence_each_other(training: bool) -> None:
+    step = tiny_step().train(training)
+    batch = random_batch(scenario_table())
+    order = torch.randperm(14, generator=generator(3))
+    with torch.no_grad():
+        together = step(**batch)["pred"]
+        permuted = step(**{name: tensor[order] for name, tensor in batch.items()})["pred"]
+        torch.testing.assert_close(permuted, together[order], rtol=0, atol=1e-5)
+        alone = step(**{name: tensor[5:6] for name, tensor in batch.items()})["pred"]
+        torch.testing.assert_close(alone, together[5:6], rtol=0, atol=1e-5)
+        # neighbors that hold NaN
+        image = batch["image"].clone()
+        image[6:, :4] = float("nan")
+        poisoned = step(**{**batch, "image": image})["pred"]
+        torch.testing.assert_close(poisoned[:6], together[:6], rtol=0, atol=1e-5)
+
+
+def test_entries_of_the_own_patient_do_not_influence_the_prediction() -> None:
+    step = tiny_step(filled=0)
+    batch = random_batch(scenario_table())
+    past = random_batch(scenario_table()[:4], seed=5, first_patient=10)
+    past["patient"] = torch.tensor([1000, 1001, 10, 11])  # the first two are other slices of patients 1000 and 1001
+    step.bank.enqueue(step(**past)["entries"])
+    with torch.no_grad():
+        reference = step(**batch)["pred"]
+        for field in ("key", "mean", "std", "prototype"):
+            getattr(step.bank, field)[0] *= 3
+        # bring the entry near to every query, so that it would be retrieved if it could be
+        step.bank.key[0] = step(**batch)["entries"].key[0]
+        changed = step(**batch)["pred"]
+    same = [torch.equal(a, b) for a, b in zip(changed, reference, strict=True)]
+    assert same[0]  # patient 1000 does not see its own entry
+    assert sum(same) < 7  # the others do
+
+
+@MODES
+def test_forward_leaves_the_bank_alone(training: bool) -> None:
+    step = tiny_step().train(training)
+    before = {name: tensor.clone() for name, tensor in step.bank.state_dict().items()}
+    output = step(**random_batch(scenario_table()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in step.bank.state_dict().items())
+    assert not any(tensor.requires_grad for tensor in output["entries"])
+
+
+# ------------------------------------------------------------------------------------------------- shapes and variants
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (96, 32)])
+@pytest.mark.parametrize("filled", [0, 3], ids=["empty bank", "partly filled bank"])
+def test_forward_is_finite_for_0_to_4_available_contrasts_at_any_size(size: Sequence[int], filled: int) -> None:
+    net = tiny_net().eval()
+    bank = net.new_bank((48, 48))  # the compiled bank serves images of another size
+    if filled:
+        bank.enqueue(random_entries(bank, range(filled)))
+        net.load_bank(net.compile_bank(bank.entries()))
+    image = random_batch(all_availabilities(), size)["image"]
+    with torch.no_grad():
+        pred = net(image)
+    assert pred.shape == (16, 7, *size)
+    assert torch.isfinite(pred).all()
+    assert pred[:, :4].abs().max() <= 1
+    assert pred[:, 4:].min() >= 0 and pred[:, 4:].max() <= 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": (4, 8, 8, 8, 8)},
+        {"channels": (8, 4, 12, 4, 16), "key_size": 1},
+        {"channels": [4, 4, 8, 8, 20], "key_size": 3},
+        {"channels": (16, 16, 16, 16, 32), "bank_size": 1},
+        {"prototype": "mean"},
+        {"aggregation": "concat"},
+        {"prototype": "mean", "aggregation": "concat"},
+        {"norm": "INSTANCE"},
+        {"norm": ["group", {"num_groups": 2, "affine": False}], "act": ["prelu", {}]},
+        {"act": "RELU"},
+    ],
+    ids=str,
+)
+def test_every_setting_trains_a_step(changes: dict[str, object]) -> None:
+    settings = {"bank_size": 5, **changes}
+    step = tiny_step(filled=min(3, settings["bank_size"]), **settings)  # type: ignore[call-overload]
+    output = step(**random_batch(scenario_table()[[0, 5, 12]]))
+    widths = settings.get("channels", TINY_CHANNELS)
+    assert output["pred"].shape == (3, 7, 32, 32)
+    assert output["logits"].shape == (3, 3, 32, 32)
+    assert output["class_map"].shape == (3, 4, 4)
+    assert output["contrast_maps"].shape == (3, 4, 4, 4)
+    expected = [(3, 4, c, 32 // 2**j, 32 // 2**j) for j, c in enumerate(widths)]  # type: ignore[arg-type]
+    assert [tuple(f.shape) for f in output["predicted"]] == expected
+    assert [tuple(f.shape) for f in output["features"]] == expected
+    outputs_to_sum(output).backward()
+    for name, parameter in step.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("spatial_dims,size", [(2, (32, 48)), (3, (16, 32, 16))], ids=["2d", "3d"])
+def test_training_step_works_in_2d_and_3d(spatial_dims: int, size: Sequence[int]) -> None:
+    step = tiny_step(size=size, filled=2, spatial_dims=spatial_dims, channels=(4, 4, 4, 4, 8))
+    output = step(**random_batch(scenario_table()[[1, 11]], size))
+    assert output["pred"].shape == (2, 7, *size)
+    outputs_to_sum(output).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in step.parameters())
+    step.bank.enqueue(output["entries"])
+    assert step.bank.count == 4
+    step.net.load_bank(step.net.compile_bank(step.bank.entries()))
+    with torch.no_grad():
+        assert torch.isfinite(step.net(random_batch(scenario_table()[:1], size)["image"])).all()
+
+
+def test_every_parameter_is_in_the_graph_with_an_empty_bank() -> None:
+    """The first step of a run, distributed included, must find a gradient for every parameter."""
+    step = tiny_step(filled=0)
+    outputs_to_sum(step(**random_batch(scenario_table()[[3]]))).backward()
+    for name, parameter in step.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_image_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        SSCFTrainingStep(tiny_net(), (32, 40))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_build(preset: str) -> None:
+    with torch.device("meta"):  # shapes only
+        net = SSCFNet(channels=preset, bank_size=4)
+    assert net.channels == PRESETS[preset]
+    widths = [encoder.stages[-1].conv2.conv.out_channels for encoder in net.encoders]
+    assert widths == [PRESETS[preset][-1]] * 4
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(ValueError, match="huge"):
+        SSCFNet(channels="huge")
+
+
+@pytest.mark.parametrize("norm", ["BATCH", "batch", ("batch", {"affine": True}), ["SyncBatch", {}]], ids=str)
+def test_batch_normalization_is_refused(norm: str | tuple | list) -> None:
+    with pytest.raises(ValueError, match="batch normalization"):
+        SSCFNet(channels=TINY_CHANNELS, norm=norm)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", [("group", {"num_groups": 4}), "INSTANCE"], ids=str)
+def test_no_module_uses_statistics_of_the_batch(norm: str | tuple) -> None:
+    net = tiny_net(norm=norm)
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    assert not any(getattr(m, "track_running_stats", False) for m in net.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------ branches
+def test_training_and_inference_agree_when_no_own_entry_is_masked() -> None:
+    for changes in ({}, {"prototype": "mean", "aggregation": "concat"}):
+        step = tiny_step(**changes).eval()
+        net = step.net
+        net.load_bank(net.compile_bank(step.bank.entries()))
+        batch = random_batch(scenario_table())
+        with torch.no_grad():
+            torch.testing.assert_close(net(batch["image"]), step(**batch)["pred"], rtol=0, atol=1e-6)
+            # and the bank matters: an empty one gives something else
+            for name in CompiledBank._fields:
+                getattr(net, f"bank_{name}").zero_()
+            assert (net(batch["image"]) - step(**batch)["pred"]).abs().max() > 1e-3
+
+
+def test_bottleneck_is_fused_over_the_zero_filled_concatenation_scaled_by_the_number_available() -> None:
+    """Section 2.1: F^5 is a 1x1 convolution over the features of S; K / |S| keeps its size over scenarios."""
+    step = tiny_step()
+    net, seen = step.net, {}
+    net.citim.register_forward_pre_hook(lambda _m, args: seen.update(feature=args[0].detach()))
+    run_branches = net.run_branches
+    net.run_branches = lambda *args: seen.setdefault("out", run_branches(*args))  # type: ignore[method-assign]
+    available = scenario_table()
+    with torch.no_grad():
+        step(**random_batch(available))
+    bottleneck = seen["out"].first[-1].double().numpy()
+    weight = net.fuse_bottleneck.weight.detach().double().flatten(1).numpy()
+    bias = net.fuse_bottleneck.bias.detach().double().numpy()
+    for b in range(14):
+        parts = [bottleneck[b, i] * (4 / int(available[b].sum())) * float(available[b, i]) for i in range(4)]
+        expected = np.tensordot(weight, np.concatenate(parts), axes=(1, 0)) + bias[:, None, None]
+        np.testing.assert_allclose(seen["feature"][b].numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_decoders_get_predicted_features_of_missing_and_own_features_of_available_contrasts() -> None:
+    step = tiny_step()
+    given: list[list[torch.Tensor]] = []
+    for decoder in step.net.synthesis_decoders:
+        decoder.register_forward_pre_hook(lambda _m, args: given.append([f.detach() for f in args[0]]))
+    available = scenario_table()
+    output = step(**random_batch(available))
+    for i in range(4):
+        for j in range(5):
+            for b in range(14):
+                source = output["features"] if available[b, i] else output["predicted"]
+                assert torch.equal(given[i][j][b], source[j][b, i].detach()), (i, j, b)
+
+
+def test_the_closed_loop_is_differentiable() -> None:
+    """The gradient of the synthesized images alone reaches the segmentation decoder through the soft mask."""
+    step = tiny_step()
+    available = scenario_table()
+    output = step(**random_batch(available))
+    images = output["pred"][:, :4]
+    missing = torch.where(available[:, :, None, None], torch.zeros(()), images)
+    missing.square().sum().backward()
+    for name, parameter in step.net.segmentation_decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    for part in (step.net.fuse_bottleneck, step.net.join_citim, step.net.citim.phi, step.net.citim.head):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_second_pass_sees_the_soft_mask_and_the_first_sees_none() -> None:
+    step = tiny_step()
+    masks: list[torch.Tensor] = []
+    step.net.encoders[0].register_forward_pre_hook(lambda _m, args: masks.append(args[0][:, 1:].detach()))
+    output = step(**random_batch(scenario_table()))
+    assert len(masks) == 2
+    assert torch.equal(masks[0], torch.zeros_like(masks[0]))
+    torch.testing.assert_close(masks[1], torch.sigmoid(output["logits"]).detach())
+
+
+def test_entries_hold_what_design_says_of_both_passes() -> None:
+    """G = b W_l^T, W_l of the first pass (eq. 1, 2); key, mu and sigma of the second (eq. 8); y by priority (eq. 5)."""
+    step = tiny_step(size=(64, 64))
+    net, seen = step.net, {}
+    run_branches = net.run_branches
+    net.run_branches = lambda *args: seen.setdefault("out", run_branches(*args))  # type: ignore[method-assign]
+    batch = random_batch(scenario_table()[[0, 9]], (64, 64))
+    batch["has_mask"][1] = False
+    with torch.no_grad():
+        output = step(**batch)
+    entries: BankEntries = output["entries"]
+    first, second = ([f.double().numpy() for f in getattr(seen["out"], name)] for name in ("first", "second"))
+    maps = output["contrast_maps"].double().numpy()
+    for b in range(2):
+        for i in range(4):
+            feature = first[-1][b, i].reshape(TINY_CHANNELS[-1], -1)
+            np.testing.assert_allclose(entries.prototype[b, i].numpy(), feature @ maps[b, i].T, rtol=0, atol=1e-4)
+            with torch.no_grad():
+                head = net.citim.head(torch.from_numpy(first[-1][b : b + 1, i]).float())
+            torch.testing.assert_close(entries.class_map[b, i], head[0], rtol=0, atol=1e-5)
+            mean = np.concatenate([f[b, i].mean(axis=(1, 2)) for f in second])
+            std = np.concatenate([np.sqrt(f[b, i].var(axis=(1, 2)) + 1e-5) for f in second])
+            np.testing.assert_allclose(entries.mean[b, i].numpy(), mean, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(entries.std[b, i].numpy(), std, rtol=0, atol=1e-4)
+            pooled = second[-1][b, i].reshape(TINY_CHANNELS[-1], 2, 2, 2, 2).mean(axis=(2, 4))  # 4 x 4 cells to 2 x 2
+            np.testing.assert_allclose(entries.key[b, i].numpy(), pooled.reshape(-1), rtol=0, atol=1e-4)
+    assert torch.equal(entries.label, cell_labels(batch["label"], 16))
+    for name in ("has_mask", "patient", "slice_id"):
+        assert torch.equal(getattr(entries, name), batch[name])
+
+
+def test_retrieval_in_the_network_takes_the_nearest_key_of_another_patient() -> None:
+    step = tiny_step(filled=0)
+    past = random_batch(scenario_table()[:6], seed=5, first_patient=998)
+    with torch.no_grad():
+        step.bank.enqueue(step(**past)["entries"])
+        given = []
+        step.net.ccp[0].register_forward_pre_hook(lambda _m, args: given.append(args))
+        available = scenario_table()
+        output = step(**random_batch(available))
+    _, target, source, active, found, mean, _ = given[0]
+    keys, chosen = output["entries"].key.double(), set()
+    for b in range(14):
+        for p in range(4):
+            if not active[b, p]:
+                continue
+            t, s = int(target[b, p]), int(source[b, p])
+            others = [entry for entry in range(6) if 998 + entry != 1000 + b]
+            distances = {e: ((keys[b, s] - step.bank.key[e, s].double()) ** 2).sum().sqrt().item() for e in others}
+            nearest = min(distances, key=distances.__getitem__)
+            assert found[b, p]
+            assert torch.equal(mean[b, p], step.bank.mean[nearest, t, : TINY_CHANNELS[0]])
+            chosen.add(nearest)
+    assert len(chosen) > 1
+
+
+# --------------------------------------------------------------------------------------------------- mixed precision
+def test_bank_arithmetic_stays_in_float32_under_bfloat16_autocast() -> None:
+    """bfloat16 has 8 bits: G, Q, the attention of CITIM and the distances of retrieval would be noise."""
+    step = tiny_step()
+    net, seen = step.net, {}
+    net.citim.register_forward_hook(lambda _m, args, out: seen.update(args=args, context=out.detach()))
+    run_branches = net.run_branches
+    net.run_branches = lambda *args: seen.setdefault("out", run_branches(*args))  # type: ignore[method-assign]
+    net.ccp[0].register_forward_pre_hook(lambda _m, args: seen.update(pairs=args))
+    with torch.no_grad():
+        value, gram = net.citim.fold(step.bank.prototype[:-1], step.bank.present[:-1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = step(**random_batch(scenario_table()))
+        feature, class_map, used_value, used_gram, allowed = seen["args"]
+        assert feature.dtype == torch.bfloat16  # autocast was at work in the encoders
+        assert class_map.dtype == torch.float32
+        assert torch.equal(used_value, value) and torch.equal(used_gram, gram)
+        assert seen["context"].dtype == torch.float32
+        assert torch.equal(seen["context"], net.citim(feature.float(), class_map, value, gram, allowed))
+    maps, entries = output["contrast_maps"], output["entries"]
+    assert maps.dtype == torch.float32 and output["logits"].dtype == torch.float32
+    exact = seen["out"].first[-1].double().flatten(3) @ maps.double().transpose(2, 3)
+    torch.testing.assert_close(entries.prototype.double(), exact, rtol=1e-5, atol=1e-5)
+    for j, feature in enumerate(seen["out"].second):
+        start = sum(TINY_CHANNELS[:j])
+        mean = entries.mean[:, :, start : start + TINY_CHANNELS[j]].double()
+        torch.testing.assert_close(mean, feature.double().mean(dim=(3, 4)), rtol=1e-5, atol=1e-6)
+
+
+def test_retrieval_under_bfloat16_autocast_finds_the_same_entries() -> None:
+    """Keys far from the origin and near to each other, as those of real slices are."""
+    step = tiny_step(filled=0)
+    available = scenario_table()
+    batch = random_batch(available)
+    given: list[tuple] = []
+    step.net.ccp[0].register_forward_pre_hook(lambda _m, args: given.append(args))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        keys = step(**batch)["entries"].key
+        bank = random_entries(step.bank, range(6))
+        center = keys.mean(dim=0, keepdim=True)
+        step.bank.enqueue(bank._replace(key=center + 0.02 * center.abs().mean() * bank.key))
+        given.clear()
+        keys = step(**batch)["entries"].key.double()
+    _, target, source, active, _, mean, _ = given[0]
+    for b in range(14):
+        for p in range(4):
+            if active[b, p]:
+                t, s = int(target[b, p]), int(source[b, p])
+                distances = [(keys[b, s] - step.bank.key[e, s].double()).norm().item() for e in range(6)]
+                nearest = int(np.argmin(distances))
+                assert torch.equal(mean[b, p], step.bank.mean[nearest, t, : TINY_CHANNELS[0]])
+
+
+# ------------------------------------------------------------------------------------------------- export and state
+@pytest.mark.parametrize("aggregation", ["attention", "concat"])
+def test_scripted_network_equals_eager(aggregation: str) -> None:
+    step = tiny_step(aggregation=aggregation).eval()
+    net = step.net
+    image = random_batch(all_availabilities(), (32, 48))["image"]
+    scripted = torch.jit.script(net)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(image), net(image), rtol=0, atol=1e-6)  # empty bank
+        net.load_bank(net.compile_bank(step.bank.entries()))
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.script(net), buffer)
+        buffer.seek(0)
+        loaded = torch.jit.load(buffer)
+        for size in ((32, 48), (64, 32)):
+            image = random_batch(all_availabilities(), size, seed=8)["image"]
+            torch.testing.assert_close(loaded(image), net(image), rtol=0, atol=1e-6)
+
+
+def test_state_round_trip_restores_network_and_banks() -> None:
+    step, copy = tiny_step(seed=0), tiny_step(seed=1, filled=2)
+    step.net.load_bank(step.net.compile_bank(step.bank.entries()))
+    buffer = io.BytesIO()
+    torch.save(step.state_dict(), buffer)
+    buffer.seek(0)
+    batch = random_batch(scenario_table())
+    with torch.no_grad():
+        assert not torch.equal(copy(**batch)["pred"], step(**batch)["pred"])
+        copy.load_state_dict(torch.load(buffer, weights_only=True))
+        assert torch.equal(copy(**batch)["pred"], step(**batch)["pred"])
+        assert torch.equal(copy.net(batch["image"]), step.net(batch["image"]))
+
+
+# ---------------------------------------------------------------------------------------------------- input and labels
+def test_network_input_and_read_availability_are_inverse() -> None:
+    available = all_availabilities()
+    target = torch.rand((16, 4, 16, 32), generator=generator(0)) * 2 - 1
+    image = network_input(target.masked_fill(~available[:, :, None, None], float("nan")), available)
+    assert image.shape == (16, 8, 16, 32)
+    assert torch.equal(read_availability(image), available)
+    for b in range(16):
+        for i in range(4):
+            expected = target[b, i] if available[b, i] else torch.full((16, 32), -1.0)
+            assert torch.equal(image[b, i], expected)
+            assert torch.equal(image[b, 4 + i], torch.full((16, 32), float(available[b, i])))
+
+
+def test_availability_survives_zero_padding_and_interpolation() -> None:
+    available = all_availabilities()
+    image = network_input(torch.zeros(16, 4, 16, 16), available)
+    # an inferer pads with zeros: three quarters and then all but one voxel of the planes are lost
+    image[:, :, :12] = 0
+    image[:, :, :, :12] = 0
+    assert torch.equal(read_availability(image), available)
+    assert torch.equal(read_availability(torch.nn.functional.pad(image[:, :, -1:, -1:], (15, 0, 15, 0))), available)
+    volume = network_input(torch.zeros(16, 4, 2, 3, 4), available)
+    assert torch.equal(read_availability(volume), available)
+    assert torch.equal(read_availability(volume * 0.51), available)
+    assert not read_availability(volume * 0.49).any()
+
+
+@pytest.mark.parametrize("size,factor", [((12, 8), 4), ((4, 6, 8), 2)], ids=["2d", "3d"])
+def test_cell_labels_equal_loops_with_priority_et_net_ed_background(size: Sequence[int], factor: int) -> None:
+    """y of eq. 5 at the resolution of F^5: no class is lost that any voxel of the cell has, unless a rarer one wins."""
+    label = torch.zeros((6, 1, *size), dtype=torch.int64)
+    draw = torch.rand(label.shape, generator=generator(1))
+    for k, share in ((1, 0.05), (2, 0.03), (3, 0.04)):
+        label[(draw > 0.1 * k) & (draw < 0.1 * k + share)] = k
+    label[0] = 0
+    result = cell_labels(label, factor)
+    assert result.dtype == torch.uint8
+    grid = tuple(s // factor for s in size)
+    assert result.shape == (6, int(np.prod(grid)))
+    for b in range(6):
+        for place in np.ndindex(*grid):
+            cell = label[b, 0][tuple(slice(p * factor, (p + 1) * factor) for p in place)]
+            held = set(cell.flatten().tolist())
+            expected = next((k for k in (2, 3, 1) if k in held), 0)  # ET, NET, ED
+            assert int(result[b, int(np.ravel_multi_index(place, grid))]) == expected
+    assert result.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_citim_is_part_of_the_forward_path() -> None:
+    """A bank of other content changes the segmentation, not only the synthesis."""
+    step = tiny_step()
+    assert isinstance(step.net.citim, CITIM)
+    batch = random_batch(scenario_table())
+    with torch.no_grad():
+        before = step(**batch)["logits"]
+        step.bank.prototype.copy_(torch.randn(step.bank.prototype.shape, generator=generator(4)))
+        assert (step(**batch)["logits"] - before).abs().flatten(1).max(dim=1).values.min() > 1e-4

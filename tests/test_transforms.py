@@ -1,0 +1,375 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading, checking, scaling, cropping and the way back to the grid on file."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.inferers import SliceInferer
+from monai.transforms import Invertd
+
+from scripts.contrasts import CONTRAST_KEYS, StudyError
+from scripts.transforms import (
+    AddAvailabilityd,
+    BrainMaskd,
+    CropBraind,
+    LoadStudyd,
+    ScaleBraind,
+    ScaleSliced,
+    find_study_error,
+    study_transforms,
+)
+
+SHAPE = (24, 20, 6)
+LPS = np.array([[-1.0, 0, 0, 5], [0, -1, 0, 30], [0, 0, 2, -7], [0, 0, 0, 1]])
+
+
+def brain_volume(seed: int, shape=SHAPE, radius: float = 0.35) -> np.ndarray:
+    """Random positive intensities in an ellipsoid that is off the center, 0 around it."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-0.5, 0.5, n) for n in shape], indexing="ij"), -1)
+    inside = np.linalg.norm(grid - [0.08, -0.05, 0], axis=-1) < radius
+    return np.where(inside, rng.integers(1, 3000, shape), 0).astype(np.int16)
+
+
+def write(path, array, affine=LPS) -> str:
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return str(path)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Item with four contrasts and a mask with the BraTS values 1, 2, 4."""
+    item = {"study": "S1", "patient": "S1"}
+    for index, key in enumerate(CONTRAST_KEYS):
+        item[key] = write(tmp_path / f"S1_{key}.nii.gz", brain_volume(index))
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[10:16, 8:10], mask[12:14, 8], mask[12, 8] = 2, 4, 1
+    item["seg"] = write(tmp_path / "S1_seg.nii.gz", mask)
+    return item
+
+
+def test_load_stacks_in_contrast_order(study):
+    out = LoadStudyd()(study)
+    assert isinstance(out["image"], MetaTensor) and out["image"].dtype == torch.float32
+    for index, key in enumerate(CONTRAST_KEYS):
+        np.testing.assert_array_equal(out["image"][index], nib.load(study[key]).get_fdata())
+        assert out[key] == study[key]
+    assert out["has_contrast"].tolist() == [True] * 4 and bool(out["has_mask"])
+    np.testing.assert_array_equal(out["image"].affine, LPS)
+    raw = nib.load(study["seg"]).get_fdata()
+    expected = np.select([raw == 2, raw == 4, raw == 1], [1, 2, 3], 0)
+    assert out["label"].dtype == torch.uint8 and isinstance(out["label"], MetaTensor)
+    np.testing.assert_array_equal(out["label"][0], expected)
+
+
+def test_missing_contrasts_and_mask(study):
+    out = LoadStudyd()({"study": "S1", "t1": None, "t2": study["t2"]})
+    assert out["has_contrast"].tolist() == [False, False, False, True]
+    assert not out["image"][:3].any() and out["image"][3].any()
+    assert not out["has_mask"] and not out["label"].any() and out["label"].shape == (1, *SHAPE)
+
+
+def test_each_file_is_read_once(study, monkeypatch):
+    calls = []
+    load = nib.load
+    monkeypatch.setattr(nib, "load", lambda path, *a, **k: calls.append(str(path)) or load(path, *a, **k))
+    study_transforms(32)(study)
+    assert sorted(calls) == sorted(study[key] for key in (*CONTRAST_KEYS, "seg"))
+
+
+@pytest.mark.parametrize("values,raw,internal", [(None, 3, 2), ({"ED": 1}, 1, 1), ({"ET": 1, "background": [4]}, 4, 0)])
+def test_mask_coding(study, tmp_path, values, raw, internal):
+    study["seg"] = write(tmp_path / "m.nii.gz", np.where(brain_volume(0) > 0, raw, 0).astype(np.float32))
+    label = LoadStudyd(mask_values=values)(study)["label"]
+    np.testing.assert_array_equal(label[0], np.where(brain_volume(0) > 0, internal, 0))
+
+
+def test_binary_mask_is_pointed_out(study, tmp_path, caplog):
+    study["seg"] = write(tmp_path / "lesions.nii.gz", (brain_volume(0) > 0).astype(np.uint8))
+    with caplog.at_level(logging.WARNING):
+        assert LoadStudyd()(study)["label"].max() == 3
+    assert "lesions.nii.gz" in caplog.text and "mask_values" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{"WT": 1}, {"ED": 1, "ET": 1}, {"ED": 0}])
+def test_senseless_mask_values(values):
+    with pytest.raises(ValueError, match="mask_values"):
+        LoadStudyd(mask_values=values)
+
+
+def truncated(path):
+    write(path, np.random.default_rng(0).integers(1, 3000, (40, 40, 40)).astype(np.int16))
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+def with_value(value):
+    array = brain_volume(1).astype(np.float32)
+    array[12, 9, 3] = value
+    return array
+
+
+def shifted(mm):
+    affine = LPS.copy()
+    affine[0, 3] += mm
+    return affine
+
+
+def without_affine(path):
+    content = bytearray(nib.Nifti1Image(brain_volume(1), LPS).to_bytes())
+    content[296:312] = bytes(16)  # srow_y of the header
+    path.write_bytes(gzip.compress(content))
+
+
+def z_scored():
+    array = brain_volume(1).astype(np.float32)
+    inside = array > 0
+    return np.where(inside, (array - array[inside].mean()) / array[inside].std(), 0).astype(np.float32)
+
+
+# which file is replaced, how, and what the sentence must say beside the file's name
+BAD_FILES = {
+    "absent": ("t1", lambda p: None, "does not exist"),
+    "truncated": ("t1", truncated, "cannot be read"),
+    "not a NIfTI file": ("t1", lambda p: p.write_bytes(gzip.compress(b"hello")), "cannot be read"),
+    "shape": ("t1", lambda p: write(p, brain_volume(1, (24, 20, 7))), r"24 x 20 x 7 but .*S1_flair.* has 24 x 20 x 6"),
+    "affine": ("t1", lambda p: write(p, brain_volume(1), shifted(0.5)), r"S1_flair.*affines \(corners up to 0.5 mm"),
+    "singular affine": ("t1", without_affine, "no valid affine"),
+    "NaN": ("t1", lambda p: write(p, with_value(np.nan)), "NaN or infinite"),
+    "infinite": ("t1", lambda p: write(p, with_value(np.inf)), "NaN or infinite"),
+    "4-D": ("t1", lambda p: write(p, np.stack([brain_volume(1)] * 2, -1)), "4-D with shape 24 x 20 x 6 x 2"),
+    "2-D": ("t1", lambda p: write(p, brain_volume(1)[..., 3]), "2-D"),
+    "negative": ("t1", lambda p: write(p, z_scored()), "negative values .* before intensity normalization"),
+    "empty": ("t1", lambda p: write(p, np.zeros(SHAPE, np.int16)), "0 everywhere"),
+    "unknown label": ("seg", lambda p: write(p, np.full(SHAPE, 7, np.uint8)), "unknown label value 7"),
+    "NaN in the mask": ("seg", lambda p: write(p, with_value(np.nan) * 0), "unknown label value nan"),
+    "two codes for ET": ("seg", lambda p: write(p, (brain_volume(1) % 5).astype(np.uint8)), "values 3 and 4"),
+    "mask shape": ("seg", lambda p: write(p, np.zeros((24, 20, 7), np.uint8)), "24 x 20 x 7"),
+    "mask affine": ("seg", lambda p: write(p, np.zeros(SHAPE, np.uint8), shifted(2)), "affines"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(study, tmp_path, kind):
+    key, make, words = BAD_FILES[kind]
+    path = tmp_path / f"bad_{key}.nii.gz"
+    make(path)
+    study[key] = str(path)
+    for transform in (LoadStudyd(), study_transforms(32)):
+        with pytest.raises(StudyError, match=words) as caught:
+            transform(study)
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message and message.endswith(".") and ". " not in message
+    assert find_study_error(RuntimeError("other")) is None
+
+
+def test_no_contrast(study):
+    with pytest.raises(StudyError, match="Study S1 has no contrast: give at least one of flair, t1"):
+        LoadStudyd()({"study": "S1", "seg": study["seg"]})
+
+
+def test_what_is_accepted(study, tmp_path):
+    # an axis of one volume, rounding in the header, interpolation overshoot
+    study["t1"] = write(tmp_path / "axis.nii.gz", brain_volume(1)[..., None])
+    study["t2"] = write(tmp_path / "overshoot.nii.gz", with_value(-40.0), shifted(1e-3))
+    out = study_transforms(32)(study)
+    assert out["image"].shape == (4, 32, 32, 6) and float(out["image"].min()) == -1
+
+
+def test_scale_brain_against_a_loop(study):
+    out = ScaleBraind()(LoadStudyd()({**study, "t1ce": None}))
+    for channel, key in enumerate(CONTRAST_KEYS):
+        if key == "t1ce":
+            assert (out["image"][channel] == -1).all() and out["intensity_scale"][channel] == 0
+            continue
+        raw = nib.load(study[key]).get_fdata()
+        values = sorted(v for v in raw.ravel() if v > 0)
+        position = 0.995 * (len(values) - 1)
+        low = math.floor(position)
+        top = values[low] + (position - low) * (values[min(low + 1, len(values) - 1)] - values[low])
+        expected = np.array([min(v / top, 1.0) * 2 - 1 if v > 0 else -1.0 for v in raw.ravel()]).reshape(SHAPE)
+        np.testing.assert_allclose(out["image"][channel], expected, atol=1e-6)
+        assert float(out["intensity_scale"][channel]) == pytest.approx(top)
+
+
+def test_scale_slice_against_a_loop(study):
+    study["t2"] = None
+    out = ScaleSliced()(LoadStudyd()(study))["image"]
+    for channel, key in enumerate(CONTRAST_KEYS):
+        raw = np.zeros(SHAPE) if study[key] is None else nib.load(study[key]).get_fdata()
+        for z in range(SHAPE[2]):
+            low, high = raw[..., z].min(), raw[..., z].max()
+            expected = (raw[..., z] - low) / (high - low) * 2 - 1 if high > low else np.full(SHAPE[:2], -1.0)
+            np.testing.assert_allclose(out[channel, ..., z], expected, atol=1e-6)
+
+
+def test_scaling_leaves_its_input_alone(study):
+    loaded = LoadStudyd()(study)
+    before = loaded["image"].clone()
+    ScaleBraind()(loaded), ScaleSliced()(loaded), BrainMaskd()(loaded)
+    assert torch.equal(loaded["image"], before)
+
+
+@pytest.mark.parametrize("scaling", ["brain", "paper"])
+def test_whole_preprocessing(study, scaling):
+    out = study_transforms(32, scaling=scaling)(study)
+    assert out["image"].shape == (4, 32, 32, 6) and out["image"].dtype == torch.float32
+    assert out["label"].shape == out["brain"].shape == (1, 32, 32, 6)
+    assert out["label"].dtype == out["brain"].dtype == torch.uint8
+    assert float(out["image"].min()) == -1 and float(out["image"].max()) == 1
+    # padding is background in every output, and nothing of brain or tumor is lost
+    assert (out["image"][:, 0] == -1).all() and not out["label"][:, 0].any()
+    assert int(out["brain"].sum()) == np.count_nonzero(brain_volume(0))
+    assert int((out["label"] > 0).sum()) == np.count_nonzero(nib.load(study["seg"]).get_fdata())
+    for axis in (1, 2):
+        where = torch.nonzero(out["brain"].amax(dim=[d for d in range(4) if d != axis])).flatten()
+        assert abs(int(where[0]) - (31 - int(where[-1]))) <= 1
+    # turned to RAS: x and y run against the file
+    world = out["image"].affine @ torch.tensor([16.0, 16, 3, 1], dtype=torch.float64)
+    voxel = np.rint(np.linalg.inv(LPS) @ world.numpy()).astype(int)[:3]
+    np.testing.assert_array_equal(out["image"].affine[:3, :3], np.diag([1, 1, 2]))
+    raw = nib.load(study["t1"]).get_fdata()[tuple(voxel)]
+    if scaling == "brain":
+        value = (float(out["image"][1, 16, 16, 3]) + 1) / 2 * float(out["intensity_scale"][1])
+        assert value == pytest.approx(min(raw, float(out["intensity_scale"][1])), rel=1e-5)
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="scaling"):
+        study_transforms(scaling="z")
+    with pytest.raises(ValueError, match="multiple of 16"):
+        study_transforms(image_size=100)
+
+
+@pytest.mark.parametrize("size,expected", [(16, (16, 16)), ((32, 16), (32, 16))])
+def test_a_wide_brain_is_never_cut(size, expected):
+    brain = torch.zeros(1, 50, 30, 4)
+    brain[:, 3:43, 10:24] = 1
+    out = CropBraind(("image", "brain"), size=size, pad_value=(-1, 0))({"image": brain * 2 - 1, "brain": brain})
+    assert out["brain"].shape == (1, 48, expected[1], 4)
+    assert out["brain"].sum() == brain.sum() and torch.equal(out["image"] + 1, out["brain"] * 2)
+
+
+def invert(transform, out, pred):
+    # as in inference, where the prediction of a MetaTensor is one; Invertd skips a plain tensor with a warning
+    item = {**out, "pred": MetaTensor(pred)}
+    return Invertd("pred", transform, orig_keys="image", nearest_interp=False)(item)["pred"]
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_inverse_is_exact_without_resampling(study, size):
+    transform = study_transforms(size)
+    out = transform(study)
+    pred = torch.cat([(out["image"].as_tensor() + 1) / 2, out["label"].as_tensor().float(), out["brain"].as_tensor()])
+    back = invert(transform, out, pred)
+    assert back.shape == (6, *SHAPE)
+    np.testing.assert_array_equal(back.affine, LPS)
+    for channel, key in enumerate(CONTRAST_KEYS):
+        raw = nib.load(study[key]).get_fdata()
+        scale = float(out["intensity_scale"][channel])
+        np.testing.assert_allclose(back[channel], np.clip(raw / scale, 0, 1), atol=1e-6)
+    np.testing.assert_array_equal(back[4], LoadStudyd()(study)["label"][0])
+    np.testing.assert_array_equal(back[5], brain_volume(0) > 0)
+
+
+def test_resampling_is_in_the_plane_only_and_goes_back(tmp_path):
+    affine = np.diag([0.5, 0.5, 3.0, 1.0])
+    shape = (40, 36, 5)
+    smooth = np.where(brain_volume(0, shape) > 0, 1000 + 10 * np.arange(40)[:, None, None], 0).astype(np.float32)
+    path = write(tmp_path / "fine.nii.gz", smooth, affine)
+    mask = write(tmp_path / "mask.nii.gz", (smooth > 1200).astype(np.uint8) * 2, affine)
+    transform = study_transforms(32)
+    out = transform({"study": "S", "t1": path, "seg": mask})
+    assert out["image"].shape == (4, 32, 32, 5)
+    np.testing.assert_allclose(out["image"].affine.diagonal()[:3], [1, 1, 3])
+    assert set(torch.unique(out["label"]).tolist()) == {0, 1} and out["label"].dtype == torch.uint8
+    back = invert(transform, out, (out["image"] + 1) / 2)
+    assert back.shape == (4, *shape)
+    np.testing.assert_allclose(back.affine, affine, atol=1e-6)
+    inside = brain_volume(0, shape, 0.25) > 0
+    restored = back[1].numpy() * float(out["intensity_scale"][1])
+    np.testing.assert_allclose(restored[inside], smooth[inside], rtol=0.02)
+    kept = study_transforms(48, spacing=None)({"study": "S", "t1": path})
+    np.testing.assert_allclose(kept["image"].affine.diagonal()[:3], [0.5, 0.5, 3])
+
+
+def test_spacing_within_one_percent_is_not_resampled(tmp_path):
+    path = write(tmp_path / "x.nii.gz", brain_volume(0), np.diag([0.995, 1.005, 1, 1]))
+    out = study_transforms(32)({"study": "S", "t1": path})
+    assert int(out["brain"].sum()) == np.count_nonzero(brain_volume(0))
+    np.testing.assert_allclose(out["image"].affine.diagonal()[:2], [0.995, 1.005], atol=1e-6)
+
+
+def test_availability_planes_and_slice_inference(study):
+    transform = study_transforms(32)
+    out = transform(study)
+    out["has_contrast"] = torch.tensor([True, False, True, False])
+    shown = AddAvailabilityd()(out)
+    image = shown["image"]
+    assert image.shape == (8, 32, 32, 6)
+    assert torch.equal(image[[0, 2]], out["image"][[0, 2]]) and (image[[1, 3]] == -1).all()
+    assert [plane.unique().tolist() for plane in image[4:]] == [[1], [0], [1], [0]]
+    inferer = SliceInferer(roi_size=(32, 32), spatial_dim=2, sw_batch_size=4)
+    pred = inferer(image[None], lambda x: (x[:, :4] + 1) / 2)[0]
+    assert invert(transform, shown, pred).shape == (4, *SHAPE)
+
+
+def test_declarative_use(study):
+    config = {
+        "preprocessing": {
+            "_target_": "StudyCompose",
+            "transforms": [
+                {"_target_": "LoadStudyd"},
+                {"_target_": "Orientationd", "keys": ["image", "label"], "axcodes": "RAS", "labels": None},
+                {"_target_": "BrainMaskd"},
+                {"_target_": "ScaleBraind"},
+                {"_target_": "CropBraind", "keys": ["image", "label", "brain"], "size": 32, "pad_value": [-1, 0, 0]},
+            ],
+        }
+    }
+    own = ("StudyCompose", "LoadStudyd", "BrainMaskd", "ScaleBraind", "CropBraind")
+    for node in (config["preprocessing"], *config["preprocessing"]["transforms"]):
+        if node["_target_"] in own:
+            node["_target_"] = f"scripts.transforms.{node['_target_']}"
+    out = ConfigParser(config).get_parsed_content("preprocessing")(study)
+    assert torch.equal(out["image"], study_transforms(32)(study)["image"])
+
+
+DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the studies for development are not here")
+def test_real_studies():
+    folder = DATA / "brats" / "BraTS2021_00031"
+    item = {"study": "S", **{k: str(folder / f"{folder.name}_{k}.nii.gz") for k in (*CONTRAST_KEYS, "seg")}}
+    transform = study_transforms()
+    out = transform(item)
+    assert out["image"].shape == (4, 192, 192, 155)
+    raw = nib.load(item["flair"])
+    back = invert(transform, out, (out["image"][:1] + 1) / 2)
+    expected = np.clip(raw.get_fdata() / float(out["intensity_scale"][0]), 0, 1)
+    np.testing.assert_allclose(back[0], expected, atol=1e-6)
+    np.testing.assert_array_equal(back.affine, raw.affine)
+
+    folder = DATA / "ms" / "patient07"
+    item = {"study": "MS", "t1ce": str(folder / "T1POST.nii.gz"), "seg": str(folder / "GOLD_STANDARD.nii.gz")}
+    out = study_transforms(mask_values={"ED": 1})(item)
+    assert out["image"].shape == (4, 192, 192, 182) and out["has_contrast"].tolist() == [False, False, True, False]
+    assert int(out["label"].sum()) == np.count_nonzero(nib.load(item["seg"]).dataobj)
