@@ -12,14 +12,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
 from scripts.memory_bank import BankEntries, MemoryBank
 from scripts.network import SSCFNet, SSCFTrainingStep, network_input
+from scripts.phantom import write_phantom_cohort
+
+BUNDLE_ROOT = Path(__file__).resolve().parents[1] / "sscf_bundle"
 
 TINY_CHANNELS = (4, 8, 8, 8, 16)
 
@@ -118,3 +126,100 @@ def tiny_step(seed: int = 0, size: Sequence[int] = (32, 32), filled: int = 4, **
         past = random_batch(scenario_table()[:filled], size, seed=seed + 77, first_patient=10)
         step.bank.enqueue(step(**past)["entries"])
     return step
+
+
+# ------------------------------------------------------------------------------------------------- runs of the bundle
+#: A run of the training config that takes a second or two.
+TINY_RUN: dict[str, object] = {
+    "spacing": 4.0,
+    "image_size": 64,
+    "channels": [4, 8, 8, 8, 8],
+    "discriminator_channels": 4,
+    "bank_size": 8,
+    "split_fractions": [0.6, 0.2, 0.2],
+    "batch_size": 2,
+    "epoch_samples": 8,
+    "max_epochs": 4,
+    "decay_start": 2,
+    "val_interval": 2,
+    "val_scenarios": ["FLAIR+T2"],
+    "val_slice_count": 2,
+    "num_workers": 0,
+    "prepare_workers": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def phantom_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five complete phantom studies of 4 mm voxels, made once for all test files that import this fixture."""
+    directory = tmp_path_factory.getbasetemp() / "phantom_cohort"
+    write_phantom_cohort(directory, 5, seed=0, shape=(60, 60, 40), num_workers=2)
+    return directory
+
+
+def tiny_run(cohort: Path, output_dir: Path, **changes: object) -> dict[str, object]:
+    """Overrides of ``train.json`` for a tiny run that writes below ``output_dir`` alone."""
+    paths = {
+        "dataset_dir": str(cohort),
+        "output_dir": str(output_dir),
+        "ckpt_path": str(output_dir / "model.pt"),
+        "last_ckpt_path": str(output_dir / "model_last.pt"),
+    }
+    return {**TINY_RUN, **paths, **changes}
+
+
+def config_files(*names: str, root: Path = BUNDLE_ROOT) -> list[str]:
+    """Paths of configs of the bundle by their names without the suffix."""
+    return [str(root / "configs" / f"{name}.json") for name in names]
+
+
+def bundle_command(run_id: str, configs: Sequence[str], overrides: Mapping[str, object]) -> list[str]:
+    """Arguments of ``python -m monai.bundle`` for a run."""
+    options = [f"--{name}={value}" for name, value in overrides.items()]
+    return ["run", run_id, f"--config_file={list(configs)}", *options]
+
+
+def run_python(arguments: Sequence[str], log: Path, cwd: Path = BUNDLE_ROOT, timeout: float = 300.0) -> tuple[int, str]:
+    """Runs Python in a process of its own, on one thread; returns its exit status and all that it printed.
+
+    What it prints goes to a file: through a pipe, the data loader workers of a killed process would be waited for.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": ""}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, env=environment, stdout=file, stderr=file, timeout=timeout
+        )
+    return done.returncode, log.read_text()
+
+
+def run_bundle(
+    run_id: str, configs: Sequence[str], overrides: Mapping[str, object], log: Path, cwd: Path = BUNDLE_ROOT
+) -> tuple[int, str]:
+    """``python -m monai.bundle run`` as a user types it; see ``run_python``."""
+    return run_python(["-m", "monai.bundle", *bundle_command(run_id, configs, overrides)], log, cwd)
+
+
+def train_in_process(configs: Sequence[str], overrides: Mapping[str, object]) -> ConfigWorkflow:
+    """The same run within this process."""
+    workflow = ConfigWorkflow(config_file=list(configs), workflow_type="train", logging_file=False, **overrides)
+    workflow.initialize()
+    workflow.run()
+    return workflow
+
+
+def assert_same(ours: object, theirs: object, where: str = "state") -> None:
+    """Holds two nested states equal: every tensor bit by bit, everything else by ``==``."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    else:
+        assert ours == theirs, where

@@ -20,7 +20,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, MetaTensor, no_collation
+from monai.data import DataLoader, ITKWriter, MetaTensor
+from monai.data.utils import no_collation
 from torch import nn
 
 from scripts import inferer as module
@@ -54,6 +55,15 @@ GRIDS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On slices as small as these, threads that wait for each other take ten times longer than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def affine_of(rows) -> np.ndarray:
     return np.vstack([np.asarray(rows, float), [0, 0, 0, 1]])
 
@@ -62,7 +72,7 @@ LPS = affine_of(GRIDS["LPS"])
 
 
 def brain_volume(seed: int, shape=SHAPE) -> np.ndarray:
-    """Random intensities in an ellipsoid that lies off the center and moves with the seed; first and last slice empty."""
+    """Random intensities in an ellipsoid that moves with the seed, 0 around it."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-0.5, 0.5, n) for n in shape], indexing="ij"), -1)
     inside = np.linalg.norm((grid - [0.08, -0.05 + 0.02 * seed, 0]) / [1, 1, 1.1], axis=-1) < 0.35
@@ -266,10 +276,14 @@ def test_codes_and_units_are_kept_but_nothing_that_names_a_patient(tmp_path):
 
 
 def test_other_formats_give_nifti_with_the_same_affine(tmp_path):
-    nib.save(nib.MGHImage(brain_volume(0).astype(np.float32), LPS), tmp_path / "a.mgz")
-    item = inference_transforms(48, reader="NibabelReader")
-    written = fill_with(CopyNet(), {"t1": tmp_path / "a.mgz"}, tmp_path / "out", preprocessing=item)
+    writer = ITKWriter(output_dtype=np.float32)
+    writer.set_data_array(brain_volume(0), channel_dim=None)
+    writer.set_metadata({"affine": LPS}, resample=False)
+    writer.write(tmp_path / "a.mha")
+    written = fill_with(CopyNet(1), {"t1": tmp_path / "a.mha"}, tmp_path / "out")
     np.testing.assert_allclose(nib.load(written["t2"]).affine, LPS)
+    nib.save(nib.Nifti1Image(brain_volume(0), LPS), tmp_path / "same.nii.gz")
+    np.testing.assert_allclose(load(written["t2"]), scaled(tmp_path / "same.nii.gz"), atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- scenarios and record
@@ -439,7 +453,7 @@ BAD = {
     "truncated": (truncated, "cannot be read"),
     "other shape": (other_shape, "40 x 34 x 6"),
     "other place": (other_place, "different affines"),
-    "NaN": (with_values(lambda v: np.where(v > 2990, np.nan, v)), "NaN or infinite"),
+    "NaN": (with_values(lambda v: np.where(v > 2900, np.nan, v)), "NaN or infinite"),
     "z-scored": (with_values(lambda v: np.where(v > 0, v - 1500, 0)), "negative values"),
     "empty": (with_values(np.zeros_like), "0 everywhere"),
     "4-D": (with_values(lambda v: np.stack([v, v], -1)), "4-D"),
@@ -475,10 +489,10 @@ def test_a_mask_on_file_is_not_needed(tmp_path):
 def test_unexpected_errors_are_collected_with_traceback(tmp_path, caplog):
     class Moody(CopyNet):
         def forward(self, image):
-            if self.slices == 0:
-                self.slices += 1
+            pred = super().forward(image)
+            if self.slices == len(image):
                 raise torch.OutOfMemoryError("out of memory\nTried to allocate much")
-            return super().forward(image) * (float("nan") if self.slices == 1 else 1)
+            return pred * float("nan") if self.slices == 2 * len(image) else pred
 
     for name in ("A1", "B2", "C3"):
         write_study(tmp_path / "in" / name, ["t1"], name)

@@ -116,7 +116,7 @@ class SSCFNet(nn.Module):
         self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
         self.join_citim = conv(2 * c, c, kernel_size=1)
         self.segmentation_decoder = Decoder(spatial_dims, channels, NUM_TUMOR_CLASSES, norm, act)
-        # a class holds some percent of a slice: from probability 0.5 a few hundred steps would go to learning that alone
+        # a class holds some percent of a slice: starting at 0.5, hundreds of steps would go to learning that alone
         nn.init.constant_(self.segmentation_decoder.head.bias, math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY)))
         self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
         self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))

@@ -1,0 +1,212 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""An interrupted training goes on as if nothing had happened: real kills, the same bits at the end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (  # noqa: F401
+    assert_same,
+    bundle_command,
+    config_files,
+    one_thread,
+    phantom_cohort,
+    run_bundle,
+    run_python,
+    tiny_run,
+    train_in_process,
+)
+
+CONFIG = ["configs/train.json"]
+EPOCHS, BATCHES = 4, 4
+
+#: Starts ``monai.bundle`` and kills it from within, at the place that its first argument names.
+KILLER = """
+import io, os, runpy, signal, sys
+import torch
+from scripts.memory_bank import MemoryBank
+
+where, at = sys.argv.pop(1).split(":")
+calls = 0
+enqueue, save = MemoryBank.enqueue, torch.save
+
+def killed_before_the_bank_is_written(self, entries):
+    global calls
+    calls += 1
+    if where == "batch" and calls == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    enqueue(self, entries)
+
+def killed_while_writing(state, file, **options):
+    global calls
+    if where == "checkpoint" and "engine" in state:
+        calls += 1
+        if calls == int(at):
+            whole = io.BytesIO()
+            save(state, whole, **options)
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file, **options)
+
+if where == "batch":
+    MemoryBank.enqueue = killed_before_the_bank_is_written
+else:
+    torch.save = killed_while_writing
+runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+"""
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def names(*epochs: int) -> list[str]:
+    return [f"checkpoint_epoch={epoch}.pt" for epoch in epochs]
+
+
+def assert_same_result(output_dir: Path, unbroken: Path) -> None:
+    """Final checkpoint and both models hold the same bits, and the best model was chosen at the same epoch."""
+    for file in (f"checkpoints/checkpoint_epoch={EPOCHS}.pt", "model.pt", "model_last.pt"):
+        ours, theirs = (torch.load(folder / file, weights_only=True) for folder in (output_dir, unbroken))
+        assert_same(ours, theirs, file)
+    for file in ("validation.csv", "bank_slices.json", "split.json"):
+        assert (output_dir / file).read_text() == (unbroken / file).read_text(), file
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:  # noqa: F811
+    """Output folder of a run that nothing interrupted."""
+    output_dir = tmp_path_factory.mktemp("unbroken")
+    status, printed = run_bundle("training", CONFIG, tiny_run(phantom_cohort, output_dir), output_dir / "log.txt")
+    assert status == 0, printed
+    return output_dir
+
+
+@pytest.fixture
+def copy(tmp_path: Path, unbroken: Path) -> Path:
+    """A copy of the unbroken run's folder that a test may damage."""
+    return Path(shutil.copytree(unbroken, tmp_path / "run"))
+
+
+def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken: Path) -> None:
+    assert checkpoints(unbroken) == names(2, 3, 4)
+    state = torch.load(unbroken / "checkpoints" / names(4)[0], weights_only=True)
+    parts = {"step", "discriminators", "average", "best_model", "engine"}
+    parts |= {f"{who}{what}" for who in ("", "discriminator_") for what in ("optimizer", "lr_scheduler")}
+    assert set(state) == parts
+    assert state["engine"]["epoch"] == EPOCHS and state["average"]["steps"] == EPOCHS * BATCHES
+    assert int(state["step"]["bank.count"]) == 8 and state["best_model"]["epoch"] in (2, 4)
+    assert {int(item["step"]) for item in state["optimizer"]["state"].values()} == {EPOCHS * BATCHES}
+    earlier = torch.load(unbroken / "checkpoints" / names(3)[0], weights_only=True)
+    with pytest.raises(AssertionError, match="optimizer|step"):
+        assert_same(state, earlier)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_training_ends_with_the_same_bits(
+    num_workers: int,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+    unbroken: Path,
+) -> None:
+    """Killed in the middle of an epoch, then while a checkpoint is written, always started by the same command."""
+    output_dir = tmp_path / "run"
+    command = bundle_command("training", CONFIG, tiny_run(phantom_cohort, output_dir, num_workers=num_workers))
+
+    status, printed = run_python(["-c", KILLER, f"batch:{BATCHES + 3}", *command], tmp_path / "log.txt")
+    assert status == -signal.SIGKILL, printed
+    assert checkpoints(output_dir) == names(1)
+
+    status, printed = run_python(["-c", KILLER, "checkpoint:2", *command], tmp_path / "log.txt")
+    assert status == -signal.SIGKILL, printed
+    assert "going on after epoch 1" in printed
+    *complete, half = checkpoints(output_dir)
+    assert complete == names(1, 2) and half.startswith("tmp")
+    assert (output_dir / "checkpoints" / half).stat().st_size > 10000
+
+    status, printed = run_python(["-m", "monai.bundle", *command], tmp_path / "log.txt")
+    assert status == 0, printed
+    assert "going on after epoch 2" in printed
+    assert checkpoints(output_dir) == names(2, 3, 4)
+    assert_same_result(output_dir, unbroken)
+
+
+def test_complete_run_started_again_ends_at_once_and_changes_nothing(
+    copy: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+    unbroken: Path,
+) -> None:
+    newest = copy / "checkpoints" / names(EPOCHS)[0]
+    written = newest.stat().st_mtime_ns
+    # validation of the first weights would take the place of the best model, if it ran before they are restored
+    overrides = tiny_run(phantom_cohort, copy, val_at_start=True)
+    status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
+    assert status == 0, printed
+    assert f"going on after epoch {EPOCHS}" in printed and "Epoch[" not in printed
+    assert newest.stat().st_mtime_ns == written
+    assert_same_result(copy, unbroken)
+
+
+@pytest.mark.parametrize("remaining", [0, 1000, -1])
+def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
+    remaining: int,
+    copy: Path,
+    phantom_cohort: Path,  # noqa: F811
+    unbroken: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    newest = copy / "checkpoints" / names(EPOCHS)[0]
+    newest.write_bytes(newest.read_bytes()[:remaining])
+    for model in ("model.pt", "model_last.pt"):
+        (copy / model).unlink()
+    with caplog.at_level(logging.INFO, logger="scripts.checkpoint"):
+        train_in_process(config_files("train"), tiny_run(phantom_cohort, copy))
+    warnings = [r.getMessage() for r in caplog.records if r.name == "scripts.checkpoint" and r.levelname == "WARNING"]
+    assert len(warnings) == 1 and str(newest) in warnings[0]
+    assert f"going on after epoch {EPOCHS - 1}" in caplog.text
+    if not (copy / "model.pt").is_file():
+        # the best epoch came before the interruption, and its file was taken away above
+        shutil.copy(unbroken / "model.pt", copy)
+    assert_same_result(copy, unbroken)
+
+
+@pytest.mark.parametrize("spelling", ["False", "false"])
+def test_resume_false_starts_anew(
+    spelling: str,
+    copy: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+) -> None:
+    overrides = tiny_run(phantom_cohort, copy, resume=spelling, max_epochs=1, keep_checkpoints=2)
+    status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
+    assert status == 0, printed
+    assert "going on after" not in printed
+    assert checkpoints(copy) == names(1)
+
+
+def test_other_network_than_in_the_checkpoint_is_told_in_one_sentence(
+    copy: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+) -> None:
+    overrides = tiny_run(phantom_cohort, copy, channels=[4, 8, 8, 8, 16])
+    status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
+    assert status == 1
+    assert "Traceback" not in printed
+    assert "does not fit the configured run" in printed.strip().splitlines()[-1]
+    assert checkpoints(copy) == names(2, 3, 4)
