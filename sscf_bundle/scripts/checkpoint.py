@@ -22,19 +22,14 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from torch import nn
 
 from .bank_builder import BankFreezer
+from .weights import atomic_saver, remove_leftovers, save_weights
 
 logger = logging.getLogger(__name__)
 
 _PATTERN = re.compile(r"checkpoint_epoch=(\d+)\.pt")
-
-
-def _saver(directory: Path) -> DiskSaver:
-    """Writes to a temporary file and renames it."""
-    return DiskSaver(directory, atomic=True, create_dir=True, require_empty=False)
 
 
 class TrainingCheckpoint:
@@ -61,7 +56,8 @@ class TrainingCheckpoint:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, so that one complete checkpoint always stays, got {keep}.")
         self.directory, self.objects, self.keep, self.interval = Path(directory), dict(objects), keep, interval
-        self.resume = resume
+        # "--resume false" of a command line arrives as text, which is not False
+        self.resume = resume.lower() != "false" if isinstance(resume, str) else resume
 
     def attach(self, engine: Engine) -> None:
         """Loads at ``STARTED``, saves at ``EPOCH_COMPLETED``. Attach it after schedulers and validation."""
@@ -77,7 +73,7 @@ class TrainingCheckpoint:
         """Writes the state after ``engine.state.epoch`` epochs."""
         state = {name: item.state_dict() for name, item in self.objects.items()}
         state["engine"] = {"epoch": engine.state.epoch, "max_epochs": engine.state.max_epochs}
-        saver = _saver(self.directory)
+        saver = atomic_saver(self.directory)
         saver(state, f"checkpoint_epoch={engine.state.epoch}.pt")
         for old in self.files()[: -self.keep]:
             saver.remove(old.name)
@@ -88,9 +84,7 @@ class TrainingCheckpoint:
         Raises:
             SystemExit: if a checkpoint does not fit the configured networks.
         """
-        if idist.get_rank() == 0 and self.directory.is_dir():
-            for path in self.directory.glob("tmp*"):
-                path.unlink(missing_ok=True)  # what a killed process was writing
+        remove_leftovers(self.directory)
         if not self.resume:
             if idist.get_rank() == 0:
                 for path in self.files():
@@ -124,21 +118,25 @@ class BestModel:
         path: of the state_dict, normally ``models/model.pt``.
         network: the evaluated network.
         metric: name in the evaluator's ``state.metrics``, larger is better.
+        settings: written beside the weights, see ``save_weights``.
     """
 
-    def __init__(self, path: str | Path, network: nn.Module, metric: str) -> None:
-        self.path, self.network, self.metric = Path(path), network, metric
+    def __init__(
+        self, path: str | Path, network: nn.Module, metric: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.network, self.metric, self.settings = Path(path), network, metric, settings
         self.best, self.epoch = float("-inf"), 0
 
     def attach(self, engine: Engine) -> None:
         """Compares and saves when the evaluator has completed a run."""
+        remove_leftovers(self.path.parent)
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         score = float(engine.state.metrics[self.metric])
         if score > self.best:
             self.best, self.epoch = score, engine.state.epoch
-            save_model(self.path, self.network)
+            save_weights(self.path, self.network, self.settings)
             engine.logger.info(f"best {self.metric} so far: {score:.4f} at epoch {self.epoch}, saved {self.path}")
 
     def state_dict(self) -> dict[str, float]:
@@ -158,12 +156,19 @@ class LastModel:
         network: the averaged network.
         freezer: freezes its bank.
         best: handler of the best model; where no validation ever ran, the last model is saved in its place too.
+        settings: written beside the weights, see ``save_weights``.
     """
 
     def __init__(
-        self, path: str | Path, network: nn.Module, freezer: BankFreezer, best: BestModel | None = None
+        self,
+        path: str | Path,
+        network: nn.Module,
+        freezer: BankFreezer,
+        best: BestModel | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.network, self.freezer, self.best = Path(path), network, freezer, best
+        self.settings = settings
 
     def attach(self, engine: Engine) -> None:
         """Saves at ``COMPLETED``."""
@@ -171,42 +176,6 @@ class LastModel:
 
     def __call__(self, engine: Engine) -> None:
         self.freezer(engine)
-        save_model(self.path, self.network)
+        save_weights(self.path, self.network, self.settings)
         if self.best is not None and self.best.epoch == 0 and self.best.best == float("-inf"):
-            save_model(self.best.path, self.network)
-
-
-def save_model(path: Path, network: nn.Module) -> None:
-    """Writes a network's state_dict atomically, tensors only."""
-    _saver(path.parent)(network.state_dict(), path.name)
-
-
-def load_weights(path: str | Path, network: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Loads the state_dict of a network.
-
-    Args:
-        path: file written by training.
-        network: gets the weights.
-        device: where to load them.
-
-    Raises:
-        SystemExit: with one sentence, if the file is missing, unreadable or of another network.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(f"there are no weights at {path}: train first, or name a file with --ckpt_path.")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        network.load_state_dict(state)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(
-            f"{path} does not hold weights of the configured network ({reason}): give --channels, --bank_size and "
-            "--key_size as in its training."
-        ) from error
-
-
-def with_weights(network: nn.Module, path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The network after ``load_weights``, for configs."""
-    load_weights(path, network, device)
-    return network
+            save_weights(self.best.path, self.network, self.settings)

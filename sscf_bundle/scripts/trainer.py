@@ -188,6 +188,8 @@ class SSCFTrainer(Trainer):
         self._batches = 0
         # before the handlers of the user, so that they find the means of the epoch
         self.add_event_handler(Events.EPOCH_COMPLETED, SSCFTrainer._close_epoch)
+        # and before StatsHandler's, which would print a traceback where a run ends with one sentence
+        self.add_event_handler(Events.EXCEPTION_RAISED, SSCFTrainer._raise)
         if train_handlers is not None:
             self._register_handlers(train_handlers)
 
@@ -260,6 +262,9 @@ class SSCFTrainer(Trainer):
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return losses
 
+    def _raise(self, error: BaseException) -> None:
+        raise error
+
     def _close_epoch(self) -> None:
         """Means of the losses over the epoch and the state of the bank, to ``state.metrics``."""
         for name, total in self._totals.items():
@@ -269,7 +274,7 @@ class SSCFTrainer(Trainer):
         self._totals, self._batches = {}, 0
         broken = [name for name, value in self.state.metrics.items() if value != value or abs(value) == float("inf")]
         if broken:
-            raise RuntimeError(
+            raise SystemExit(
                 f"{', '.join(broken)} became non-finite in epoch {self.state.epoch}: lower the learning rate or switch "
                 "mixed precision off, then start again; the run goes on from the last checkpoint."
             )
