@@ -29,6 +29,7 @@ from test_inferer import TINY, load, write_study
 
 from scripts.contrasts import CONTRASTS, TUMOR_CLASSES
 from scripts.network import SSCFNet
+from scripts.weights import DEFAULT_SETTINGS, save_weights
 
 CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
 META = BUNDLE_ROOT / "configs" / "metadata.json"
@@ -109,12 +110,19 @@ def test_mistakes_end_with_one_sentence(tmp_path, weights, wrong):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_settings_are_those_of_the_training():
-    inference = json.loads(CONFIG.read_text())
+def test_settings_are_those_beside_the_weights_and_else_those_of_training(tmp_path):
     training = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
-    shared = ("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation", "network_def")
-    for name in (*shared, "image_size", "scaling", "spacing"):
-        assert inference[name] == training[name], name
+    assert all(training[name] == value for name, value in DEFAULT_SETTINGS.items())
+    assert json.loads(CONFIG.read_text())["network_def"] == training["network_def"]
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {**TINY, "spacing": 2.0, "image_size": 96})
+    for path, expected in (
+        (tmp_path / "model.pt", DEFAULT_SETTINGS | TINY | {"spacing": 2.0, "image_size": 96}),
+        (tmp_path / "other.pt", DEFAULT_SETTINGS),
+    ):
+        parser = ConfigParser()
+        parser.read_config(str(CONFIG))
+        parser["ckpt_path"] = str(path)
+        assert {name: parser.get_parsed_content(name) for name in DEFAULT_SETTINGS} == expected
 
 
 def test_platform_ids():
@@ -139,7 +147,8 @@ def test_metadata_says_what_the_network_does():
 
 
 def test_metadata_schema(tmp_path):
-    schema = next((p for p in (BUNDLE_ROOT / "eval" / "schema.json",) if p.is_file()), None)
+    known = (BUNDLE_ROOT / "eval" / "schema.json", *REPOSITORY.parent.glob("shared/schema/meta_schema_*.json"))
+    schema = next((path for path in known if path.is_file()), None)
     if schema is None:
         pytest.skip("no schema at hand: put the Model Zoo's meta_schema_20240725.json at sscf_bundle/eval/schema.json")
     verify_metadata(meta_file=str(META), filepath=str(schema))

@@ -36,12 +36,12 @@ from scripts.inferer import (
     fill_in,
     inference_transforms,
     list_studies,
-    load_weights,
     or_exit,
     prediction_transforms,
 )
 from scripts.network import SSCFNet
 from scripts.randomness import stable_hash
+from scripts.weights import DEFAULT_SETTINGS, load_weights, save_weights
 
 SHAPE = (40, 36, 6)
 TINY = {"channels": [4, 8, 8, 8, 8], "bank_size": 5}
@@ -308,7 +308,7 @@ def test_record(tmp_path):
     network.bank_present[0] = True
     network.bank_patient[0] = stable_hash("P1")
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt", **TINY)
+    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt", settings=DEFAULT_SETTINGS | TINY)
     record = json.loads((tmp_path / "out/P1/P1_synthesis.json").read_text())
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
@@ -330,7 +330,7 @@ def test_mask_labels(tmp_path):
 def test_one_volume_for_platforms(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"])
     preprocessing = inference_transforms(48)
-    item = preprocessing({"image": paths["t2"], "target": "t1ce"})
+    item = preprocessing({"image": paths["t2"], "image_path": paths["t2"], "target": "t1ce"})
     assert item["has_contrast"].tolist() == [False, True, False, True] and item["study"] == "S1"
     item["pred"] = BrainSliceInferer()(item["image"][None], CopyNet(1))[0]
     out = prediction_transforms(preprocessing)(item)["pred"]
@@ -577,5 +577,13 @@ def test_fill_in_raises_one_sentence(tmp_path):
     with pytest.raises(StudyError, match="cannot be read"):
         fill_with(CopyNet(), paths, tmp_path / "out")
     with pytest.raises(StudyError, match="train first"):
-        fill_in(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt", channels=TINY["channels"])
+        fill_in(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt", settings=DEFAULT_SETTINGS | TINY)
     assert not (tmp_path / "out").exists()
+
+
+def test_fill_in_takes_the_settings_beside_the_weights(tmp_path):
+    paths = write_study(tmp_path / "in", ["t1", "t2"], "GOOD")
+    torch.manual_seed(0)
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {**TINY, "image_size": 48})
+    written = fill_in(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    assert sorted(written) == ["flair", "seg", "t1ce"]

@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import os
@@ -43,6 +41,7 @@ from .metrics import label_map
 from .network import SSCFNet
 from .randomness import stable_hash
 from .transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
+from .weights import NETWORK_SETTINGS, PREPROCESSING_SETTINGS, load_weights, read_settings
 
 #: Volumes of a finished prediction in channel order, as keys of written files.
 OUTPUT_KEYS = (*CONTRAST_KEYS, MASK_KEY)
@@ -167,6 +166,23 @@ class FindStudyd(MapTransform):
         return d
 
 
+class ForgetFileNamed(MapTransform):
+    """Take the file name out of the metadata of a stack of several files.
+
+    Where it is there, ``Spacingd`` takes every entry ``image_...`` of the item for metadata, and fails at the
+    ``image_path`` of MONAI Label.
+
+    Args:
+        keys: keys of ``MetaTensor``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key].meta.pop("filename_or_obj", None)
+        return d
+
+
 class ContrastsToUnitRanged(MapTransform):
     """Map the contrasts of a prediction from [-1, 1] to [0, 1]; probabilities stay.
 
@@ -264,8 +280,8 @@ def inference_transforms(
     for step in study_transforms(image_size, scaling, spacing, percentile, reader=reader).transforms:
         steps.append(step)
         if isinstance(step, LoadStudyd):
-            # taken before resampling, so that no written voxel outside the brain is other than 0
-            steps.append(BrainMaskd("image", FILE_BRAIN_KEY))
+            # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
+            steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
     return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])
 
 
@@ -470,7 +486,7 @@ class StudyEvaluator(Evaluator):
                 study failed.
         """
         if self.ckpt_path is not None:
-            self.weights_sha256 = load_weights(self.network, self.ckpt_path)
+            self.weights_sha256 = load_weights(self.network, str(self.ckpt_path))
         self.writer.prepare()
         self.failures, self.written = [], {}
         super().run(global_epoch)
@@ -499,6 +515,7 @@ class StudyEvaluator(Evaluator):
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
             self.written[study] = self.writer({**item, **engine.state.output[0]})
+            logger.info("Study %s: %s written.", study, ", ".join(self.written[study]))
         except Exception as error:
             self._note_failure(study, _reason(error, study))
         return engine.state.output
@@ -559,44 +576,6 @@ def provenance(network: nn.Module, patient: str, weights_sha256: str | None) -> 
     if in_bank:
         logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
     return {"weights_sha256": weights_sha256, "patient_in_bank": in_bank}
-
-
-def load_weights(network: nn.Module, ckpt_path: str | os.PathLike[str]) -> str:
-    """Load a ``state_dict`` (weights and frozen bank) from a file.
-
-    Args:
-        network: takes all of it.
-        ckpt_path: file with a plain ``state_dict``, such as ``models/model.pt``.
-
-    Returns:
-        SHA-256 of the file.
-
-    Raises:
-        StudyError: when there is no such file, or it cannot be read or does not fit the network.
-    """
-    path = Path(str(ckpt_path)).expanduser()
-    if not path.is_file():
-        raise StudyError(f"There are no weights at {path}: train first, or give the file of the weights as ckpt_path.")
-    # read once, so that the hash is of what is loaded
-    content = path.read_bytes()
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
-        raise StudyError(f"{path} cannot be read as weights: it is damaged, so copy it again or train anew.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise StudyError(f"{path} holds no plain state_dict: give the model.pt that training writes.")
-    expected = network.state_dict()
-    for name in (*expected, *state):
-        ours, theirs = (tuple(s[name].shape) if name in s else None for s in (expected, state))
-        if ours != theirs:
-            raise StudyError(
-                f"{path} does not fit the network ({name} has shape {theirs}, not {ours}): set channels, bank_size, "
-                "key_size, prototype and aggregation as in the training."
-            )
-    network.load_state_dict(state)
-    if hasattr(network, "bank_present") and not network.bank_present.any():
-        logger.warning("The memory bank in %s is empty: the network retrieves nothing.", path)
-    return hashlib.sha256(content).hexdigest()
 
 
 def list_studies(
@@ -673,8 +652,7 @@ def fill_in(
     output_dir: str | os.PathLike[str] = "eval",
     study: str | None = None,
     ckpt_path: str | os.PathLike[str] | None = None,
-    channels: Sequence[int] | str = "base",
-    bank_size: int = 300,
+    settings: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     amp: bool | None = None,
     sw_batch_size: int = 8,
@@ -698,16 +676,16 @@ def fill_in(
         output_dir: the study gets a folder in here, see ``StudyWriter``.
         study: name of the study; by default what the file names have in common.
         ckpt_path: weights; by default ``models/model.pt`` of this bundle.
-        channels: of ``SSCFNet``, as in the training; likewise ``bank_size``.
-        bank_size: see ``channels``.
+        settings: of network and preprocessing as in the training, keys of ``DEFAULT_SETTINGS``; by default those that
+            training wrote beside the weights.
         device: where to compute; by default a GPU if there is one.
         amp: compute with autocast; by default on a GPU only.
         sw_batch_size: number of slices in one call of the network.
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
-        preprocessing: by default ``inference_transforms()``.
-        network: a network for other settings than ``channels`` and ``bank_size``; with ``ckpt_path`` ``None`` it keeps
-            its weights.
+        preprocessing: by default ``inference_transforms`` with the settings.
+        network: by default ``SSCFNet`` with the settings; if one is given and ``ckpt_path`` is ``None``, it keeps its
+            weights.
 
     Returns:
         Path of each written volume, by its key: the missing ones of ``flair``, ``t1``, ``t1ce`` and ``t2``, and
@@ -720,12 +698,15 @@ def fill_in(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp = device.type == "cuda" if amp is None else amp
     sha256 = None
+    if network is None and ckpt_path is None:
+        ckpt_path = _BUNDLE_ROOT / "models" / "model.pt"
+    settings = dict(settings or read_settings(ckpt_path))
     if network is None:
-        network = SSCFNet(channels=channels, bank_size=bank_size)
-        ckpt_path = ckpt_path or _BUNDLE_ROOT / "models" / "model.pt"
+        network = SSCFNet(**{name: settings[name] for name in NETWORK_SETTINGS})
     if ckpt_path is not None:
         sha256 = load_weights(network, ckpt_path)
-    preprocessing = preprocessing or inference_transforms()
+    if preprocessing is None:
+        preprocessing = inference_transforms(**{name: settings[name] for name in PREPROCESSING_SETTINGS})
     data = preprocessing(item)
     data.update(provenance(network, item["patient"], sha256))
     inferer = BrainSliceInferer(sw_batch_size=sw_batch_size)

@@ -19,7 +19,16 @@ import torch
 from ignite.metrics import Metric
 from monai.metrics import PSNRMetric, SSIMMetric
 
-from .contrasts import CONTRASTS, NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, region_masks, scenario_name
+from .contrasts import (
+    CONTRASTS,
+    NUM_CONTRASTS,
+    NUM_TUMOR_CLASSES,
+    REGIONS,
+    SCENARIOS,
+    region_masks,
+    scenario_name,
+    scenario_table,
+)
 from .layers import masked_mean
 
 #: PSNR of identical images is infinite and would ruin a mean.
@@ -83,7 +92,8 @@ class ScenarioScores(Metric):
     """PSNR and SSIM of the missing contrasts and Dice of the segmentation branch, by study, scenario and contrast.
 
     Slices are compared in [0, 1] (data range 1); PSNR and SSIM (11 x 11 Gaussian window) are means over slices, Dice is
-    of the study's evaluated slices together, both empty = 1, one empty = 0. ``compute`` gives the mean over the 14
+    of the study's evaluated slices together, both empty = 1, one empty = 0. A study that lacks a contrast which a
+    scenario gives is not counted in that scenario. ``compute`` gives the mean over the 14
     scenarios of the mean over their targets of the mean over studies.
 
     Args:
@@ -140,7 +150,9 @@ class ScenarioScores(Metric):
         guess = ((images + 1) / 2).clamp(0, 1).flatten(0, 1).unsqueeze(1)
         psnr = self.psnr(guess, truth).view(b, -1).clamp(max=MAX_PSNR)
         ssim = self.ssim(guess, truth).view(b, -1)
-        evaluated = ~available & has_contrast
+        # a study that lacks a contrast of the scenario was given less than the scenario says
+        complete = (available == scenario_table(available.device)[scenario]).all(dim=1)
+        evaluated = ~available & has_contrast & complete.unsqueeze(1)
         rows = torch.stack([psnr, ssim, torch.ones_like(psnr)], dim=2).double()
         rows = torch.where(evaluated.unsqueeze(2), rows, 0.0).to(self._device)
         index = (study_index.to(self._device), scenario.to(self._device))
@@ -152,7 +164,7 @@ class ScenarioScores(Metric):
             for c in (classes, label)
         )
         counts = torch.stack([(ours & theirs).sum(2), ours.sum(2), theirs.sum(2), torch.ones_like(ours[..., 0])], dim=2)
-        counts = counts.double() * has_mask.view(-1, 1, 1)
+        counts = counts.double() * (has_mask & complete).view(-1, 1, 1)
         self._mask.index_put_(index, counts.to(self._device), accumulate=True)
 
     def tables(self) -> dict[str, torch.Tensor]:

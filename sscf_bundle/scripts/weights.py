@@ -28,7 +28,11 @@ from torch import nn
 
 from .contrasts import StudyError
 
-#: Settings of a network without a settings file: the defaults of training.
+#: Arguments of the network that its weights depend on.
+NETWORK_SETTINGS = ("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation")
+#: Arguments of the preprocessing that the weights were trained with.
+PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
+#: Settings of weights without a settings file: the defaults of training.
 DEFAULT_SETTINGS = {
     "spatial_dims": 2,
     "channels": "base",
@@ -83,17 +87,17 @@ def settings_path(path: str | Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path | None) -> dict[str, Any]:
     """Settings of a file of weights.
 
     Args:
-        path: of the state_dict.
+        path: of the state_dict; None has no settings file.
 
     Returns:
         ``DEFAULT_SETTINGS``, replaced by what the settings file says, if there is one.
     """
-    file = settings_path(Path(str(path)).expanduser())
-    return DEFAULT_SETTINGS | (json.loads(file.read_text()) if file.is_file() else {})
+    file = None if path is None else settings_path(Path(str(path)).expanduser())
+    return DEFAULT_SETTINGS | (json.loads(file.read_text()) if file is not None and file.is_file() else {})
 
 
 def load_weights(network: nn.Module, path: str | Path) -> str:
