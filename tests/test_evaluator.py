@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from builders import one_thread, random_batch, tiny_net  # noqa: F401
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from ignite.metrics import MetricsLambda
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -106,9 +107,12 @@ class Watched(nn.Module):
 def evaluate(network: nn.Module, **changes: Any) -> tuple[SliceEvaluator, list[dict[str, torch.Tensor]]]:
     loader = DataLoader(ScenarioSlices(Slices(), ["FLAIR+T2", "T1"]), 4)
     scores = ScenarioScores(["a", "b"])
-    evaluator = SliceEvaluator("cpu", loader, network, additional_metrics={"scores": scores}, **changes)
+    key = {"key_psnr": MetricsLambda(lambda means: means["psnr"], scores)}
+    evaluator = SliceEvaluator(
+        "cpu", loader, network, key_val_metric=key, additional_metrics={"scores": scores}, **changes
+    )
     outputs: list[dict[str, torch.Tensor]] = []
-    evaluator.add_event_handler("iteration_completed", lambda e: outputs.append(e.state.output))
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.append(e.state.output))
     evaluator.run(3)
     return evaluator, outputs
 
@@ -123,8 +127,8 @@ def test_evaluator_adds_the_prediction_to_the_batch_and_leaves_the_mode_as_it_wa
     torch.testing.assert_close(torch.cat([o["pred"] for o in outputs]), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.cat([o["study_index"] for o in outputs]), torch.tensor([0, 0, 0, 0, 1, 1]))
     assert evaluator.state.epoch == 3
-    assert evaluator.state.metrics["psnr"] == evaluator.state.metrics["scores"]["psnr"]
-    assert 0 < evaluator.state.metrics["psnr"] < 100
+    metrics = evaluator.state.metrics
+    assert 0 < metrics["psnr"] == metrics["scores"]["psnr"] == metrics["key_psnr"] < 100
 
 
 def test_evaluator_calls_the_given_inferer_and_gives_float32_under_autocast() -> None:

@@ -136,7 +136,7 @@ class SegmentationLoss(nn.Module):
 
 
 class GeneratorLoss(nn.Module):
-    """The whole objective of the network: eq. 11 and eq. 14, added.
+    """The whole objective of the network: the weighted sum of eq. 11 and eq. 14.
 
     Args:
         alpha: weight of the dependency loss (eq. 11).
@@ -144,6 +144,9 @@ class GeneratorLoss(nn.Module):
         ctdl_entries: bank entries drawn for each sample's dependency loss (eq. 7 averages over all L; the draw is
             unbiased).
         dice_eps: of eq. 12.
+        segmentation_weight: of eq. 11 in the sum. The paper does not say how eq. 11 and 14 are joined. The loop is
+            differentiable, so eq. 14 reaches the mask with weights of about 100; added with weight 1, eq. 11 is drowned
+            and the mask is not learned.
 
     Raises:
         ValueError: unless ``beta`` has five numbers.
@@ -155,8 +158,10 @@ class GeneratorLoss(nn.Module):
         beta: Sequence[float] = (100.0, 30.0, 50.0, 50.0, 1.0),
         ctdl_entries: int = 8,
         dice_eps: float = 1.0,
+        segmentation_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.segmentation_weight = segmentation_weight
         if len(beta) != 5:
             raise ValueError(f"beta must have five weights (eq. 14), got {len(beta)}.")
         self.alpha, self.beta, self.ctdl_entries = alpha, tuple(beta), ctdl_entries
@@ -214,7 +219,7 @@ class GeneratorLoss(nn.Module):
         segmentation = self.alpha * terms["ctdl"] + terms["bce"] + terms["dice"]
         names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
         synthesis = sum(weight * terms[name] for weight, name in zip(self.beta, names, strict=True))
-        return {"loss": segmentation + synthesis, **terms}
+        return {"loss": self.segmentation_weight * segmentation + synthesis, **terms}
 
     def sampled_ctdl(
         self,

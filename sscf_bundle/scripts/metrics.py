@@ -93,8 +93,8 @@ class ScenarioScores(Metric):
 
     Slices are compared in [0, 1] (data range 1); PSNR and SSIM (11 x 11 Gaussian window) are means over slices, Dice is
     of the study's evaluated slices together, both empty = 1, one empty = 0. A study that lacks a contrast which a
-    scenario gives is not counted in that scenario. ``compute`` gives the mean over the 14
-    scenarios of the mean over their targets of the mean over studies.
+    scenario gives is not counted in that scenario. ``compute`` gives the mean over the 14 scenarios of the mean over
+    their targets of the mean over studies.
 
     Args:
         studies: names, in the order of ``study_index``.

@@ -1,0 +1,183 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whole runs of the training side, as a user starts them: train, evaluate, fine-tune, several processes, bad data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (  # noqa: F401
+    BUNDLE_ROOT,
+    assert_same,
+    bundle_command,
+    config_files,
+    one_thread,
+    phantom_cohort,
+    run_bundle,
+    run_python,
+    tiny_run,
+    train_in_process,
+)
+
+ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
+REPOSITORY = BUNDLE_ROOT.parent
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bundle_files() -> set[Path]:
+    return {*BUNDLE_ROOT.glob("*"), *BUNDLE_ROOT.glob("models/*")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:  # noqa: F811
+    """Output folder of one epoch, started in the root of the repository."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    overrides = tiny_run(phantom_cohort, output_dir, bundle_root="sscf_bundle", **ONE_EPOCH)
+    before = bundle_files()
+    config = ["sscf_bundle/configs/train.json"]
+    status, printed = run_bundle("training", config, overrides, output_dir / "log.txt", cwd=REPOSITORY)
+    assert status == 0, printed
+    assert bundle_files() == before  # all paths were given, so nothing is written elsewhere
+    return output_dir
+
+
+def test_training_from_the_repository_root_writes_models_scores_and_split(trained: Path) -> None:
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt"}
+    # one epoch was validated, so the best model is the last one
+    assert_same(load(trained / "model.pt"), load(trained / "model_last.pt"))
+    model = load(trained / "model.pt")
+    assert all(isinstance(value, torch.Tensor) for value in model.values())
+    assert bool(model["bank_present"].all()) and model["bank_key"].shape[0] == 8
+    (row,) = read_csv(trained / "validation.csv")
+    scores = {name: float(value) for name, value in row.items()}
+    assert scores["epoch"] == 1 and scores["psnr"] > scores["zero_filling_psnr"] > 0
+    assert {"ssim", "dice_WT", "mean_of_available_psnr"} <= set(scores)
+    split = json.loads((trained / "split.json").read_text())
+    assert {part: len(studies) for part, studies in split.items()} == {"training": 3, "validation": 1, "test": 1}
+    listed = json.loads((trained / "bank_slices.json").read_text())
+    assert len(listed) == 8 and {entry["study"] for entry in listed} == set(split["training"])
+    assert not (trained / "failures.json").exists()
+
+
+def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    overrides = tiny_run(phantom_cohort, trained, val_scenarios=None, report_dir=str(trained / "evaluation"))
+    train_in_process(config_files("train", "evaluate"), overrides)
+    report = json.loads((trained / "evaluation" / "metrics.json").read_text())
+    (test_study,) = json.loads((trained / "split.json").read_text())["test"]
+    assert report["facts"]["studies"] == [test_study] and report["facts"]["part"] == "test"
+    means = report["means"]
+    images = {f"{floor}{name}" for floor in ("", "mean_of_available_", "zero_filling_") for name in ("psnr", "ssim")}
+    assert set(means) == images | {"dice", "dice_WT", "dice_TC", "dice_ET"}
+    # black images are the worst floor; every score is a number
+    assert means["zero_filling_psnr"] < min(means["psnr"], means["mean_of_available_psnr"])
+    assert all(value == value for value in means.values())
+    rows = read_csv(trained / "evaluation" / "scores.csv")
+    # 28 targets over the 14 scenarios, two scores, three methods; three regions of one method
+    assert len(rows) == 28 * 2 * 3 + 14 * 3
+    assert {row["study"] for row in rows} == {test_study}
+
+
+def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    with pytest.raises(SystemExit, match="3 of the evaluated patients are in the memory bank"):
+        train_in_process(
+            config_files("train", "evaluate"), tiny_run(phantom_cohort, trained, evaluated_part="training")
+        )
+
+
+def test_fine_tuning_starts_from_the_trained_weights(
+    trained: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+) -> None:
+    overrides = tiny_run(phantom_cohort, tmp_path, pretrained_path=str(trained / "model.pt"), **ONE_EPOCH)
+    # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
+    train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
+    assert_same(load(tmp_path / "model.pt"), load(trained / "model.pt"))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "model.pt").unlink()
+    train_in_process(config_files("train", "finetune"), overrides)
+    ours, theirs = load(tmp_path / "model.pt"), load(trained / "model.pt")
+    moved = max(
+        float((ours[k] - theirs[k]).abs().max()) for k in ours if ours[k].is_floating_point() and "bank" not in k
+    )
+    assert 0 < moved < 0.01
+
+
+def test_bank_of_a_site_is_built_without_training(
+    trained: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+) -> None:
+    paths = {"source_path": str(trained / "model.pt"), "site_path": str(tmp_path / "site.pt")}
+    overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=[1.0, 0.0, 0.0], **paths)
+    train_in_process(config_files("train", "build_bank"), overrides)
+    ours, theirs = load(tmp_path / "site.pt"), load(trained / "model.pt")
+    for name, value in theirs.items():
+        if not name.startswith("bank_"):
+            assert torch.equal(ours[name], value), name
+    assert len(set(ours["bank_patient"].tolist())) == 5 and len(set(theirs["bank_patient"].tolist())) == 3
+
+
+def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    output_dir = tmp_path / "run"
+    configs = ["configs/train.json", "configs/multi_gpu_train.json"]
+    overrides = tiny_run(phantom_cohort, output_dir, log_interval=1, **ONE_EPOCH)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "monai.bundle"]
+    command = [*launcher, *bundle_command("training", configs, overrides)]
+    status, printed = run_python(command, tmp_path / "log.txt")
+    assert status == 0, printed
+    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt"}
+    state = torch.load(output_dir / "checkpoints" / "checkpoint_epoch=1.pt", weights_only=True)
+    # 8 samples of an epoch over two processes with two each are two steps, and the bank has all of them
+    assert state["average"]["steps"] == 2 and int(state["step"]["bank.count"]) == 8
+    assert len(read_csv(output_dir / "validation.csv")) == 1
+    writers = {re.search(r"\.(\d+)\.\d+$", path.name)[1] for path in (output_dir / "tensorboard").iterdir()}  # type: ignore[index]
+    assert len(writers) == 1
+    assert len(re.findall(r"Epoch\[1\] Metrics", printed)) == 1
+    assert sorted(path.name for path in output_dir.glob("model*.pt")) == ["model.pt", "model_last.pt"]
+    assert not list(output_dir.rglob("tmp*"))
+
+
+def test_broken_study_does_not_stop_the_others_but_shows_in_the_exit_status(
+    trained: Path,
+    tmp_path: Path,
+    phantom_cohort: Path,  # noqa: F811
+) -> None:
+    data, output_dir = Path(shutil.copytree(phantom_cohort, tmp_path / "data")), tmp_path / "run"
+    broken = json.loads((trained / "split.json").read_text())["training"][0]
+    volume = data / broken / f"{broken}_t1ce.nii.gz"
+    volume.write_bytes(volume.read_bytes()[:3000])
+    status, printed = run_bundle(
+        "training", ["configs/train.json"], tiny_run(data, output_dir, **ONE_EPOCH), tmp_path / "log.txt"
+    )
+    assert status == 1
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
+    report = output_dir / "failures.json"
+    assert last == f"The run is complete, but 1 of 5 studies could not be used: {report} says why."
+    (failure,) = json.loads(report.read_text())
+    assert failure["study"] == broken and str(volume) in failure["reason"]
+    assert bool(load(output_dir / "model.pt")["bank_present"].all())
+    listed = json.loads((output_dir / "bank_slices.json").read_text())
+    assert broken not in {entry["study"] for entry in listed} and len({entry["study"] for entry in listed}) == 2

@@ -1,0 +1,239 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files of weights and training states: what is kept, what is passed over, and what a user is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from builders import assert_same, one_thread, tiny_net  # noqa: F401
+from ignite.engine import Engine, Events
+from torch import nn
+
+from scripts.checkpoint import BestModel, LastModel, TrainingCheckpoint
+from scripts.weights import read_settings, with_weights
+
+
+class Run:
+    """A training of one linear layer with a checkpoint after each epoch."""
+
+    def __init__(self, directory: Path, seed: int = 0, width: int = 3, **options: object) -> None:
+        torch.manual_seed(seed)
+        self.net = nn.Linear(width, 2)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
+        self.epochs: list[int] = []
+        self.engine = Engine(self._train)
+        self.engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.epochs.append(e.state.epoch))
+        objects = {"net": self.net, "optimizer": self.optimizer}
+        self.checkpoint = TrainingCheckpoint(directory, objects, **options)  # type: ignore[arg-type]
+        self.checkpoint.attach(self.engine)
+        # MONAI's engines have a device
+        self.engine.state.device = torch.device("cpu")
+
+    def _train(self, engine: Engine, batch: float) -> None:
+        self.optimizer.zero_grad()
+        self.net(torch.full((1, self.net.in_features), batch + engine.state.epoch)).square().sum().backward()
+        self.optimizer.step()
+
+    def run(self, epochs: int) -> Run:
+        # as MONAI's Workflow does, so that Ignite keeps the state
+        self.engine.state.max_epochs = epochs
+        self.engine.run([0.1, 0.2], max_epochs=epochs)
+        return self
+
+    def state(self) -> dict:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def names(*epochs: int) -> list[str]:
+    return sorted(f"checkpoint_epoch={epoch}.pt" for epoch in epochs)
+
+
+# --------------------------------------------------------------------------------------------------- training state
+def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken = Run(tmp_path / "a").run(5)
+    Run(tmp_path / "b").run(3)
+    resumed = Run(tmp_path / "b", seed=9).run(5)
+    assert unbroken.epochs == [1, 2, 3, 4, 5] and resumed.epochs == [4, 5]
+    assert_same(resumed.state(), unbroken.state())
+    assert resumed.engine.state.iteration == 10
+
+
+@pytest.mark.parametrize("keep", [2, 4])
+def test_newest_checkpoints_are_kept(keep: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=keep).run(11)
+    assert files(tmp_path) == names(*range(12 - keep, 12))
+    # by number: in the order of names epoch 9 comes after 10 and 11
+    assert [path.name for path in run.checkpoint.files()] == [f"checkpoint_epoch={e}.pt" for e in range(12 - keep, 12)]
+    assert Run(tmp_path, keep=keep).run(12).epochs == [12]
+
+
+def test_interval_between_checkpoints(tmp_path: Path) -> None:
+    Run(tmp_path, interval=2, keep=5).run(5)
+    assert files(tmp_path) == names(2, 4)
+    assert Run(tmp_path, interval=2, keep=5).run(6).epochs == [5, 6]
+
+
+def test_keeping_a_single_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be at least 2"):
+        Run(tmp_path, keep=1)
+
+
+def test_failed_write_leaves_the_complete_checkpoints_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run(tmp_path).run(2)
+
+    def full_disk(state: object, file: object) -> None:
+        file.write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            Run(tmp_path).run(3)
+    assert files(tmp_path) == names(1, 2)
+    assert Run(tmp_path).run(3).epochs == [3]
+
+
+def test_unreadable_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unbroken = Run(tmp_path, keep=4).run(4)
+    for epoch, content in ((4, b""), (3, b"no checkpoint")):
+        (tmp_path / names(epoch)[0]).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        resumed = Run(tmp_path, seed=9, keep=4).run(4)
+    assert [names(e)[0] in r.getMessage() for e, r in zip((4, 3), caplog.records, strict=True)] == [True, True]
+    assert resumed.epochs == [3, 4]
+    assert_same(resumed.state(), unbroken.state())
+
+
+def test_run_starts_anew_when_no_checkpoint_can_be_read(tmp_path: Path) -> None:
+    Run(tmp_path).run(2)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert Run(tmp_path).run(2).epochs == [1, 2]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
+    Run(tmp_path).run(1)
+    others = ["notes.txt", "tmp_of_mine.txt", "checkpoint_epoch=best.pt"]
+    for name in ("tmpabc_1234", *others):
+        (tmp_path / name).write_text("x")
+    assert Run(tmp_path).run(2).epochs == [2]
+    assert files(tmp_path) == sorted([*names(1, 2), *others])
+
+
+@pytest.mark.parametrize("resume", [False, "false", "False"])
+def test_without_resuming_older_checkpoints_are_removed(resume: object, tmp_path: Path) -> None:
+    Run(tmp_path).run(3)
+    fresh = Run(tmp_path, resume=resume).run(1)
+    assert fresh.epochs == [1] and files(tmp_path) == names(1)
+    assert Run(tmp_path, resume=True).run(2).epochs == [2]
+    assert Run(tmp_path, resume="true").run(3).epochs == [3]
+
+
+def test_checkpoint_of_another_network_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+    Run(tmp_path).run(2)
+    with pytest.raises(SystemExit, match="does not fit the configured run") as raised:
+        Run(tmp_path, width=4).run(3)
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert files(tmp_path) == names(1, 2)
+
+
+def test_checkpoint_without_a_part_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    del run.checkpoint.objects["optimizer"]
+    run.run(1)
+    with pytest.raises(SystemExit, match="optimizer"):
+        Run(tmp_path).run(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+def evaluator(scores: list[float], net: nn.Module) -> Engine:
+    """Each run gives the next score and marks the network with it."""
+    left = iter(scores)
+
+    def evaluate(engine: Engine, _: object) -> None:
+        engine.state.metrics["psnr"] = next(left)
+        nn.init.constant_(net.weight, engine.state.metrics["psnr"])
+
+    return Engine(evaluate)
+
+
+def test_best_model_is_the_one_with_the_highest_score(tmp_path: Path) -> None:
+    net, path = nn.Linear(1, 1), tmp_path / "models" / "model.pt"
+    engine = evaluator([3.0, float("nan"), 5.0, 5.0, 4.0], net)
+    best = BestModel(path, net, "psnr")
+    best.attach(engine)
+    held = []
+    for _ in range(5):
+        engine.run([0], max_epochs=1)
+        held.append(float(torch.load(path, weights_only=True)["weight"]))
+    assert held == [3, 3, 5, 5, 5] and best.best == 5 and files(path.parent) == ["model.pt"]
+
+    restored = BestModel(path, net, "psnr")
+    restored.load_state_dict(best.state_dict())
+    assert (restored.best, restored.epoch) == (best.best, best.epoch)
+    lower = evaluator([4.9], net)
+    restored.attach(lower)
+    lower.run([0])
+    assert float(torch.load(path, weights_only=True)["weight"]) == 5
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_last_model_is_frozen_and_stands_in_for_a_best_one(validated: bool, tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+    best = BestModel(tmp_path / "model.pt", net, "psnr")
+    if validated:
+        engine = evaluator([3.0], net)
+        best.attach(engine)
+        engine.run([0])
+
+    def freeze(engine: Engine) -> None:
+        nn.init.constant_(net.weight, 7.0)
+
+    trainer = Engine(lambda *_: nn.init.constant_(net.weight, 1.0))
+    LastModel(tmp_path / "last" / "model_last.pt", net, freeze, best).attach(trainer)  # type: ignore[arg-type]
+    trainer.run([0])
+    assert float(torch.load(tmp_path / "last" / "model_last.pt", weights_only=True)["weight"]) == 7
+    assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == (3 if validated else 7)
+
+
+def test_models_have_their_settings_beside_them_and_no_leftovers(tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+    (tmp_path / "tmpabc_1234").write_text("half a model")
+    best = BestModel(tmp_path / "model.pt", net, "psnr", {"channels": [1, 2], "spacing": 2.0})
+    engine = evaluator([3.0], net)
+    best.attach(engine)
+    engine.run([0])
+    assert files(tmp_path) == ["model.pt", "model.pt.json"]
+    settings = read_settings(tmp_path / "model.pt")
+    assert (settings["channels"], settings["spacing"], settings["image_size"]) == ([1, 2], 2.0, 192)
+
+
+def test_weights_for_a_config_are_loaded_or_their_fault_is_told_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with pytest.raises(SystemExit, match="train first"):
+        with_weights(tiny_net(), path)
+    saved = tiny_net(0)
+    torch.save(saved.state_dict(), path)
+    assert_same(with_weights(tiny_net(1), path).state_dict(), saved.state_dict())
+    for changes in ({"channels": (4, 8, 8, 8, 8)}, {"bank_size": 7}, {"key_size": 3}):
+        with pytest.raises(SystemExit, match="does not fit the network") as raised:
+            with_weights(tiny_net(**changes), path)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="cannot be read"):
+        with_weights(tiny_net(), path)

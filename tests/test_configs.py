@@ -1,0 +1,203 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configs: they parse alone and as overlays, refer to what exists, and have the values of the paper."""
+
+from __future__ import annotations
+
+import json
+import pydoc
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import BUNDLE_ROOT, config_files, one_thread, phantom_cohort, tiny_run  # noqa: F401
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+
+from scripts.inferer import inference_transforms
+from scripts.transforms import study_transforms
+from scripts.weights import DEFAULT_SETTINGS, NETWORK_SETTINGS, PREPROCESSING_SETTINGS
+
+FILES = sorted(path.stem for path in (BUNDLE_ROOT / "configs").glob("*.json"))
+#: Every config with what it is laid over.
+RUNS = [
+    ["train"],
+    ["train", "demo"],
+    ["train", "evaluate"],
+    ["train", "finetune"],
+    ["train", "multi_gpu_train"],
+    ["train", "build_bank"],
+    ["inference"],
+    ["inference", "demo_inference"],
+]
+#: What ``monai.bundle run`` is asked for by name.
+ENTRY_POINTS = {
+    "imports",
+    "initialize",
+    "run",
+    "finalize",
+    "training",
+    "evaluating",
+    "inference",
+    "building",
+    "picture",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((BUNDLE_ROOT / "configs" / f"{name}.json").read_text())
+
+
+def combined(run: list[str]) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(config_files(*run))
+    parser.parse()
+    return parser
+
+
+def walk(config: Any) -> Iterator[Any]:
+    """A config and everything in it."""
+    yield config
+    children = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    for child in children:
+        yield from walk(child)
+
+
+def references(config: Any) -> set[str]:
+    """Ids that the texts of a config refer to."""
+    texts = [text for text in walk(config) if isinstance(text, str)]
+    found = {ref for text in texts for ref in ReferenceResolver.match_refs_pattern(text)}
+    return found | {ref for text in texts for ref in re.findall(r"^%(\w[\w#]*)$", text)}
+
+
+def test_every_config_is_part_of_a_run() -> None:
+    assert {name for run in RUNS for name in run} == set(FILES) - {"metadata"}
+
+
+@pytest.mark.parametrize("run", RUNS, ids="+".join)
+def test_config_parses_and_refers_to_what_exists(run: list[str]) -> None:
+    parser = combined(run)
+    assert references(parser.config)
+    missing = [ref for ref in references(parser.config) if ref not in parser]
+    assert not missing
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if len(run) > 1], ids="+".join)
+def test_overlay_changes_only_what_its_base_has_or_its_run_reads(run: list[str]) -> None:
+    base, overlay = combined(run[:1]), read(run[1])
+    used = references(combined(run).config)
+    for name in overlay:
+        # "a#b#c" replaces c of an existing a#b
+        parent = name.rpartition("#")[0]
+        known = parent in base if parent else name in base or name in used or name in ENTRY_POINTS
+        assert known, f"{name} of {run[1]}.json changes nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "metadata"])
+def test_every_target_exists(name: str) -> None:
+    locator = ComponentLocator()
+    for part in walk(read(name)):
+        if isinstance(part, dict) and "_target_" in part:
+            target = ConfigComponent(part, locator=locator).resolve_module_name()
+            found = target if callable(target) else pydoc.locate(str(target))
+            assert callable(found), part["_target_"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_holds_no_path_of_a_machine(name: str) -> None:
+    texts = [text for text in walk(read(name)) if isinstance(text, str)]
+    pattern = r"^(/|~|[A-Za-z]:\\)|/(root|home|Users|mnt|media|tmp|scratch)/"
+    found = [text for text in texts if re.search(pattern, text)]
+    # the place that the bundles of the Model Zoo take for data
+    assert [text for text in found if not text.startswith("/workspace/data/")] == []
+
+
+def test_training_has_the_values_of_the_paper() -> None:
+    config = read("train")
+    expected = {
+        "alpha": 0.5,
+        "beta": [100.0, 30.0, 50.0, 50.0, 1.0],
+        "learning_rate": 2e-4,
+        "adam_betas": [0.5, 0.999],
+        "max_epochs": 600,
+        "decay_start": 300,
+        "batch_size": 2,
+        "accumulation_steps": 1,
+        "bank_size": 300,
+        "image_size": 192,
+        "slice_choice": "paper",
+        "slice_count": 20,
+        "spatial_dims": 2,
+    }
+    assert {key: config[key] for key in expected} == expected
+    for name in ("optimizer", "discriminator_optimizer"):
+        assert config[name]["_target_"] == "torch.optim.Adam" and config[name]["betas"] == "@adam_betas"
+
+
+def test_training_and_inference_can_be_asked_for_by_name() -> None:
+    for name, alias in (("train", "training"), ("inference", "inference")):
+        config = read(name)
+        assert isinstance(config["run"], list) and config[alias] == "%run"
+        parser = combined([name])
+        assert parser[alias] == parser["run"]
+    assert read("evaluate")["evaluating"] == "%run"
+
+
+def test_training_and_inference_build_the_same_network_and_preprocessing() -> None:
+    train, inference = read("train"), read("inference")
+    assert train["network_def"] == inference["network_def"]
+    names = {*NETWORK_SETTINGS, *PREPROCESSING_SETTINGS}
+    assert names == set(DEFAULT_SETTINGS) == set(train["settings"])
+    # what is written beside the weights is what was trained with, and weights without it are those of the defaults
+    assert train["settings"] == {name: f"@{name}" for name in names}
+    assert {name: train[name] for name in names} == DEFAULT_SETTINGS
+    parser = combined(["inference"])
+    parser.update({"ckpt_path": "no such file"})
+    assert {name: parser.get_parsed_content(name) for name in names} == DEFAULT_SETTINGS
+    assert train["preprocessing"] == {
+        "_target_": "scripts.transforms.study_transforms",
+        **{name: f"@{name}" for name in PREPROCESSING_SETTINGS},
+    }
+    assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == {
+        name: f"@{name}" for name in PREPROCESSING_SETTINGS
+    }
+    assert type(inference_transforms()) is type(study_transforms())
+
+
+def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:
+    train = combined(["train"])
+    disabled = [name for name in read("multi_gpu_train") if name.endswith("_disabled_")]
+    meant = {name: train[name.rpartition("#")[0]]["_target_"] for name in disabled}
+    logs = ["StatsHandler", "TensorBoardStatsHandler", "ignite.handlers.ProgressBar"]
+    shows = ["scripts.report.ScenarioPanels", "scripts.report.ScoreLog", "ignite.handlers.ProgressBar"]
+    assert [target for name, target in meant.items() if name.startswith("train#handlers#")] == logs
+    assert [target for name, target in meant.items() if name.startswith("validate#handlers#")] == shows
+    # none of these is left on for all processes
+    for engine in ("train", "validate"):
+        for index, handler in enumerate(train[f"{engine}#handlers"]):
+            if isinstance(handler, dict) and handler["_target_"] in logs + shows:
+                assert f"{engine}#handlers#{index}#_disabled_" in disabled
+
+
+def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    workflow = ConfigWorkflow(
+        config_file=config_files("train"),
+        meta_file=str(BUNDLE_ROOT / "configs" / "metadata.json"),
+        logging_file=False,
+        workflow_type="train",
+        **tiny_run(phantom_cohort, tmp_path),
+    )
+    workflow.initialize()
+    assert not workflow.check_properties()
+    assert workflow.max_epochs == 4 and len(workflow.train_dataset) == 3 * 20
+    assert workflow.val_interval == 2 and workflow.evaluator is workflow.parser.get_parsed_content("validate#evaluator")
+    workflow.finalize()
