@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,15 +30,6 @@ from scripts.phantom import write_phantom_cohort
 BUNDLE_ROOT = Path(__file__).resolve().parents[1] / "sscf_bundle"
 
 TINY_CHANNELS = (4, 8, 8, 8, 16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads, far slower on a busy machine; holds where it is imported."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compute_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

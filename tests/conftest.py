@@ -12,9 +12,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# tensors this small are slower on several threads, and far slower on a busy machine; equal bits need equal threads
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLE_ROOT = REPOSITORY / "sscf_bundle"
 sys.path.insert(0, str(BUNDLE_ROOT))
+torch.set_num_threads(1)

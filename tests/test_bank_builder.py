@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import one_thread, random_batch, tiny_net  # noqa: F401
+from builders import random_batch, tiny_net
 from ignite.engine import Engine
 from torch.utils.data import DataLoader, Dataset
 

@@ -35,15 +35,6 @@ CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
 META = BUNDLE_ROOT / "configs" / "metadata.json"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On slices as small as these, threads that wait for each other take ten times longer than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def weights(tmp_path) -> Path:
     torch.manual_seed(0)

@@ -24,7 +24,6 @@ from builders import (  # noqa: F401
     assert_same,
     bundle_command,
     config_files,
-    one_thread,
     phantom_cohort,
     run_bundle,
     run_python,

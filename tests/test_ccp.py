@@ -17,7 +17,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import all_availabilities, compute_in_float64, generator, one_thread  # noqa: F401
+from builders import all_availabilities, compute_in_float64, generator
 
 from scripts.ccp import CCP, active_pairs, retrieve
 from scripts.contrasts import scenario_table

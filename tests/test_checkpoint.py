@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_same, one_thread, tiny_net  # noqa: F401
+from builders import assert_same, tiny_net
 from ignite.engine import Engine, Events
 from torch import nn
 

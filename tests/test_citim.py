@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import compute_in_float64, generator, one_thread  # noqa: F401
+from builders import compute_in_float64, generator
 
 from scripts.citim import AFFINITY_EPS, CITIM, PredictionHead, affinity, class_prototypes
 

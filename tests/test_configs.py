@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import BUNDLE_ROOT, config_files, one_thread, phantom_cohort, tiny_run  # noqa: F401
+from builders import BUNDLE_ROOT, config_files, phantom_cohort, tiny_run  # noqa: F401
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 

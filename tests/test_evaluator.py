@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import one_thread, random_batch, tiny_net  # noqa: F401
+from builders import random_batch, tiny_net
 from ignite.engine import Engine, Events
 from ignite.metrics import MetricsLambda
 from torch import nn

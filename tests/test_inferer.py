@@ -55,15 +55,6 @@ GRIDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On slices as small as these, threads that wait for each other take ten times longer than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def affine_of(rows) -> np.ndarray:
     return np.vstack([np.asarray(rows, float), [0, 0, 0, 1]])
 

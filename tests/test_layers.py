@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import generator, one_thread  # noqa: F401
+from builders import generator
 
 from scripts.layers import Decoder, Encoder, channel_statistics, masked_mean
 

@@ -23,7 +23,6 @@ from builders import (
     all_availabilities,
     compute_in_float64,
     generator,
-    one_thread,  # noqa: F401
     random_batch,
     random_entries,
     random_labels,

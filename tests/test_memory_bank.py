@@ -18,7 +18,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from builders import one_thread, random_entries  # noqa: F401
+from builders import random_entries
 
 from scripts.memory_bank import BankEntries, MemoryBank
 from scripts.network import SSCFNet

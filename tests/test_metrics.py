@@ -17,7 +17,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from builders import generator, one_thread  # noqa: F401
+from builders import generator
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, scenario_name

@@ -22,7 +22,6 @@ from builders import (
     TINY_CHANNELS,
     all_availabilities,
     generator,
-    one_thread,  # noqa: F401
     random_batch,
     random_entries,
     tiny_net,

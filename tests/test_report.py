@@ -20,7 +20,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import one_thread  # noqa: F401
 from ignite.engine import Engine
 from matplotlib.figure import Figure
 from test_metrics import complete_batch, score

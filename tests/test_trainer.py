@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from builders import generator, one_thread, random_batch, random_entries, tiny_net, tiny_step  # noqa: F401
+from builders import generator, random_batch, random_entries, tiny_net, tiny_step
 from monai.engines.utils import IterationEvents
 from monai.networks.nets import PatchDiscriminator
 from torch import nn

@@ -126,7 +126,8 @@ class SSCFTrainer(Trainer):
         accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
         inferer: kept for the bundle's ``train#inferer``; training calls the networks themselves.
         amp: train with autocast.
-        amp_dtype: dtype of autocast; None means bfloat16 where the device has it, else float16 with a loss scaler.
+        amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
+        grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
         epoch_length: batches of an epoch; None means the length of the loader.
         train_handlers: Ignite handlers.
         non_blocking: copy batches asynchronously.
@@ -155,6 +156,7 @@ class SSCFTrainer(Trainer):
         inferer: Callable | None = None,
         amp: bool = True,
         amp_dtype: torch.dtype | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         epoch_length: int | None = None,
         train_handlers: Sequence | None = None,
         non_blocking: bool = True,
@@ -178,12 +180,8 @@ class SSCFTrainer(Trainer):
         self.discriminator_optimizer = discriminator_optimizer
         self.loss, self.discriminator_loss, self.average = loss, discriminator_loss, average
         self.seed, self.accumulation_steps, self.inferer = seed, accumulation_steps, inferer
-        kind = self.state.device.type
-        if amp_dtype is None:
-            half = kind == "cuda" and not torch.cuda.is_bf16_supported()
-            amp_dtype = torch.float16 if half else torch.bfloat16
-        self.amp_dtype = amp_dtype
-        self.grad_scaler = torch.amp.GradScaler(kind, enabled=amp and amp_dtype == torch.float16)
+        self.amp_dtype = amp_dtype or half_dtype(self.state.device)
+        self.grad_scaler = grad_scaler or loss_scaler(self.state.device, amp)
         self._totals: dict[str, torch.Tensor] = {}
         self._batches = 0
         # before the handlers of the user, so that they find the means of the epoch
@@ -278,6 +276,17 @@ class SSCFTrainer(Trainer):
                 f"{', '.join(broken)} became non-finite in epoch {self.state.epoch}: lower the learning rate or switch "
                 "mixed precision off, then start again; the run goes on from the last checkpoint."
             )
+
+
+def half_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16, or float16 on a GPU that lacks it."""
+    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+    return torch.float16 if lacks else torch.bfloat16
+
+
+def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
+    """Loss scaler for mixed precision; enabled where ``amp`` has to use float16."""
+    return torch.amp.GradScaler(torch.device(device).type, enabled=amp and half_dtype(device) == torch.float16)
 
 
 def gather_entries(entries: BankEntries) -> BankEntries:

@@ -47,8 +47,8 @@ DEFAULT_SETTINGS = {
 
 logger = logging.getLogger(__name__)
 
-#: Names that ``atomic_saver`` gives to what it is writing.
-_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
+#: Names of what ``atomic_saver`` and ``save_weights`` are writing.
+_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}|.+\.pt\.tmp")
 
 
 def atomic_saver(directory: Path) -> DiskSaver:
