@@ -172,6 +172,14 @@ def test_entries_are_made_with_the_first_pass_entries_of_the_other_patients() ->
     assert float((net.bank_key[:4] - torch.cat(own_included)).abs().max()) > 1e-4
 
 
+def test_slice_with_a_non_finite_value_gives_no_entry() -> None:
+    data, net = Slices([1, 2, 3]), tiny_net()
+    data.batch["target"][0, :, 3, 3] = float("nan")
+    assert freeze_bank(net, loader(data), "cpu") == 2
+    assert net.bank_patient[net.bank_present.any(dim=1)].tolist() == [2, 3]
+    assert all(bool(torch.isfinite(getattr(net, name)).all()) for name in BANK)
+
+
 def test_wrong_number_of_slices_is_refused() -> None:
     net = tiny_net()
     with pytest.raises(ValueError, match="7 slices do not fit a bank of 6"):

@@ -22,7 +22,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Subset
 
-from .memory_bank import BankEntries, CompiledBank
+from .memory_bank import BankEntries, CompiledBank, usable_entries
 from .network import SSCFNet, make_entries
 from .randomness import hash_uniform
 from .trainer import BATCH_KEYS, draw_scenarios
@@ -65,7 +65,7 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
         seed: of the scenarios.
 
     Returns:
-        Number of entries.
+        Number of entries; a slice with a non-finite value gives none.
 
     Raises:
         ValueError: if there are no slices, or more than the bank holds.
@@ -88,8 +88,9 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
         out = network.run_branches(data["target"], available, bank, allowed)
         maps = network.citim.head(out.first[-1].flatten(0, 1)).unflatten(0, data["has_contrast"].shape)
         second.append(_entries(network, out.first, out.second, maps, data))
-    network.load_bank(_compile(network, second))
-    return sum(e.slice_id.shape[0] for e in second)
+    bank = _compile(network, second)
+    network.load_bank(bank)
+    return int(bank.present.any(dim=1).sum())
 
 
 def _entries(
@@ -111,6 +112,8 @@ def _entries(
 def _compile(network: SSCFNet, parts: Sequence[BankEntries]) -> CompiledBank:
     """Joins entries, pads them to L empty slots, folds them."""
     joined = BankEntries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    usable = usable_entries(joined)
+    joined = BankEntries(*(tensor[usable] for tensor in joined))
     missing = network.bank_size - joined.slice_id.shape[0]
     if missing < 0:
         raise ValueError(f"{joined.slice_id.shape[0]} slices do not fit a bank of {network.bank_size}.")

@@ -46,6 +46,14 @@ class BankEntries(NamedTuple):
     slice_id: torch.Tensor
 
 
+def usable_entries(entries: BankEntries) -> torch.Tensor:
+    """Which entries a bank may take: all values finite and at least one contrast. Returns: E boolean."""
+    usable = entries.present.any(dim=1)
+    for tensor in (entries.key, entries.mean, entries.std, entries.prototype, entries.class_map):
+        usable = usable & torch.isfinite(tensor).flatten(1).all(dim=1)
+    return usable
+
+
 class CompiledBank(NamedTuple):
     """What the network reads of a bank of L slots: the linear maps of CITIM are folded into the prototypes.
 
@@ -133,9 +141,7 @@ class MemoryBank(nn.Module):
         num = new.slice_id.shape[0]
         if num > self.size:
             raise ValueError(f"{num} entries at once do not fit a bank of {self.size}: raise the bank size.")
-        accepted = new.present.any(dim=1)
-        for tensor in (new.key, new.mean, new.std, new.prototype, new.class_map):
-            accepted = accepted & torch.isfinite(tensor).flatten(1).all(dim=1)
+        accepted = usable_entries(new)
         same = new.slice_id.unsqueeze(0) == new.slice_id.unsqueeze(1)
         later = torch.ones_like(same).triu(diagonal=1)
         accepted = accepted & ~(same & later & accepted.unsqueeze(0)).any(dim=1)
