@@ -16,7 +16,7 @@ DEMO_CONFIG := --config_file "['configs/train.json','configs/demo.json']" --outp
 
 demo: $(READY)
 	$(DEMO) training $(DEMO_CONFIG)
-	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --output_dir "$(abspath $(DEMO_DIR))"
+	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --demo_dir "$(abspath $(DEMO_DIR))"
 	$(DEMO) picture $(DEMO_CONFIG)
 
 test: $(READY)

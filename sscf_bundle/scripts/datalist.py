@@ -203,6 +203,7 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
             json.dump(names, file, indent=2)
             file.write("\n")
             file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is readable by its owner alone
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)

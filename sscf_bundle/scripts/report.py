@@ -236,25 +236,30 @@ def compare_study(
     return scores
 
 
-def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: Sequence[bool], masks: list) -> Figure:
+def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: list[bool], masks: list) -> Figure:
     """Rows: truth, result, absolute error; columns: contrasts and mask; the slice with the largest tumor."""
     guide = masks[0] if masks[0] is not None else masks[1]
     z = int((guide > 0).sum(axis=(1, 2)).argmax()) if guide is not None else target.shape[0] // 2
-    figure = Figure(figsize=(11, 6.8), facecolor="black", layout="tight")
+    rows, columns = ((target[z] > -1).any(dim=0).any(dim=1 - axis).nonzero() for axis in (0, 1))
+    box = (slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1))
+    truth, made = target[z][:, box[0], box[1]], images[z][:, box[0], box[1]]
+    figure = Figure(figsize=(11, 8), facecolor="black", layout="tight")
     axes = figure.subplots(3, 5)
     for k, name in enumerate(CONTRASTS):
-        _show(axes[0, k], target[z, k], f"{name}, acquired")
-        _show(axes[1, k], images[z, k], f"{name}, {'SYNTHETIC' if missing[k] else 'input'}")
+        _show(axes[0, k], truth[k], f"{name}, truth")
+        _show(axes[1, k], made[k], f"{name}, {'SYNTHETIC' if missing[k] else 'input'}")
         if missing[k]:
-            error = (images[z, k] - target[z, k]).abs() / 2
-            _show(axes[2, k], error, "absolute error (0 to 0.5)", cmap="magma", vmin=0, vmax=0.5)
+            _show(
+                axes[2, k], (made[k] - truth[k]).abs() / 2, "absolute error, 0 to 0.5", cmap="magma", vmin=0, vmax=0.5
+            )
         else:
             axes[2, k].axis("off")
     # BraTS labels on file: 1 NET, 2 ED, 4 (or 3) ET
     order = np.array([0, 3, 1, 2, 2])
+    given = missing.index(False)
     for row, (mask, title) in enumerate(zip(masks, ("mask, annotated", "mask, predicted"), strict=True)):
-        shown = None if mask is None else order[mask[z].astype(int).clip(0, 4)]
-        _show(axes[row, 4], target[z, 0], title, shown)
+        shown = None if mask is None else order[mask[z][box].astype(int).clip(0, 4)]
+        _show(axes[row, 4], truth[given], title, shown)
     axes[2, 4].axis("off")
     axes[2, 4].text(0.05, 0.5, "green: edema\nyellow: enhancing\nred: non-enhancing core", color="white", fontsize=9)
     return figure
