@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scripts.bank_builder import BankFreezer, bank_slices, freeze_bank
 from scripts.contrasts import NUM_CONTRASTS, scenario_table
+from scripts.layers import channel_statistics
 from scripts.memory_bank import BankEntries, CompiledBank
 from scripts.network import SSCFNet, make_entries, network_input
 from scripts.randomness import stable_hash
@@ -152,7 +153,8 @@ def entries_of(net: SSCFNet, sample: dict[str, torch.Tensor], others: BankEntrie
         allowed = torch.ones(1, len(others.patient), dtype=torch.bool)
         out = net.run_branches(target, available, bank, allowed)
         second, read = out.second, True
-    return make_entries(net, first, second, maps, **made), read
+    statistics = [channel_statistics(f) for f in second]
+    return make_entries(net, first, second, statistics, maps, **made), read
 
 
 def test_entries_are_made_with_the_first_pass_entries_of_the_other_patients() -> None:

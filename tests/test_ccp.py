@@ -19,8 +19,9 @@ import pytest
 import torch
 from builders import all_availabilities, compute_in_float64, generator
 
-from scripts.ccp import CCP, active_pairs, retrieve
+from scripts.ccp import CCP, active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 from scripts.contrasts import scenario_table
+from scripts.layers import channel_statistics
 from scripts.memory_bank import CompiledBank
 
 K = 4
@@ -30,8 +31,10 @@ def make_bank(
     entries: int, key_dim: int, widths: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> CompiledBank:
     draw = generator(seed)
+    key = torch.randn((entries, K, key_dim), generator=draw, dtype=dtype)
     return CompiledBank(
-        key=torch.randn((entries, K, key_dim), generator=draw, dtype=dtype),
+        key=key,
+        key_square=(key * key).sum(dim=2),
         mean=torch.randn((entries, K, widths), generator=draw, dtype=dtype),
         std=torch.rand((entries, K, widths), generator=draw, dtype=dtype) + 0.2,
         value=torch.zeros(entries, K, 1, 1),
@@ -73,7 +76,7 @@ def literal_candidate(
     weights = {name: p.detach().double().numpy() for name, p in ccp.named_parameters()}
     axes = tuple(range(1, feature.ndim))
     wide = (slice(None),) + (None,) * len(axes)
-    center, own = feature.mean(axis=axes), np.sqrt(feature.var(axis=axes) + ccp.eps)
+    center, own = feature.mean(axis=axes), np.sqrt(feature.var(axis=axes) + 1e-5)
     mu, sigma = (center, own) if mu is None or sigma is None else (mu, sigma)
     styled = sigma[wide] * (feature - center[wide]) / own[wide] + mu[wide]
 
@@ -102,7 +105,10 @@ def literal_ccp(
     bank: CompiledBank,
     allowed: torch.Tensor,
 ) -> np.ndarray:
-    """F_CCP of eq. 9: gamma over the concatenation of K candidates, zero where a contrast is no source."""
+    """F_CCP of eq. 9: gamma over the concatenation of K candidates, zero where a contrast is no source.
+
+    Rows of available contrasts are their own features.
+    """
     gamma = ccp.gamma_weight.detach().double().numpy()
     bias = ccp.gamma_bias.detach().double().numpy()
     c = feature.shape[2]
@@ -110,9 +116,10 @@ def literal_ccp(
     for b in range(feature.shape[0]):
         sources = [s for s in range(K) if available[b, s]]
         for t in range(K):
-            out[b, t] += bias[t].reshape((-1,) + (1,) * (feature.dim() - 3))
             if available[b, t]:
+                out[b, t] = feature[b, t].double().numpy()
                 continue
+            out[b, t] += bias[t].reshape((-1,) + (1,) * (feature.dim() - 3))
             concatenated = np.zeros((K * c, *feature.shape[3:]))
             for s in sources:
                 entry = literal_nearest(key[b, s].numpy(), bank, allowed[b].numpy(), t, s)
@@ -137,8 +144,15 @@ def run(
     allowed: torch.Tensor,
 ) -> torch.Tensor:
     target, source, active = active_pairs(available)
-    index, found = retrieve(key, bank, allowed, target, source)
-    return ccp(feature, target, source, active, found, bank.mean[index, target], bank.std[index, target])
+    index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
+    mean, std = bank.mean[index, target], bank.std[index, target]
+    return ccp(feature, *channel_statistics(feature), available, target, source, active, found, mean, std)
+
+
+def pair_distances(key: torch.Tensor, bank: CompiledBank, source: torch.Tensor) -> torch.Tensor:
+    """B x P x L distances of the source's keys."""
+    distances = torch.stack([key_distances(key[:, i], bank, i) for i in range(K)], dim=1)
+    return distances.gather(1, source.unsqueeze(2).expand(-1, -1, distances.shape[2]))
 
 
 def compare(result: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
@@ -199,12 +213,15 @@ def test_ccp_equals_equations_8_and_9_in_float32_with_partial_studies_and_masked
 def test_retrieval_finds_the_euclidean_nearest_usable_entry_of_every_pair() -> None:
     """l* of eq. 8 over entries that are allowed (not the patient's own) and hold both contrasts of the pair."""
     bank = make_bank(12, 9, 1)
-    bank = bank._replace(key=bank.key + 10, present=torch.rand((12, K), generator=generator(1)) > 0.4)
+    key = bank.key + 10
+    bank = bank._replace(
+        key=key, key_square=key.square().sum(dim=2), present=torch.rand((12, K), generator=generator(1)) > 0.4
+    )
     query = torch.randn((32, K, 9), generator=generator(2)) + 10  # far from the origin compared with their distances
     allowed = torch.rand((32, 12), generator=generator(3)) > 0.5
     allowed[7] = False
     target, source, active = active_pairs(all_availabilities().repeat(2, 1))
-    index, found = retrieve(query, bank, allowed, target, source)
+    index, found = retrieve(pair_distances(query, bank, source), usable_for_pairs(bank, allowed, target, source))
     seen = {True: 0, False: 0}
     for b in range(32):
         for p in range(4):
@@ -226,7 +243,8 @@ def test_retrieval_never_takes_an_entry_that_lacks_the_target_or_the_source() ->
     query = bank.key[0:1].clone()  # entry 0 is at distance 0
     target, source = torch.tensor([[2, 1, 2, 3]]), torch.tensor([[0, 0, 1, 0]])
     query[0, 0] = 0.75 * bank.key[0, 0] + 0.25 * bank.key[1, 0]
-    index, found = retrieve(query, bank, torch.ones(1, 3, dtype=torch.bool), target, source)
+    usable = usable_for_pairs(bank, torch.ones(1, 3, dtype=torch.bool), target, source)
+    index, found = retrieve(pair_distances(query, bank, source), usable)
     assert found.all()
     lacking = [
         ~present[int(e), int(t)] | ~present[int(e), int(s)]
@@ -241,8 +259,9 @@ def test_own_patient_is_masked_even_when_it_is_the_nearest() -> None:
     query = bank.key[2:3].clone()
     target, source = torch.tensor([[1]]), torch.tensor([[0]])
     everything = torch.ones(1, 4, dtype=torch.bool)
-    assert retrieve(query, bank, everything, target, source)[0].item() == 2
-    index, found = retrieve(query, bank, bank.patient.unsqueeze(0) != 2, target, source)
+    distance = pair_distances(query, bank, source)
+    assert retrieve(distance, usable_for_pairs(bank, everything, target, source))[0].item() == 2
+    index, found = retrieve(distance, usable_for_pairs(bank, bank.patient.unsqueeze(0) != 2, target, source))
     assert found.item() and index.item() == literal_nearest(query[0, 0].numpy(), bank, np.array([1, 1, 0, 1]), 1, 0)
 
 
@@ -263,23 +282,83 @@ def test_without_any_usable_entry_adain_keeps_the_statistics_of_the_source() -> 
         compare(result, literal_ccp(ccp, feature, key, available, unusable, allowed.bool()), 1e-5)
 
 
-def test_only_available_features_are_read_and_missing_ones_get_no_gradient() -> None:
+def test_features_of_missing_contrasts_reach_nothing_and_get_no_gradient() -> None:
     ccp = make_ccp(8)
     available = all_availabilities()
     feature = torch.randn((16, K, 8, 4, 4), generator=generator(1))
     key, bank = torch.randn((16, K, 5), generator=generator(2)), make_bank(3, 5, 8)
     allowed = torch.ones(16, 3, dtype=torch.bool)
     result = run(ccp, feature, key, available, bank, allowed)
-    for junk in (float("nan"), float("inf"), 1e20):
-        replaced = torch.where(available[:, :, None, None, None], feature, torch.tensor(junk)).requires_grad_()
+    for junk in (torch.zeros(()), torch.tensor(1e6), torch.randn(feature.shape, generator=generator(9))):
+        replaced = torch.where(available[:, :, None, None, None], feature, junk).requires_grad_()
         again = run(ccp, replaced, key, available, bank, allowed)
         assert torch.equal(again, result)
-        again.square().sum().backward()
+        torch.where(available[:, :, None, None, None], 0.0, again).square().sum().backward()
         assert replaced.grad is not None
         assert torch.equal(replaced.grad[~available], torch.zeros_like(replaced.grad[~available]))
-        some_missing = available & (available.sum(dim=1) < K).unsqueeze(1)
+        read = available & (available.sum(dim=1) < K).unsqueeze(1)
         assert torch.isfinite(replaced.grad).all()
-        assert (replaced.grad[some_missing].flatten(1).abs().sum(dim=1) > 0).all()
+        assert (replaced.grad[read].flatten(1).abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("space", [(5, 6), (3, 4, 3)], ids=["2d", "3d"])
+@pytest.mark.parametrize("row", range(14))
+def test_one_scenario_for_all_samples_gives_what_the_mixed_batch_gives(row: int, space: tuple[int, ...]) -> None:
+    ccp = make_ccp(8, len(space), kernel_size=3)
+    available = scenario_table()[row].expand(3, -1)
+    feature = torch.randn((3, K, 8, *space), generator=generator(1)) * 2 + 0.5
+    key, bank = torch.randn((3, K, 5), generator=generator(2)), make_bank(4, 5, 8)
+    allowed = torch.rand((3, 4), generator=generator(5)) > 0.4
+    allowed[1] = False
+    expected = run(ccp, feature, key, available, bank, allowed)
+    sources, targets = (mask.nonzero().flatten() for mask in (available[0], ~available[0]))
+    target = targets.repeat_interleave(len(sources)).expand(3, -1)
+    source = sources.repeat(len(targets)).expand(3, -1)
+    index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
+    shape = (len(targets), len(sources))
+    result = ccp.predict(
+        feature[:, sources],
+        *(statistic[:, sources] for statistic in channel_statistics(feature)),
+        sources,
+        targets,
+        found.unflatten(1, shape),
+        bank.mean[index, target].unflatten(1, shape),
+        bank.std[index, target].unflatten(1, shape),
+    )
+    torch.testing.assert_close(result, expected[:, targets], rtol=0, atol=1e-5)
+
+
+def test_memory_layout_of_the_features_does_not_change_the_result() -> None:
+    ccp = make_ccp(8)
+    available = scenario_table()
+    feature = torch.randn((14, K, 8, 6, 4), generator=generator(1))
+    key, bank = torch.randn((14, K, 5), generator=generator(2)), make_bank(4, 5, 8)
+    allowed = torch.ones(14, 4, dtype=torch.bool)
+    last = feature.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3)
+    result = run(ccp, last, key, available, bank, allowed)
+    torch.testing.assert_close(result, run(ccp, feature, key, available, bank, allowed), rtol=0, atol=1e-5)
+    assert result[:, 0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_random_retrieval_draws_among_usable_entries_whatever_their_distance() -> None:
+    torch.manual_seed(0)
+    usable = torch.tensor([[[True, False, True, True]]]).expand(400, 1, 4)
+    index, found = retrieve(torch.tensor([[[0.0, -5.0, 3.0, 9.0]]]).expand(400, 1, 4), usable, "random")
+    counts = torch.bincount(index.flatten(), minlength=4)
+    assert counts[1] == 0 and (counts[[0, 2, 3]] > 90).all() and found.all()
+
+
+def test_mean_prototype_equals_a_loop_over_usable_entries() -> None:
+    bank = make_bank(5, 3, 4)
+    usable = torch.rand((2, 3, 5), generator=generator(1)) > 0.5
+    usable[1, 2] = False
+    target = torch.tensor([[0, 3, 1], [2, 2, 0]])
+    result = mean_prototype(bank.std, usable, target)
+    for b in range(2):
+        for p in range(3):
+            rows = [bank.std[entry, target[b, p]].double() for entry in range(5) if usable[b, p, entry]]
+            expected = sum(rows) / len(rows) if rows else torch.zeros(4, dtype=torch.float64)
+            torch.testing.assert_close(result[b, p].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_predicted_channel_statistics_follow_the_prototype() -> None:

@@ -396,7 +396,7 @@ def test_retrieval_in_the_network_takes_the_nearest_key_of_another_patient() -> 
         step.net.ccp[0].register_forward_pre_hook(lambda _m, args: given.append(args))
         available = scenario_table()
         output = step(**random_batch(available))
-    _, target, source, active, found, mean, _ = given[0]
+    _, _, _, _, target, source, active, found, mean, _ = given[0]
     keys, chosen = output["entries"].key.double(), set()
     for b in range(14):
         for p in range(4):
@@ -455,7 +455,7 @@ def test_retrieval_under_bfloat16_autocast_finds_the_same_entries() -> None:
         step.bank.enqueue(bank._replace(key=center + 0.02 * center.abs().mean() * bank.key))
         given.clear()
         keys = step(**batch)["entries"].key.double()
-    _, target, source, active, _, mean, _ = given[0]
+    _, _, _, _, target, source, active, _, mean, _ = given[0]
     for b in range(14):
         for p in range(4):
             if active[b, p]:
@@ -556,3 +556,133 @@ def test_citim_is_part_of_the_forward_path() -> None:
         before = step(**batch)["logits"]
         step.bank.prototype.copy_(torch.randn(step.bank.prototype.shape, generator=generator(4)))
         assert (step(**batch)["logits"] - before).abs().flatten(1).max(dim=1).values.min() > 1e-4
+
+
+# --------------------------------------------------------------------------------------- one scenario, and variants
+#: Ablations of the network, and what their training step must not give.
+VARIANTS: list[tuple[dict[str, object], set[str]]] = [
+    ({"segmentation": "none", "prediction": "mean"}, {"logits", "class_map", "predicted", "entries"}),
+    ({"segmentation": "none"}, {"logits", "class_map"}),
+    ({"prediction": "mean"}, {"predicted"}),
+    ({"segmentation": "plain", "synthesis": False}, {"class_map", "predicted", "entries"}),
+    ({"synthesis": False}, {"predicted"}),
+    ({"segmentation": "plain"}, {"class_map"}),
+    ({"closed_loop": False}, set()),
+    ({"retrieval": "mean"}, set()),
+    ({}, set()),
+]
+
+
+def with_frozen_bank(step: SSCFTrainingStep) -> SSCFNet:
+    """The network of a step, in eval mode, that reads what is in the training bank."""
+    step.net.load_bank(step.net.compile_bank(step.bank.entries()))
+    return step.net.eval()
+
+
+@pytest.mark.parametrize("changes,absent", VARIANTS, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_variants_train_infer_and_script_without_the_parts_that_they_lack(
+    changes: dict[str, object], absent: set[str]
+) -> None:
+    reads_bank = changes.get("segmentation", "citim") == "citim" or (
+        changes.get("prediction", "ccp") == "ccp" and changes.get("synthesis", True)
+    )
+    step = tiny_step(filled=4 if reads_bank else 0, **changes)
+    available = scenario_table()
+    output = step(**random_batch(available))
+    optional = {"logits", "class_map", "contrast_maps", "predicted", "features", "entries"}
+    companions = {"class_map": "contrast_maps", "predicted": "features"}
+    absent = absent | {companions[name] for name in absent & set(companions)}
+    assert set(output) == (optional - absent) | {"pred", "available"}
+    total = output["pred"].square().sum()
+    if "predicted" in output:
+        total = total + sum(f.square().sum() for f in output["predicted"])
+    if "contrast_maps" in output:
+        total = total + output["contrast_maps"].square().sum() + output["class_map"].square().sum()
+    total.backward()
+    unused = [name for name, p in step.net.named_parameters() if p.grad is None]
+    assert not unused
+    net = with_frozen_bank(step)
+    image = random_batch(available, seed=4)["image"]
+    with torch.no_grad():
+        pred = net(image)
+        torch.testing.assert_close(torch.jit.script(net)(image), pred, rtol=0, atol=1e-6)
+    assert torch.isfinite(pred).all()
+    if changes.get("segmentation") == "none":
+        assert torch.equal(pred[:, 4:], torch.zeros_like(pred[:, 4:]))
+    if changes.get("synthesis") is False:
+        assert torch.equal(pred[:, :4], torch.full_like(pred[:, :4], -1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+@pytest.mark.parametrize("changes,absent", VARIANTS, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_network_for_one_scenario_equals_the_network(
+    changes: dict[str, object], absent: set[str], layout: torch.memory_format
+) -> None:
+    step = tiny_step(filled=0 if "entries" in absent else 4, **changes)
+    net = with_frozen_bank(step)
+    image = random_batch(scenario_table(), (32, 48), seed=4)["image"]
+    with torch.no_grad():
+        expected = net(image)
+        net.to(memory_format=layout)
+        for row, available in enumerate(scenario_table()):
+            # what stands in the planes of missing contrasts and in those of availability is not read
+            given = torch.where(available.repeat(2)[:, None, None], image[row], float("nan"))
+            result = net.for_scenario(available.tolist())(torch.stack([given, given]))
+            missing = [i for i in range(7) if i > 3 or not available[i]]
+            torch.testing.assert_close(result[1, missing], expected[row, missing], rtol=0, atol=2e-5)
+            kept = available.nonzero().flatten()
+            assert torch.equal(result[0, kept], image[row, kept])
+
+
+def test_network_for_one_scenario_runs_only_what_the_scenario_needs() -> None:
+    net, runs = with_frozen_bank(tiny_step()), []
+    for name, parts in (("encoder", net.encoders), ("decoder", net.synthesis_decoders)):
+        for i, part in enumerate(parts):
+            part.register_forward_hook(lambda *_, name=name, i=i: runs.append((name, i)))
+    image = random_batch(scenario_table()[:1])["image"]
+    with torch.no_grad():
+        net.for_scenario([False, True, True, False])(image)
+        assert sorted(runs) == [("decoder", 0), ("decoder", 3)] + 2 * [("encoder", 1)] + 2 * [("encoder", 2)]
+        runs.clear()
+        result = net.for_scenario([True] * 4)(image)
+    assert sorted(runs) == [("encoder", i) for i in range(4)]
+    assert torch.equal(result[:, :4], image[:, :4])
+
+
+@pytest.mark.parametrize("available", [[False] * 4, [True] * 3])
+def test_scenarios_without_a_contrast_or_of_another_length_are_refused(available: list[bool]) -> None:
+    with pytest.raises(ValueError, match="4 truth values, one of them true"):
+        tiny_net().for_scenario(available)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"segmentation": "other"}, "segmentation must be one of citim, plain, none"),
+        ({"prediction": "other"}, "prediction must be one of"),
+        ({"retrieval": "farthest"}, "retrieval must be one of"),
+        ({"segmentation": "none", "synthesis": False}, "computes nothing"),
+    ],
+)
+def test_unknown_variants_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_net(**changes)
+
+
+def test_detached_mask_keeps_the_synthesis_from_training_the_segmentation() -> None:
+    step = tiny_step(closed_loop=False)
+    output = step(**random_batch(scenario_table()))
+    output["pred"][:, :4].square().sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in step.net.segmentation_decoder.parameters())
+
+
+def test_mean_retrieval_gives_every_slice_the_same_statistics_and_nearest_does_not() -> None:
+    image = random_batch(scenario_table()[[0, 0]], seed=6)["image"]
+    for mode, same in (("mean", True), ("nearest", False)):
+        net, given = with_frozen_bank(tiny_step(retrieval=mode)), []
+        with torch.no_grad():
+            net.bank_key[:2] = net.retrieval_key(net.encode(image[:, :4], torch.zeros(2, 3, 32, 32))[-1])
+            net.bank_key_square.copy_(net.bank_key.square().sum(dim=2))
+            net.ccp[0].register_forward_pre_hook(lambda _m, args, given=given: given.append(args[-2]))
+            net(image)
+        assert torch.equal(given[0][0], given[0][1]) == same

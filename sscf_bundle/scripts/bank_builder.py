@@ -22,6 +22,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Subset
 
+from .layers import channel_statistics
 from .memory_bank import BankEntries, CompiledBank, usable_entries
 from .network import SSCFNet, make_entries
 from .randomness import hash_uniform
@@ -75,8 +76,8 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
     for batch in batches:
         data = {k: batch[k].to(device) for k in BATCH_KEYS}
         first = network.encode(data["target"], torch.zeros_like(data["target"][:, : network.num_tumor_classes]))
-        maps = network.citim.head(first[-1].flatten(0, 1)).unflatten(0, data["has_contrast"].shape)
-        entries.append(_entries(network, first, first, maps, data))
+        statistics = [channel_statistics(f) for f in first]
+        entries.append(_entries(network, first, first, statistics, data))
     if not entries:
         raise ValueError("no slice was given for the memory bank: check that the training split has studies.")
     bank = _compile(network, entries)
@@ -86,21 +87,21 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
         available = draw_scenarios(data["slice_id"], data["has_contrast"], seed, 0)
         allowed = bank.present.any(dim=1).unsqueeze(0) & (bank.patient.unsqueeze(0) != data["patient"].unsqueeze(1))
         out = network.run_branches(data["target"], available, bank, allowed)
-        maps = network.citim.head(out.first[-1].flatten(0, 1)).unflatten(0, data["has_contrast"].shape)
-        second.append(_entries(network, out.first, out.second, maps, data))
+        second.append(_entries(network, out.first, out.second, out.statistics, data))
     bank = _compile(network, second)
     network.load_bank(bank)
     return int(bank.present.any(dim=1).sum())
 
 
 def _entries(
-    network: SSCFNet, first: list, second: list, maps: torch.Tensor, data: dict[str, torch.Tensor]
+    network: SSCFNet, first: list, second: list, statistics: list, data: dict[str, torch.Tensor]
 ) -> BankEntries:
     return make_entries(
         network,
         first,
         second,
-        maps,
+        statistics,
+        network.contrast_maps(first[-1]),
         data["label"],
         data["has_contrast"],
         data["has_mask"],
@@ -125,7 +126,7 @@ class BankFreezer:
     """Ignite handler that freezes the bank of an evaluated network before every run of its evaluator.
 
     Args:
-        network: the network that the evaluator uses.
+        network: the network that the evaluator uses; one without a bank is left as it is.
         data_loader: the bank's slices.
         device: where to compute.
         seed: of the scenarios.
@@ -148,6 +149,8 @@ class BankFreezer:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine | None = None) -> None:
+        if not getattr(self.network, "uses_bank", False):
+            return
         number = freeze_bank(self.network, self.data_loader, self.device, self.seed)
         if self.list_file is not None and idist.get_rank() == 0:
             subset = self.data_loader.dataset

@@ -11,20 +11,23 @@
 """Cross-Contrast Prediction (section 2.2 of the paper, eq. 8 and 9): retrieval, AdaIN, CBAM and fusion at one scale.
 
 AdaIN takes nothing of a prototype but its channel statistics, and both AdaIN and CBAM's channel attention are affine in
-the normalized feature x of the source contrast. With mu, sigma of the prototype, the attention is
+the feature f of the source contrast. With m, s its own mean and standard deviation, mu, sigma those of the prototype
+and r = sigma / s, the attention is
 
-    a_c = sigmoid(MLP(mu) + MLP(sigma max(x) + mu)),      y = (a sigma) x + a mu,
+    a = sigmoid(MLP(mu) + MLP(r (max(f) - m) + mu)),      y = (a r) f + a (mu - r m),
 
-where the spatial mean of AdaIN's result is mu and its spatial maximum sigma max(x) + mu, so neither needs a pass over
-the pixels of a (target, source) pair: x and max(x) are computed once for each source, and one pass gives y.
+where the spatial mean of AdaIN's result is mu and its spatial maximum r (max(f) - m) + mu, so neither needs a pass over
+the pixels of a (target, source) pair: m, s and max(f) are computed once for each source, and one pass gives y.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
+from .layers import mix_channels, pick_maps, widen
 from .memory_bank import CompiledBank
 
 
@@ -44,37 +47,69 @@ def active_pairs(available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return torch.div(order, k, rounding_mode="floor"), order % k, torch.gather(flat, 1, order)
 
 
-def retrieve(
-    query: torch.Tensor,
-    bank: CompiledBank,
-    allowed: torch.Tensor,
-    target: torch.Tensor,
-    source: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest entry l* of every (target, source) pair by Euclidean distance of the source's keys.
+def usable_for_pairs(
+    bank: CompiledBank, allowed: torch.Tensor, target: torch.Tensor, source: torch.Tensor
+) -> torch.Tensor:
+    """Entries that the sample may use and that hold both contrasts of a pair.
 
     Args:
-        query: B x K x D keys of the current slice.
         bank: the compiled bank of L slots.
         allowed: B x L, entries that the sample may use.
         target: B x P.
         source: B x P.
 
     Returns:
+        B x P x L boolean.
+    """
+    has = bank.present.t()  # K x L
+    return allowed.unsqueeze(1) & has[source] & has[target]
+
+
+def key_distances(query: torch.Tensor, bank: CompiledBank, source: int) -> torch.Tensor:
+    """Squared Euclidean distances of the keys of one contrast, less the query's own norm, which moves no argmin.
+
+    Args:
+        query: B x D float32 keys of the current slices.
+        bank: the compiled bank of L slots.
+        source: the contrast.
+
+    Returns:
+        B x L float32.
+    """
+    return bank.key_square[:, source] - 2 * torch.matmul(query, bank.key[:, source].float().t())
+
+
+def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry l* of every (target, source) pair (eq. 8).
+
+    Args:
+        distance: B x P x L distances of the source's keys.
+        usable: B x P x L of ``usable_for_pairs``.
+        mode: ``nearest``, or ``random`` for a control that ignores the distances.
+
+    Returns:
         ``index``: B x P slot l* (0 where none is usable); ``found``: B x P boolean.
     """
-    keys = bank.key.float()
-    if torch.jit.is_scripting():
-        products = torch.einsum("bkd,lkd->bkl", query.float(), keys)
-    else:
-        with torch.autocast(query.device.type, enabled=False):
-            products = torch.einsum("bkd,lkd->bkl", query.float(), keys)
-    distance = (keys * keys).sum(dim=2).t().unsqueeze(0) - 2 * products  # the query's own norm moves no argmin
-    rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)
-    has = bank.present.t()  # K x L
-    usable = allowed.unsqueeze(1) & has[source] & has[target]
-    distance = distance[rows, source].masked_fill(~usable, float("inf"))
-    return distance.argmin(dim=2), usable.any(dim=2)
+    if mode == "random":
+        distance = torch.rand_like(distance)
+    return distance.masked_fill(~usable, float("inf")).argmin(dim=2), usable.any(dim=2)
+
+
+def mean_prototype(table: torch.Tensor, usable: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Statistics of the target averaged over all usable entries: the control that carries no image's information.
+
+    Args:
+        table: L x K x C means or standard deviations.
+        usable: B x P x L.
+        target: B x P.
+
+    Returns:
+        B x P x C.
+    """
+    weight = usable.to(table.dtype) / usable.sum(dim=2, keepdim=True).clamp(min=1)
+    per_contrast = torch.matmul(weight, table.flatten(1)).unflatten(2, table.shape[1:])
+    place = target[:, :, None, None].expand(-1, -1, 1, table.shape[2])
+    return per_contrast.gather(2, place).squeeze(2)
 
 
 def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -104,7 +139,6 @@ class CCP(nn.Module):
         num_contrasts: K.
         reduction: bottleneck ratio of CBAM's channel attention.
         kernel_size: kernel of CBAM's spatial attention.
-        eps: of AdaIN's variance.
     """
 
     def __init__(
@@ -114,11 +148,10 @@ class CCP(nn.Module):
         num_contrasts: int,
         reduction: int = 16,
         kernel_size: int = 7,
-        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         k, c, hidden = num_contrasts, channels, max(channels // reduction, 4)
-        self.num_contrasts, self.eps = k, eps
+        self.num_contrasts = k
         self.squeeze_weight = nn.Parameter(torch.empty(k, hidden, c))
         self.squeeze_bias = nn.Parameter(torch.zeros(k, hidden))
         self.excite_weight = nn.Parameter(torch.empty(k, c, hidden))
@@ -139,22 +172,60 @@ class CCP(nn.Module):
         """CBAM's channel attention from the pooled values of each pair.
 
         Args:
-            target: B x P.
-            mean: B x P x C spatial mean.
-            maximum: B x P x C spatial maximum.
+            target: int64 tensor of any shape.
+            mean: ``target.shape`` x C, spatial mean.
+            maximum: ``target.shape`` x C, spatial maximum.
 
         Returns:
-            B x P x C in (0, 1).
+            ``target.shape`` x C in (0, 1).
         """
-        pooled = torch.stack([mean, maximum], dim=3)  # B x P x C x 2
+        pooled = torch.stack([mean, maximum], dim=-1)
         hidden = torch.matmul(pick(self.squeeze_weight.float(), target), pooled)
-        hidden = torch.relu(hidden + pick(self.squeeze_bias.float(), target).unsqueeze(3))
+        hidden = torch.relu(hidden + pick(self.squeeze_bias.float(), target).unsqueeze(-1))
         out = torch.matmul(pick(self.excite_weight.float(), target), hidden)
-        return torch.sigmoid((out + pick(self.excite_bias.float(), target).unsqueeze(3)).sum(dim=3))
+        return torch.sigmoid((out + pick(self.excite_bias.float(), target).unsqueeze(-1)).sum(dim=-1))
+
+    def candidates(
+        self,
+        maps: torch.Tensor,
+        center: torch.Tensor,
+        own_std: torch.Tensor,
+        row: torch.Tensor,
+        target: torch.Tensor,
+        found: torch.Tensor,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+    ) -> torch.Tensor:
+        """AdaIN and CBAM's channel attention of M pairs, as one affine map of each source channel.
+
+        Args:
+            maps: R x C x spatial source features F_s^j.
+            center: R x C, their means.
+            own_std: R x C, their standard deviations.
+            row: M, the source's row in ``maps``.
+            target: M contrast indices.
+            found: M; without a retrieved entry the source's own statistics are kept.
+            mean: M x C prototype mean mu.
+            std: M x C prototype standard deviation sigma.
+
+        Returns:
+            M x C x spatial.
+        """
+        maximum = pick(maps.flatten(2).amax(dim=2).float(), row)
+        center, own_std, keep = pick(center, row), pick(own_std, row), found.unsqueeze(1)
+        ratio = torch.where(keep, std.float(), own_std) / own_std
+        mean = torch.where(keep, mean.float(), center)
+        attention = self.channel_attention(target, mean, ratio * (maximum - center) + mean)
+        scale, shift = attention * ratio, attention * (mean - ratio * center)
+        picked = pick_maps(maps, row).float()
+        return torch.addcmul(widen(shift, maps), picked, widen(scale, maps)).to(maps.dtype)
 
     def forward(
         self,
         feature: torch.Tensor,
+        center: torch.Tensor,
+        own_std: torch.Tensor,
+        available: torch.Tensor,
         target: torch.Tensor,
         source: torch.Tensor,
         active: torch.Tensor,
@@ -162,11 +233,14 @@ class CCP(nn.Module):
         mean: torch.Tensor,
         std: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicts the features of the missing contrasts.
+        """Predicts the features of the missing contrasts of samples with different scenarios.
 
         Args:
-            feature: B x K x C x spatial features F_i^j; only rows that ``source`` names with ``active`` are used.
-            target: B x P.
+            feature: B x K x C x spatial features F_i^j, finite; those of missing contrasts do not reach the result.
+            center: B x K x C, their means over space.
+            own_std: B x K x C, their standard deviations.
+            available: B x K.
+            target: B x P of ``active_pairs``.
             source: B x P.
             active: B x P.
             found: B x P; without a retrieved entry the source's own statistics are kept.
@@ -174,39 +248,92 @@ class CCP(nn.Module):
             std: B x P x C prototype standard deviation sigma.
 
         Returns:
-            F_CCP^j, B x K x C x spatial; rows of contrasts that are no target hold the bias of gamma alone.
+            B x K x C x spatial, what the decoders read: F_CCP^j of the missing contrasts, F_i^j of the available.
         """
-        b, k, c = feature.shape[:3]
-        pairs, space = target.shape[1], feature.shape[3:]
-        rows = torch.arange(b, device=feature.device).unsqueeze(1)
-        flat = feature.flatten(3)
-        # a source that is not really available is replaced before anything is computed from it
-        usable = torch.zeros(b, k, dtype=torch.int64, device=feature.device).scatter_add(1, source, active.long()) > 0
-        flat = torch.where(usable[:, :, None, None], flat, torch.zeros((), dtype=flat.dtype, device=flat.device))
-        variance, center = torch.var_mean(flat.float(), dim=3, correction=0)
-        own_std = torch.sqrt(variance + self.eps)
-        normalized = ((flat - center.unsqueeze(3)) / own_std.unsqueeze(3)).to(feature.dtype)
-        maximum = normalized.amax(dim=3).float()
+        b, k = feature.shape[:2]
+        sample = torch.arange(b, device=feature.device).unsqueeze(1)
+        # contrast after contrast, as the features lie in memory
+        maps = feature.transpose(0, 1).flatten(0, 1)
+        # an idle slot repeats the first pair with gain 0, so that it reads no missing contrast
+        from_source = torch.where(active, source, source[:, :1])
+        refined = self.candidates(
+            maps,
+            center.transpose(0, 1).flatten(0, 1),
+            own_std.transpose(0, 1).flatten(0, 1),
+            (from_source * b + sample).flatten(),
+            target.flatten(),
+            found.flatten(),
+            mean.flatten(0, 1),
+            std.flatten(0, 1),
+        )
+        attended = self.spatial(torch.stack([refined.mean(dim=1), refined.amax(dim=1)], dim=1))
+        gate = attended.gather(1, widen(target.flatten().unsqueeze(1), attended).expand_as(attended[:, :1]))
+        gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
+        gamma = pick(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
+        fused = mix_channels(gamma.to(refined.dtype), refined * torch.sigmoid(gate))
+        own = widen(available.t().flatten(), maps)
+        bias = widen(self.gamma_bias.to(fused.dtype).repeat_interleave(b, dim=0), maps)
+        out = torch.where(own, maps.to(fused.dtype), bias).index_add_(0, (target * b + sample).flatten(), fused)
+        return out.unflatten(0, (k, b)).transpose(0, 1)
 
-        keep, from_source = found.unsqueeze(2), rows * k + source
-        mean = torch.where(keep, mean.float(), pick(center.flatten(0, 1), from_source))
-        std = torch.where(keep, std.float(), pick(own_std.flatten(0, 1), from_source))
-        attention = self.channel_attention(target, mean, std * pick(maximum.flatten(0, 1), from_source) + mean)
-        scale = (attention * std).flatten(0, 1)  # (B P) x C: y = scale * x + shift
-        shift = (attention * mean).flatten(0, 1)
+    def predict(
+        self,
+        feature: torch.Tensor,
+        center: torch.Tensor,
+        own_std: torch.Tensor,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+        found: torch.Tensor,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+    ) -> torch.Tensor:
+        """``forward`` for samples that share one scenario: only what the scenario needs is computed.
 
-        x = normalized.flatten(0, 1).index_select(0, from_source.flatten())  # (B P) x C x N
-        y = x * scale.to(x.dtype).unsqueeze(2) + shift.to(x.dtype).unsqueeze(2)
-        pooled = torch.stack([y.mean(dim=1), y.amax(dim=1)], dim=1)
-        maps = self.spatial(pooled.unflatten(2, space)).flatten(2)
-        gate = torch.sigmoid(maps.gather(1, target.flatten()[:, None, None].expand(-1, 1, maps.shape[2])))
-        gate = gate * active.flatten()[:, None, None].to(gate.dtype)
+        Args:
+            feature: B x S x C x spatial features of the available contrasts.
+            center: B x S x C, their means over space.
+            own_std: B x S x C, their standard deviations.
+            sources: S indices of the available contrasts.
+            targets: T indices of the missing contrasts.
+            found: B x T x S.
+            mean: B x T x S x C prototype mean mu.
+            std: B x T x S x C prototype standard deviation sigma.
 
-        gamma = pick(self.gamma_weight.flatten(0, 1), target * k + source).flatten(0, 1)
-        fused = torch.bmm(gamma.to(y.dtype), y) * gate
-        sources = usable.sum(dim=1).clamp(min=1).to(fused.dtype)
-        fused = fused * ((self.num_contrasts - 1) / sources).repeat_interleave(pairs)[:, None, None]
-        out = torch.zeros((b * k, c, flat.shape[3]), dtype=fused.dtype, device=fused.device)
-        out = out.index_add(0, (rows * k + target).flatten(), fused)
-        out = out.view(b, k, c, -1) + self.gamma_bias.to(out.dtype).unsqueeze(2)
-        return out.unflatten(3, space)
+        Returns:
+            B x T x C x spatial, F_CCP^j of the missing contrasts.
+        """
+        b, num_sources, num_targets = feature.shape[0], sources.shape[0], targets.shape[0]
+        # pairs in the order target, sample, source: what eq. 9 concatenates lies together
+        sample = torch.arange(b, device=feature.device).unsqueeze(1)
+        row = (torch.arange(num_sources, device=feature.device) * b + sample).flatten().repeat(num_targets)
+        target = targets.repeat_interleave(b * num_sources)
+        refined = self.candidates(
+            feature.transpose(0, 1).flatten(0, 1),
+            center.transpose(0, 1).flatten(0, 1),
+            own_std.transpose(0, 1).flatten(0, 1),
+            row,
+            target,
+            found.transpose(0, 1).flatten(),
+            mean.transpose(0, 1).flatten(0, 2),
+            std.transpose(0, 1).flatten(0, 2),
+        )
+        pooled = torch.stack([refined.mean(dim=1), refined.amax(dim=1)], dim=1)
+        # each target's own kernel alone: targets become groups of the convolution
+        pooled = pooled.unflatten(0, (num_targets, -1)).transpose(0, 1).flatten(1, 2)
+        convolve = F.conv2d if feature.dim() == 5 else F.conv3d
+        bias = self.spatial.bias
+        assert bias is not None
+        gate = convolve(
+            pooled,
+            self.spatial.weight.index_select(0, targets),
+            bias.index_select(0, targets),
+            padding=self.spatial.weight.shape[-1] // 2,
+            groups=num_targets,
+        )
+        refined = refined * torch.sigmoid(gate.transpose(0, 1).flatten(0, 1).unsqueeze(1))
+        concatenated = refined.unflatten(0, (num_targets * b, num_sources)).flatten(1, 2)
+        gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources).transpose(1, 2).flatten(2)
+        gamma = gamma.repeat_interleave(b, dim=0) * ((self.num_contrasts - 1) / num_sources)  # (T B) x C x (S C)
+        out = mix_channels(gamma.to(concatenated.dtype), concatenated).unflatten(0, (num_targets, b))
+        shift = self.gamma_bias.index_select(0, targets).to(out.dtype).unsqueeze(1)
+        return (out + widen(shift, out)).transpose(0, 1)

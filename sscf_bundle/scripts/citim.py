@@ -179,13 +179,13 @@ class CITIM(nn.Module):
             present: L x K, contrasts that the entry has; the others give 0 and the rest is scaled by K / present.
 
         Returns:
-            ``value``: L x K x C x c', psi_i Gc; ``gram``: L x K x c' x c', Q. Both float32.
+            ``value``: L x K x c' x C, psi_i Gc; ``gram``: L x K x c' x c', Q. Both float32.
         """
         centered = prototype.float() - prototype.float().mean(dim=2, keepdim=True)
         psi = self.psi.weight.float().view(self.channels, self.num_contrasts, self.channels)
         with torch.autocast(prototype.device.type, enabled=False):
             gram = torch.matmul(centered.transpose(2, 3), centered) / self.channels
-            value = torch.einsum("oki,lkic->lkoc", psi, centered)
+            value = torch.einsum("oki,lkic->lkco", psi, centered).contiguous()
         scale = self.num_contrasts / present.sum(dim=1).clamp(min=1).to(value.dtype)
         value = torch.where(present[:, :, None, None], value * scale[:, None, None, None], torch.zeros_like(value))
         return value, gram
@@ -203,7 +203,7 @@ class CITIM(nn.Module):
         Args:
             feature: B x C x spatial, the fused F^5.
             class_map: B x c' x N, W of the current slice.
-            value: L x K x C x c' of ``fold``.
+            value: L x K x c' x C of ``fold``.
             gram: L x K x c' x c' of ``fold``.
             allowed: B x L, entries that the sample may use.
 
@@ -211,32 +211,36 @@ class CITIM(nn.Module):
             F_CITIM, B x C x spatial, float32; zero for a sample without an allowed entry.
         """
         b, n = class_map.shape[0], class_map.shape[2]
-        size, k, c, classes = value.shape
+        size, k, classes, c = value.shape
         w = class_map.float().transpose(1, 2)  # B x N x c'
         pairs = (w.unsqueeze(3) * w.unsqueeze(2)).flatten(2)  # B x N x c'^2
         variance = torch.matmul(pairs, gram.reshape(size * k, classes * classes).t())  # W^T Q W
-        inverse_std = torch.rsqrt(variance.clamp(min=0) + self.eps).view(b, n, size, k, 1)
-        coefficients = inverse_std * w[:, :, None, None, :]  # what multiplies each column psi_i Gc
+        inverse_std = torch.rsqrt(variance.clamp(min=0) + self.eps).view(b, n, size, k)
         if self.concat:
             phi = self.phi.weight.float().view(c, size, c)
-            table = torch.einsum("olp,lkpc->lkco", phi, value)
+            table = torch.einsum("olp,lkcp->lkco", phi, value).reshape(-1, c)
             bias = torch.matmul(
                 allowed.to(phi.dtype), torch.einsum("olp,p->lo", phi, self.psi.bias.float())
             ) + self._phi_bias(phi)
-            coefficients = coefficients * allowed[:, None, :, None, None].to(coefficients.dtype)
-            out = torch.matmul(coefficients.view(b, n, -1), table.reshape(-1, c)) + bias.unsqueeze(1)
+            weights = inverse_std * allowed[:, None, :, None].to(inverse_std.dtype)
+            out = torch.matmul(self._coefficients(weights, w), table) + bias.unsqueeze(1)
         else:
-            table = value.transpose(2, 3).reshape(-1, c)  # (L K c') x C
+            table = value.reshape(-1, c)  # (L K c') x C
             query = self.query(feature.flatten(2).transpose(1, 2).float())
-            scores = torch.matmul(query, table.t()).view(b, n, size, k, classes)
-            scores = (scores * coefficients).sum(dim=(3, 4)) / c**0.5
+            # product of the query with what each entry and contrast retrieves at n: inverse_std sum_c' w_c' psi_i Gc
+            scores = torch.matmul(query, table.t()).view(b, n, size * k, classes)
+            scores = torch.matmul(scores, w.unsqueeze(3)).view(b, n, size, k)
+            scores = (scores * inverse_std).sum(dim=3) / c**0.5
             scores = scores.masked_fill(~allowed.unsqueeze(1), -1e30)
-            weights = torch.softmax(scores, dim=2)
-            pooled = torch.matmul((coefficients * weights[:, :, :, None, None]).view(b, n, -1), table)
-            pooled = pooled + self.psi.bias.float()
+            weights = inverse_std * torch.softmax(scores, dim=2).unsqueeze(3)
+            pooled = torch.matmul(self._coefficients(weights, w), table) + self.psi.bias.float()
             out = torch.matmul(pooled, self.phi.weight.float().view(c, c).t()) + self._phi_bias(pooled)
         out = torch.where(allowed.any(dim=1)[:, None, None], out, torch.zeros_like(out))
         return out.transpose(1, 2).reshape(feature.shape)
+
+    def _coefficients(self, weights: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """What multiplies each row psi_i Gc. Args: weights: B x N x L x K; w: B x N x c'. Returns: B x N x (L K c')."""
+        return (weights.flatten(2).unsqueeze(3) * w.unsqueeze(2)).flatten(2)
 
     def _phi_bias(self, like: torch.Tensor) -> torch.Tensor:
         bias = self.phi.bias

@@ -59,15 +59,17 @@ class CompiledBank(NamedTuple):
 
     Args:
         key: L x K x D.
+        key_square: L x K, squared norms of the keys.
         mean: L x K x (C_1 + ... + C_5).
         std: L x K x (C_1 + ... + C_5).
-        value: L x K x C x c', psi applied to the centered prototypes.
+        value: L x K x c' x C, psi applied to the centered prototypes.
         gram: L x K x c' x c', Q = Gc^T Gc / C.
         present: L x K; an empty slot has no contrast.
         patient: L.
     """
 
     key: torch.Tensor
+    key_square: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
     value: torch.Tensor

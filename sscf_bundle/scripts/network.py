@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .ccp import CCP, active_pairs, retrieve
+from .ccp import CCP, active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 from .citim import CITIM, class_prototypes
 from .contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, TUMOR_CLASSES
-from .layers import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, channel_statistics, masked_mean
+from .layers import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, channel_statistics, masked_mean, stack_contrasts
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
 
 #: Channels of F^1..F^5; ``paper`` is the width of the published code.
@@ -44,12 +44,14 @@ class BranchOutputs(NamedTuple):
     """What both branches compute of one batch.
 
     Args:
-        logits: B x 3 x spatial, logits of ED, ET, NET.
-        images: B x K x spatial in [-1, 1].
-        class_map: B x c' x N, W of the fused feature.
+        logits: B x 3 x spatial, logits of ED, ET, NET; -inf without a segmentation branch.
+        images: B x K x spatial in [-1, 1]; -1 without a synthesis branch.
+        class_map: B x c' x N, W of the fused feature; zero without CITIM.
         first: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
         second: F_i^1..F_i^5 of the second pass (predicted mask).
-        predicted: F_CCP^1..F_CCP^5, each B x K x C_j x spatial.
+        statistics: of the second pass by scale, mean and standard deviation, each B x K x C_j.
+        predicted: by scale F_CCP^j of the missing contrasts and F_i^j of the available, B x K x C_j x spatial; empty
+            without a synthesis branch.
     """
 
     logits: torch.Tensor
@@ -57,6 +59,7 @@ class BranchOutputs(NamedTuple):
     class_map: torch.Tensor
     first: list[torch.Tensor]
     second: list[torch.Tensor]
+    statistics: list[tuple[torch.Tensor, torch.Tensor]]
     predicted: list[torch.Tensor]
 
 
@@ -75,10 +78,19 @@ class SSCFNet(nn.Module):
         aggregation: ``attention`` or ``concat``, see ``CITIM``.
         norm: MONAI normalization spec; must not use statistics of the batch.
         act: MONAI activation spec.
+        segmentation: ``citim``, the branch of the paper; ``plain``, one without CITIM; ``none``, no branch: the
+            probabilities are 0 and there is one pass. All but the first are ablations, as the next four.
+        synthesis: False leaves the segmentation branch alone: all images are -1.
+        prediction: ``ccp``; or ``mean``, which predicts F^j of a missing contrast as the mean over the available ones.
+        closed_loop: False detaches the mask that the second pass sees.
+        retrieval: ``nearest``; the controls are ``random``, any usable entry, and ``mean``, the mean of all.
 
     Raises:
-        ValueError: for an unknown preset or a batch normalization.
+        ValueError: for an unknown preset or variant, or a batch normalization.
     """
+
+    # constants, so that TorchScript leaves out what a variant does not have
+    __constants__ = ["closed_loop", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
 
     def __init__(
         self,
@@ -90,8 +102,25 @@ class SSCFNet(nn.Module):
         aggregation: str = "attention",
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
+        segmentation: str = "citim",
+        synthesis: bool = True,
+        prediction: str = "ccp",
+        closed_loop: bool = True,
+        retrieval: str = "nearest",
     ) -> None:
         super().__init__()
+        for name, value, known in (
+            ("segmentation", segmentation, ("citim", "plain", "none")),
+            ("prediction", prediction, ("ccp", "mean")),
+            ("retrieval", retrieval, ("nearest", "random", "mean")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        if segmentation == "none" and not synthesis:
+            raise ValueError("a network without segmentation and without synthesis computes nothing.")
+        self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
+        self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
+        self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
         if isinstance(channels, str):
             if channels not in PRESETS:
                 raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
@@ -112,20 +141,26 @@ class SSCFNet(nn.Module):
         self.encoders = nn.ModuleList(
             Encoder(spatial_dims, 1 + NUM_TUMOR_CLASSES, channels, norm, act) for _ in range(k)
         )
-        self.fuse_bottleneck = conv(k * c, c, kernel_size=1)
-        self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
-        self.join_citim = conv(2 * c, c, kernel_size=1)
-        self.segmentation_decoder = Decoder(spatial_dims, channels, NUM_TUMOR_CLASSES, norm, act)
-        # a class holds some percent of a slice: starting at 0.5, hundreds of steps would go to learning that alone
-        nn.init.constant_(self.segmentation_decoder.head.bias, math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY)))
-        self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
-        self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
+        if self.with_segmentation:
+            self.fuse_bottleneck = conv(k * c, c, kernel_size=1)
+            self.segmentation_decoder = Decoder(spatial_dims, channels, NUM_TUMOR_CLASSES, norm, act)
+            # a class holds some percent of a slice: starting at 0.5, hundreds of steps would go to learning that alone
+            bias = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
+            nn.init.constant_(self.segmentation_decoder.head.bias, bias)
+        if self.with_citim:
+            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
+            self.join_citim = conv(2 * c, c, kernel_size=1)
+        if self.with_ccp:
+            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
+        if self.synthesis:
+            self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
 
         key_dim = c * key_size**spatial_dims
         self.register_buffer("bank_key", torch.zeros(bank_size, k, key_dim))
+        self.register_buffer("bank_key_square", torch.zeros(bank_size, k))
         self.register_buffer("bank_mean", torch.zeros(bank_size, k, self.feature_channels))
         self.register_buffer("bank_std", torch.ones(bank_size, k, self.feature_channels))
-        self.register_buffer("bank_value", torch.zeros(bank_size, k, c, classes))
+        self.register_buffer("bank_value", torch.zeros(bank_size, k, classes, c))
         self.register_buffer("bank_gram", torch.zeros(bank_size, k, classes, classes))
         self.register_buffer("bank_present", torch.zeros(bank_size, k, dtype=torch.bool))
         self.register_buffer("bank_patient", torch.zeros(bank_size, dtype=torch.int64))
@@ -150,10 +185,21 @@ class SSCFNet(nn.Module):
             cells,
         )
 
+    @property
+    def uses_bank(self) -> bool:
+        """Whether any branch reads the bank."""
+        return self.with_citim or self.with_ccp
+
     def compile_bank(self, entries: BankEntries) -> CompiledBank:
         """Folds entries with the present weights of CITIM; differentiable with respect to these."""
-        value, gram = self.citim.fold(entries.prototype, entries.present)
-        return CompiledBank(entries.key, entries.mean, entries.std, value, gram, entries.present, entries.patient)
+        if self.with_citim:
+            value, gram = self.citim.fold(entries.prototype, entries.present)
+        else:
+            value, gram = torch.zeros_like(self.bank_value), torch.zeros_like(self.bank_gram)
+        square = entries.key.float().square().sum(dim=2)
+        return CompiledBank(
+            entries.key, square, entries.mean, entries.std, value, gram, entries.present, entries.patient
+        )
 
     @torch.no_grad()
     def load_bank(self, bank: CompiledBank) -> None:
@@ -165,6 +211,7 @@ class SSCFNet(nn.Module):
         """The compiled bank in the state of the network."""
         return CompiledBank(
             self.bank_key,
+            self.bank_key_square,
             self.bank_mean,
             self.bank_std,
             self.bank_value,
@@ -182,15 +229,30 @@ class SSCFNet(nn.Module):
             mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
 
         Returns:
-            F_i^1..F_i^5, each B x K x C_j x spatial / 2^(j-1).
+            F_i^1..F_i^5, each B x K x C_j x spatial / 2^(j-1), see ``stack_contrasts``.
         """
         per_contrast: list[list[torch.Tensor]] = []
         for i, encoder in enumerate(self.encoders):
             per_contrast.append(encoder(torch.cat([images[:, i : i + 1], mask], dim=1)))
         features: list[torch.Tensor] = []
         for j in range(len(per_contrast[0])):
-            features.append(torch.stack([f[j] for f in per_contrast], dim=1))
+            features.append(stack_contrasts([f[j] for f in per_contrast]))
         return features
+
+    def contrast_maps(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """W^i of each contrast's own bottleneck feature.
+
+        Args:
+            bottleneck: B x K x C x spatial, F_i^5 of the first pass.
+
+        Returns:
+            B x K x c' x N float32; zero without CITIM.
+        """
+        b, k = bottleneck.shape[:2]
+        if not self.with_citim:
+            cells = bottleneck.flatten(3).shape[3]
+            return torch.zeros(b, k, self.num_tumor_classes + 1, cells, device=bottleneck.device)
+        return self.citim.head(bottleneck.flatten(0, 1)).unflatten(0, (b, k))
 
     def segment(
         self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -214,64 +276,141 @@ class SSCFNet(nn.Module):
         )
         count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
         scale = (available.shape[1] / count).view((-1,) + (1,) * (bottleneck.dim() - 2))
-        f5 = self.fuse_bottleneck(kept.flatten(1, 2) * scale)
-        class_map = self.citim.head(f5)
-        if torch.jit.is_scripting():
-            context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
-        else:
-            with torch.autocast(f5.device.type, enabled=False):
+        return self.decode_mask(fused, kept.flatten(1, 2) * scale, bank, allowed)
+
+    def decode_mask(
+        self, fused: list[torch.Tensor], concatenated: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """CITIM and the decoder of the segmentation branch.
+
+        Args:
+            fused: by scale the mean over the available contrasts, B x C_j x spatial.
+            concatenated: B x (K C) x spatial, the zero-filled F_i^5, scaled by K / |S|.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            logits, B x 3 x spatial; W, B x c' x N.
+        """
+        f5 = self.fuse_bottleneck(concatenated)
+        if self.with_citim:
+            class_map = self.citim.head(f5)
+            if torch.jit.is_scripting():
                 context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
-        fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+            else:
+                with torch.autocast(f5.device.type, enabled=False):
+                    context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
+            fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+        else:
+            class_map = torch.zeros(f5.shape[0], self.num_tumor_classes + 1, f5.flatten(2).shape[2], device=f5.device)
+            fused[-1] = f5
         return self.segmentation_decoder(fused), class_map
 
     def retrieval_key(self, bottleneck: torch.Tensor) -> torch.Tensor:
         """Keys of eq. 8's l*: F_i^5 pooled to a coarse grid.
 
         Args:
-            bottleneck: B x K x C x spatial.
+            bottleneck: B x R x C x spatial.
 
         Returns:
-            B x K x D float32, D = C * key_size^spatial_dims.
+            B x R x D float32, D = C * key_size^spatial_dims.
         """
         flat = bottleneck.flatten(0, 1).float()
         if self.spatial_dims == 2:
             pooled = F.adaptive_avg_pool2d(flat, [self.key_size, self.key_size])
         else:
             pooled = F.adaptive_avg_pool3d(flat, [self.key_size, self.key_size, self.key_size])
-        return pooled.view(bottleneck.shape[0], bottleneck.shape[1], -1)
+        return pooled.reshape(bottleneck.shape[0], bottleneck.shape[1], -1)
+
+    def prototypes(
+        self,
+        distance: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        target: torch.Tensor,
+        source: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the retrieved prototype of each pair (eq. 8).
+
+        Args:
+            distance: B x P x L distances of the source's keys.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+            target: B x P.
+            source: B x P.
+
+        Returns:
+            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: B x P.
+        """
+        usable = usable_for_pairs(bank, allowed, target, source)
+        if self.retrieval == "mean":
+            mean, std = mean_prototype(bank.mean, usable, target), mean_prototype(bank.std, usable, target)
+            return mean, std, usable.any(dim=2)
+        index, found = retrieve(distance, usable, self.retrieval)
+        return bank.mean[index, target], bank.std[index, target], found
 
     def synthesize(
-        self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+        self,
+        features: list[torch.Tensor],
+        statistics: list[tuple[torch.Tensor, torch.Tensor]],
+        available: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The synthesis branch (section 2.2): missing contrasts from F_CCP, available ones from their own features.
 
         Args:
             features: of the second pass.
+            statistics: their means and standard deviations by scale.
             available: B x K boolean.
             bank: compiled bank of L slots.
             allowed: B x L, entries that the sample may use.
 
         Returns:
-            images, B x K x spatial in [-1, 1]; F_CCP^1..F_CCP^5.
+            images, B x K x spatial in [-1, 1]; what the decoders read by scale, see ``BranchOutputs.predicted``.
         """
-        target, source, active = active_pairs(available)
-        index, found = retrieve(self.retrieval_key(features[-1].detach()), bank, allowed, target, source)
-        mean = bank.mean[index, target]  # B x P x (C_1 + ... + C_5)
-        std = bank.std[index, target]
         predicted: list[torch.Tensor] = []
-        mixed: list[torch.Tensor] = []
-        start = 0
-        for j, ccp in enumerate(self.ccp):
-            stop = start + features[j].shape[2]
-            f = ccp(features[j], target, source, active, found, mean[..., start:stop], std[..., start:stop])
-            predicted.append(f)
-            own = available.view(available.shape + (1,) * (f.dim() - 2))
-            mixed.append(torch.where(own, features[j].to(f.dtype), f))
-            start = stop
+        if self.with_ccp:
+            target, source, active = active_pairs(available)
+            key = self.retrieval_key(features[-1].detach())
+            if torch.jit.is_scripting():
+                distance = self._distances(key, bank)
+            else:
+                with torch.autocast(key.device.type, enabled=False):
+                    distance = self._distances(key, bank)
+            place = source.unsqueeze(2).expand(-1, -1, distance.shape[2])
+            mean, std, found = self.prototypes(distance.gather(1, place), bank, allowed, target, source)
+            start = 0
+            for j, ccp in enumerate(self.ccp):
+                stop = start + features[j].shape[2]
+                center, own_std = statistics[j]
+                predicted.append(
+                    ccp(
+                        features[j],
+                        center,
+                        own_std,
+                        available,
+                        target,
+                        source,
+                        active,
+                        found,
+                        mean[..., start:stop],
+                        std[..., start:stop],
+                    )
+                )
+                start = stop
+        else:
+            for f in features:
+                own = available.view(available.shape + (1,) * (f.dim() - 2))
+                predicted.append(torch.where(own, f, masked_mean(f, available).unsqueeze(1)))
         images: list[torch.Tensor] = []
         for i, decoder in enumerate(self.synthesis_decoders):
-            images.append(decoder([m[:, i] for m in mixed]))
+            images.append(decoder([f[:, i] for f in predicted]))
         return torch.tanh(torch.cat(images, dim=1).float()), predicted
+
+    def _distances(self, key: torch.Tensor, bank: CompiledBank) -> torch.Tensor:
+        """Distances of all contrasts' keys. Args: key: B x K x D. Returns: B x K x L."""
+        return torch.stack([key_distances(key[:, i], bank, i) for i in range(key.shape[1])], dim=1)
 
     def run_branches(
         self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -279,18 +418,32 @@ class SSCFNet(nn.Module):
         """Both branches, closed into a loop by the soft mask.
 
         Args:
-            images: B x K x spatial in [-1, 1]; rows that ``available`` leaves out are encoded for the bank and the
-                feature loss, and reach neither ``logits`` nor ``images`` of the result.
+            images: B x K x spatial in [-1, 1], finite; rows that ``available`` leaves out are encoded for the bank and
+                the feature loss, and reach neither ``logits`` nor ``images`` of the result.
             available: B x K boolean.
             bank: compiled bank of L slots.
             allowed: B x L, entries that the sample may use.
         """
         empty = torch.zeros_like(images[:, : self.num_tumor_classes])
         first = self.encode(images, empty)
-        logits, class_map = self.segment(first, available, bank, allowed)
-        second = self.encode(images, torch.sigmoid(logits).to(images.dtype))
-        synthetic, predicted = self.synthesize(second, available, bank, allowed)
-        return BranchOutputs(logits.float(), synthetic, class_map, first, second, predicted)
+        second = first
+        if self.with_segmentation:
+            logits, class_map = self.segment(first, available, bank, allowed)
+            if self.synthesis:
+                mask = torch.sigmoid(logits).to(images.dtype)
+                second = self.encode(images, mask if self.closed_loop else mask.detach())
+        else:
+            logits = torch.full_like(empty, -float("inf"))
+            class_map = torch.zeros(
+                images.shape[0], self.num_tumor_classes + 1, first[-1].flatten(3).shape[3], device=images.device
+            )
+        statistics = [channel_statistics(f) for f in second]
+        predicted: list[torch.Tensor] = []
+        if self.synthesis:
+            synthetic, predicted = self.synthesize(second, statistics, available, bank, allowed)
+        else:
+            synthetic = torch.full_like(images, -1.0).float()
+        return BranchOutputs(logits.float(), synthetic, class_map, first, second, statistics, predicted)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Fills in the missing contrasts and segments the tumor.
@@ -306,8 +459,111 @@ class SSCFNet(nn.Module):
         available = read_availability(image)
         bank = self.stored_bank()
         allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
-        out = self.run_branches(image[:, : self.num_contrasts], available, bank, allowed)
+        images = image[:, : self.num_contrasts]
+        # what stands in a missing contrast is not read, and no NaN may enter the features
+        images = torch.where(_over_space(available, images), images, -1.0)
+        out = self.run_branches(images, available, bank, allowed)
         return torch.cat([out.images, torch.sigmoid(out.logits)], dim=1)
+
+    def for_scenario(self, available: Sequence[bool]) -> ScenarioNetwork:
+        """The same network for samples that all have one scenario; only what it needs is computed.
+
+        Args:
+            available: which of the K contrasts are available.
+        """
+        return ScenarioNetwork(self, available)
+
+
+class ScenarioNetwork(nn.Module):
+    """``SSCFNet`` for samples of one scenario: encoders of the available, decoders of the missing contrasts alone.
+
+    It shares the weights and the bank of the network. Missing contrasts and probabilities are those of
+    ``SSCFNet.forward``; available contrasts come back as they are given.
+
+    Args:
+        net: the network.
+        available: which of the K contrasts are available, at least one.
+
+    Raises:
+        ValueError: unless ``available`` names K contrasts, at least one of them available.
+    """
+
+    def __init__(self, net: SSCFNet, available: Sequence[bool]) -> None:
+        super().__init__()
+        if len(available) != net.num_contrasts or not any(available):
+            raise ValueError(f"a scenario needs {net.num_contrasts} truth values, one of them true: {available}.")
+        self.net = net
+        self.sources = [i for i, given in enumerate(available) if given]
+        self.targets = [i for i, given in enumerate(available) if not given]
+        device = net.bank_present.device
+        self.register_buffer("source_index", torch.tensor(self.sources, device=device), persistent=False)
+        self.register_buffer(
+            "target_index", torch.tensor(self.targets, device=device, dtype=torch.int64), persistent=False
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Args: image: B x 8 x spatial, its availability is not read. Returns: B x 7 x spatial."""
+        net, bank = self.net, self.net.stored_bank()
+        allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
+        given = [image[:, i : i + 1] for i in self.sources]
+        mask = torch.zeros_like(image[:, : net.num_tumor_classes])
+        maps = self._encode(given, mask)
+        if net.with_segmentation:
+            f5 = torch.zeros_like(maps[-1][0])
+            kept = [f5] * net.num_contrasts
+            for i, f in zip(self.sources, maps[-1], strict=True):
+                kept[i] = f * (net.num_contrasts / len(self.sources))
+            fused = [torch.stack(f).mean(dim=0) if len(f) > 1 else f[0] for f in maps]
+            logits, _ = net.decode_mask(fused, torch.cat(kept, dim=1), bank, allowed)
+            mask = torch.sigmoid(logits.float())
+            if self.targets and net.synthesis:
+                maps = self._encode(given, mask.to(image.dtype))
+        images = [image[:, i : i + 1].float() for i in range(net.num_contrasts)]
+        for i, made in zip(self.targets, self._synthesize(maps, bank, allowed, image), strict=True):
+            images[i] = made
+        return torch.cat([*images, mask.float()], dim=1)
+
+    def _encode(self, given: list[torch.Tensor], mask: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Features by scale, then by available contrast."""
+        runs = [self.net.encoders[i](torch.cat([x, mask], dim=1)) for i, x in zip(self.sources, given, strict=True)]
+        return [list(scale) for scale in zip(*runs, strict=True)]
+
+    def _synthesize(
+        self, maps: list[list[torch.Tensor]], bank: CompiledBank, allowed: torch.Tensor, image: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The missing contrasts, each B x 1 x spatial in [-1, 1]."""
+        net, sources, targets = self.net, self.source_index, self.target_index
+        if not self.targets:
+            return []
+        if not net.synthesis:
+            return [torch.full_like(image[:, :1], -1.0).float()] * len(self.targets)
+        if not net.with_ccp:
+            mean = [torch.stack(f).mean(dim=0) for f in maps]
+            predicted = [mean] * len(self.targets)
+        else:
+            b, num_sources, num_targets = image.shape[0], len(self.sources), len(self.targets)
+            features = [stack_contrasts(f) for f in maps]
+            with torch.autocast(image.device.type, enabled=False):
+                key = net.retrieval_key(features[-1])
+                distance = torch.stack(
+                    [key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1
+                )
+            # pairs in the order target, source
+            target = targets.repeat_interleave(num_sources).expand(b, -1)
+            source = sources.repeat(num_targets).expand(b, -1)
+            retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
+            mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
+            by_scale: list[torch.Tensor] = []
+            start = 0
+            for f, ccp in zip(features, net.ccp, strict=True):
+                part = slice(start, start + f.shape[2])
+                center, own_std = channel_statistics(f)
+                by_scale.append(
+                    ccp.predict(f, center, own_std, sources, targets, found, mean[..., part], std[..., part])
+                )
+                start += f.shape[2]
+            predicted = [[f[:, row] for f in by_scale] for row in range(num_targets)]
+        return [torch.tanh(net.synthesis_decoders[i](f).float()) for i, f in zip(self.targets, predicted, strict=True)]
 
 
 class SSCFTrainingStep(nn.Module):
@@ -349,9 +605,10 @@ class SSCFTrainingStep(nn.Module):
             slice_id: B int64 slice hashes.
 
         Returns:
-            ``pred``: B x 7 x spatial, a function of ``image`` alone; ``logits``: B x 3 x spatial; ``available``: B x K;
-            ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of each contrast's own F_i^5;
-            ``predicted`` and ``features``: lists of F_CCP^j and (detached) F_i^j; ``entries``: the new bank entries.
+            ``pred``: B x 7 x spatial, a function of ``image`` alone; ``available``: B x K. With a segmentation branch
+            ``logits``: B x 3 x spatial. With CITIM ``class_map``: B x c' x N, W, and ``contrast_maps``:
+            B x K x c' x N, W^i of each contrast's own F_i^5. With CCP the lists ``predicted`` (see ``BranchOutputs``)
+            and ``features``, the detached F_i^j. With either ``entries``, the new bank entries.
         """
         available = read_availability(image) & has_contrast
         images = torch.where(_over_space(available, image), image[:, :NUM_CONTRASTS], target)
@@ -361,21 +618,33 @@ class SSCFTrainingStep(nn.Module):
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         allowed = filled.unsqueeze(0) & (bank.patient.unsqueeze(0) != patient.unsqueeze(1))
         out = self.net.run_branches(images, available, bank, allowed)
-        own = out.first[-1]
-        contrast_maps = self.net.citim.head(own.flatten(0, 1)).unflatten(0, own.shape[:2])
-        entries = make_entries(
-            self.net, out.first, out.second, contrast_maps, label, has_contrast, has_mask, patient, slice_id
-        )
-        return {
+        output: dict[str, torch.Tensor | list[torch.Tensor] | BankEntries] = {
             "pred": torch.cat([out.images, torch.sigmoid(out.logits)], dim=1),
-            "logits": out.logits,
             "available": available,
-            "class_map": out.class_map,
-            "contrast_maps": contrast_maps,
-            "predicted": out.predicted,
-            "features": [f.detach() for f in out.second],
-            "entries": entries,
         }
+        if self.net.with_segmentation:
+            output["logits"] = out.logits
+        if self.net.with_ccp:
+            output["predicted"] = out.predicted
+            output["features"] = [f.detach() for f in out.second]
+        if self.net.uses_bank:
+            contrast_maps = self.net.contrast_maps(out.first[-1])
+            output["entries"] = make_entries(
+                self.net,
+                out.first,
+                out.second,
+                out.statistics,
+                contrast_maps,
+                label,
+                has_contrast,
+                has_mask,
+                patient,
+                slice_id,
+            )
+            if self.net.with_citim:
+                output["class_map"] = out.class_map
+                output["contrast_maps"] = contrast_maps
+        return output
 
 
 @torch.no_grad()
@@ -383,6 +652,7 @@ def make_entries(
     net: SSCFNet,
     first: list[torch.Tensor],
     second: list[torch.Tensor],
+    statistics: list[tuple[torch.Tensor, torch.Tensor]],
     contrast_maps: torch.Tensor,
     label: torch.Tensor,
     has_contrast: torch.Tensor,
@@ -396,6 +666,7 @@ def make_entries(
         net: the network that made the features.
         first: features of the first pass, each B x K x C_j x spatial.
         second: features of the second pass.
+        statistics: means and standard deviations of the second pass by scale.
         contrast_maps: B x K x c' x N, W^i.
         label: B x 1 x spatial classes.
         has_contrast: B x K boolean.
@@ -403,16 +674,12 @@ def make_entries(
         patient: B int64.
         slice_id: B int64.
     """
-    statistics = [channel_statistics(f) for f in second]
-    b, k = contrast_maps.shape[:2]
-    prototype = class_prototypes(
-        first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.citim.mean_prototype
-    )
+    prototype = class_prototypes(first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.mean_prototype)
     return BankEntries(
         key=net.retrieval_key(second[-1]),
         mean=torch.cat([mean for mean, _ in statistics], dim=2),
         std=torch.cat([std for _, std in statistics], dim=2),
-        prototype=prototype.unflatten(0, (b, k)),
+        prototype=prototype.unflatten(0, contrast_maps.shape[:2]),
         class_map=contrast_maps.detach().float(),
         label=cell_labels(label, 2 ** (len(net.channels) - 1)),
         present=has_contrast,

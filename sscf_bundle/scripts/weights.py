@@ -29,7 +29,10 @@ from torch import nn
 from .contrasts import StudyError
 
 #: Arguments of the network that its weights depend on.
-NETWORK_SETTINGS = ("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation")
+NETWORK_SETTINGS = (
+    *("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation"),
+    *("segmentation", "synthesis", "prediction"),
+)
 #: Arguments of the preprocessing that the weights were trained with.
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
 #: Settings of weights without a settings file: the defaults of training.
@@ -40,6 +43,9 @@ DEFAULT_SETTINGS = {
     "key_size": 3,
     "prototype": "sum",
     "aggregation": "attention",
+    "segmentation": "citim",
+    "synthesis": True,
+    "prediction": "ccp",
     "image_size": 192,
     "spacing": 1.0,
     "scaling": "brain",
@@ -130,7 +136,7 @@ def load_weights(network: nn.Module, path: str | Path) -> str:
         if ours != theirs:
             raise StudyError(
                 f"{path} does not fit the network ({name} has shape {theirs}, not {ours}): set channels, bank_size, "
-                "key_size, prototype and aggregation as in the training."
+                "key_size, prototype, aggregation, segmentation, synthesis and prediction as in the training."
             )
     network.load_state_dict(state)
     if hasattr(network, "bank_present") and not network.bank_present.any():
