@@ -1,7 +1,8 @@
-# Two commands do everything, set-up included:
+# These commands do everything, set-up included:
 #   make demo   make a phantom cohort, train on it, fill in an incomplete study, draw the result
 #   make test   style, configs and the test suite
-# Both use the virtual environment VENV, which is made if it does not exist: make test VENV=/path/to/another
+#   make benchmark   speed and memory of this machine: docs/speed.md (BENCHMARK="--parts training" and the like)
+# All use the virtual environment VENV, which is made if it does not exist: make test VENV=/path/to/another
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ READY := $(VENV)/.sscf_requirements
 DEMO := cd sscf_bundle && $(PY) -m monai.bundle run
 DEMO_CONFIG := --config_file "['configs/train.json','configs/demo.json']" --output_dir "$(abspath $(DEMO_DIR))"
 
-.PHONY: demo test clean
+.PHONY: demo test benchmark clean
 
 demo: $(READY)
 	$(DEMO) training $(DEMO_CONFIG)
@@ -23,6 +24,9 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
+
+benchmark: $(READY)
+	$(PY) tests/benchmarks $(BENCHMARK)
 
 $(READY): requirements.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

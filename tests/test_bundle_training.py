@@ -80,28 +80,33 @@ def test_training_from_the_repository_root_writes_models_scores_and_split(traine
 
 
 def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
-    overrides = tiny_run(phantom_cohort, trained, val_scenarios=None, report_dir=str(trained / "evaluation"))
+    overrides = tiny_run(phantom_cohort, trained, lpips=False, conventions=["paper"])
     train_in_process(config_files("train", "evaluate"), overrides)
     report = json.loads((trained / "evaluation" / "metrics.json").read_text())
     (test_study,) = json.loads((trained / "split.json").read_text())["test"]
     assert report["facts"]["studies"] == [test_study] and report["facts"]["part"] == "test"
-    means = report["means"]
-    images = {f"{floor}{name}" for floor in ("", "mean_of_available_", "zero_filling_") for name in ("psnr", "ssim")}
-    assert set(means) == images | {"dice", "dice_WT", "dice_TC", "dice_ET"}
+    means = {
+        (entry["method"], entry["score"]): entry["mean"]
+        for entry in report["summary"]
+        if (entry["convention"], entry["region"], entry["group"]) == ("paper", "whole", "all")
+    }
+    methods = {"network", "mean_of_available", "nearest_contrast", "zero_filling"}
+    assert set(means) == {(method, score) for method in methods for score in ("psnr", "ssim", "nmse")}
     # black images are the worst floor; every score is a number
-    assert means["zero_filling_psnr"] < min(means["psnr"], means["mean_of_available_psnr"])
+    assert means["zero_filling", "psnr"] < min(means[method, "psnr"] for method in methods - {"zero_filling"})
     assert all(value == value for value in means.values())
     rows = read_csv(trained / "evaluation" / "scores.csv")
-    # 28 targets over the 14 scenarios, two scores, three methods; three regions of one method
-    assert len(rows) == 28 * 2 * 3 + 14 * 3
+    # 28 targets over the 14 scenarios; WT, TC and ET of one method
+    whole = [row for row in rows if row["region"] == "whole" and row["score"] == "psnr"]
+    assert len(whole) == 28 * len(methods)
+    assert len([row for row in rows if row["score"] == "dice"]) == 14 * 3
     assert {row["study"] for row in rows} == {test_study}
 
 
 def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    overrides = tiny_run(phantom_cohort, trained, evaluated_part="training", lpips=False)
     with pytest.raises(SystemExit, match="3 of the evaluated patients are in the memory bank"):
-        train_in_process(
-            config_files("train", "evaluate"), tiny_run(phantom_cohort, trained, evaluated_part="training")
-        )
+        train_in_process(config_files("train", "evaluate"), overrides)
 
 
 def test_fine_tuning_starts_from_the_trained_weights(

@@ -317,14 +317,14 @@ def test_one_scenario_for_all_samples_gives_what_the_mixed_batch_gives(row: int,
     index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
     shape = (len(targets), len(sources))
     result = ccp.predict(
-        feature[:, sources],
-        *(statistic[:, sources] for statistic in channel_statistics(feature)),
+        list(feature[:, sources].unbind(1)),
         sources,
         targets,
         found.unflatten(1, shape),
         bank.mean[index, target].unflatten(1, shape),
         bank.std[index, target].unflatten(1, shape),
     )
+    result = torch.stack(result, dim=1)
     torch.testing.assert_close(result, expected[:, targets], rtol=0, atol=1e-5)
 
 

@@ -12,20 +12,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import stat
+import threading
+import time
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from builders import random_entries, tiny_net
 from monai.data import DataLoader, ITKWriter, MetaTensor
 from monai.data.utils import no_collation
 from torch import nn
 
 from scripts import inferer as module
-from scripts.contrasts import CONTRAST_KEYS, StudyError
+from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from scripts.inferer import (
     BrainSliceInferer,
     FindStudyd,
@@ -109,9 +113,10 @@ def fill_with(network, paths, output_dir, **options):
     return fill_in(**paths, output_dir=output_dir, network=network, device="cpu", **options)
 
 
-def evaluate(items, output_dir, network=None, writer=None, **options) -> StudyEvaluator:
+def evaluate(items, output_dir, network=None, writer=None, num_workers=0, **options) -> StudyEvaluator:
     preprocessing = inference_transforms(image_size=48)
-    loader = DataLoader(StudyDataset(items, preprocessing), batch_size=1, collate_fn=no_collation)
+    dataset = StudyDataset(items, preprocessing)
+    loader = DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=no_collation)
     return StudyEvaluator(
         "cpu",
         loader,
@@ -183,15 +188,69 @@ def test_padding_is_background_and_availability_survives_it():
     assert seen[0][0, 4:].amax(dim=(1, 2)).tolist() == [1, 1, 0, 1]
 
 
-def test_inferer_equals_slice_by_slice_and_keeps_metadata():
-    torch.manual_seed(0)
-    network = SSCFNet(**TINY).eval()
-    volume = MetaTensor(network_volume(), affine=torch.diag(torch.tensor([2.0, 2, 3, 1])))
+def scenario_volume(available, size=(32, 48, 5)) -> torch.Tensor:
+    """1 x 8 x X x Y x Z input of one scenario; slice 0 is empty."""
+    torch.manual_seed(1)
+    kept = torch.tensor(available, dtype=torch.bool).view(1, 4, 1, 1, 1)
+    images = torch.rand(1, 4, *size) * 1.8 - 0.8
+    images[..., 0] = -1
+    return torch.cat([torch.where(kept, images, -1.0), kept.expand(images.shape).float()], dim=1)
+
+
+@pytest.mark.parametrize("roi_size", [(-1, -1), (32, 32)], ids=["slices", "windows"])
+@pytest.mark.parametrize("available", SCENARIOS, ids=scenario_name)
+def test_every_scenario_gives_what_the_plain_network_gives(available, roi_size):
+    network = tiny_net().eval()
+    network.load_bank(network.compile_bank(random_entries(network.new_bank((32, 48)), range(6))))
+    volume, kept = MetaTensor(scenario_volume(available), affine=torch.diag(torch.tensor([2.0, 2, 3, 1]))), available
     with torch.no_grad():
-        pred = BrainSliceInferer(sw_batch_size=3)(volume, network)
-        one = network(volume.as_tensor()[1:, ..., 5])
+        inferer = BrainSliceInferer(roi_size, sw_batch_size=3)
+        pred = inferer(volume, network)
+        plain = inferer(volume.as_tensor(), lambda image: network(image))
+        one = network(volume.as_tensor()[..., 4])
     assert isinstance(pred, MetaTensor) and torch.equal(pred.affine, volume.affine)
-    torch.testing.assert_close(pred.as_tensor()[1:, ..., 5], one, atol=1e-5, rtol=0)
+    made = [*[i for i in range(4) if not kept[i]], 4, 5, 6]
+    torch.testing.assert_close(pred.as_tensor()[:, made], plain[:, made], atol=1e-5, rtol=0)
+    if roi_size == (-1, -1):
+        torch.testing.assert_close(pred.as_tensor()[:, made, ..., 4], one[:, made], atol=1e-5, rtol=0)
+    given = [i for i in range(4) if kept[i]]
+    torch.testing.assert_close(pred.as_tensor()[:, given, ..., 1:], volume.as_tensor()[:, given, ..., 1:])
+
+
+def test_a_scenario_is_asked_for_once_per_volume():
+    class Asked(CopyNet):
+        scenarios: list = []
+
+        def for_scenario(self, available):
+            self.scenarios.append(tuple(available))
+            return CopyNet(source=1)
+
+    network, volume = Asked(), network_volume()
+    pred = BrainSliceInferer(sw_batch_size=2)(volume, network)
+    assert network.scenarios == [(True, True, False, True), (True, True, True, True)] and network.slices == 0
+    torch.testing.assert_close(pred[:, 0], volume[:, 1])
+
+
+def test_compiled_modules_are_kept_and_see_one_shape(monkeypatch):
+    compiled, sizes = [], []
+
+    def compile_(module, **options):
+        def call(image):
+            sizes.append(len(image))
+            return module(image)
+
+        compiled.append(options)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    network, inferer = tiny_net().eval(), BrainSliceInferer(sw_batch_size=3, compile=True)
+    with torch.no_grad():
+        for available in ((1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 0, 1)):
+            volume = scenario_volume(available)
+            pred = inferer(volume, network)
+            plain = BrainSliceInferer(sw_batch_size=3)(volume, network)
+            torch.testing.assert_close(pred, plain, atol=1e-5, rtol=0)
+    assert compiled == [{"dynamic": False}] * 2 and sizes == [3, 3] * 3
 
 
 def test_wrong_window():
@@ -512,6 +571,109 @@ def test_failing_writer_is_collected(tmp_path):
     with pytest.raises(StudyError, match="1 of 2"):
         evaluator.run()
     assert "No space left" in evaluator.failures[0]["reason"] and list(evaluator.written) == ["B2"]
+
+
+class WatchedWriter(StudyWriter):
+    """Waits before it writes, so that the network could run ahead; fails for one study."""
+
+    def __init__(self, output_dir, fails: str = "", pause: float = 0.05) -> None:
+        super().__init__(output_dir)
+        self.fails, self.pause, self.finished = fails, pause, 0
+
+    def __call__(self, data):
+        time.sleep(self.pause)
+        try:
+            if data["study"] == self.fails:
+                raise OSError(28, "No space left on device")
+            return super().__call__(data)
+        finally:
+            self.finished += 1
+
+
+def run_ignoring_failures(evaluator) -> None:
+    try:
+        evaluator.run()
+    except StudyError:
+        assert evaluator.failures
+
+
+def results(folder) -> dict[str, bytes]:
+    """What lies below a folder; of a compressed file, which holds the time of writing, the content."""
+    return {
+        str(path.relative_to(folder)): (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("num_workers, num_writers", [(0, 1), (0, 3), (2, 0), (2, 2)])
+def test_workers_and_writers_change_no_result(tmp_path, num_workers, num_writers):
+    for name, keys in {"A1": ["t1"], "B2": ["t1"], "C3": ["flair", "t2"], "D4": ["t1ce"], "E5": ["t2"]}.items():
+        write_study(tmp_path / "in" / name, keys, name)
+    (tmp_path / "in" / "B2" / "B2_t1.nii.gz").write_bytes(b"damaged")
+    items, found = list_studies(tmp_path / "in"), []
+    for out, options in (("one by one", (0, 0)), ("at once", (num_workers, num_writers))):
+        writer = WatchedWriter(tmp_path / out, fails="D4")
+        evaluator = evaluate(items, None, tiny_net(), writer, num_workers=options[0], num_writers=options[1])
+        run_ignoring_failures(evaluator)
+        assert [failure["study"] for failure in evaluator.failures] == ["B2", "D4"]
+        assert list(evaluator.written) == ["A1", "C3", "E5"] and not hidden(tmp_path / out)
+        found.append(results(tmp_path / out))
+    assert found[0] == found[1] and len(found[0]) == 5 + 4 + 5 + 1
+
+
+@pytest.mark.parametrize("num_writers", [0, 1, 2])
+def test_few_studies_wait_for_the_disk(tmp_path, num_writers):
+    names, waiting = ["A1", "B2", "C3", "D4", "E5"], []
+
+    class Ahead(CopyNet):
+        seen = 0
+
+        def for_scenario(self, available):
+            waiting.append(self.seen - writer.finished)
+            self.seen += 1
+            return self
+
+    class Slow(WatchedWriter):
+        def __call__(self, data):
+            # the network may be that far ahead, and gets the time to run further
+            wanted, end = min(names.index(data["study"]) + num_writers + 1, len(names)), time.monotonic() + 20
+            while network.seen < wanted and time.monotonic() < end:
+                time.sleep(0.005)
+            return super().__call__(data)
+
+    writer, network = Slow(tmp_path / "out", pause=0.25), Ahead()
+    for name in names:
+        write_study(tmp_path / "in" / name, ["t1"], name)
+    evaluate(list_studies(tmp_path / "in"), None, network, writer, num_writers=num_writers).run()
+    assert max(waiting) == num_writers and writer.finished == 5
+
+
+@pytest.mark.parametrize("num_writers", [0, 2])
+def test_an_interruption_leaves_whole_studies_only(tmp_path, num_writers):
+    class Interrupted(CopyNet):
+        seen = 0
+
+        def for_scenario(self, available):
+            self.seen += 1
+            if self.seen == 3:
+                raise KeyboardInterrupt
+            return self
+
+    for name in ("A1", "B2", "C3", "D4"):
+        write_study(tmp_path / "in" / name, ["t1"], name)
+    writer = WatchedWriter(tmp_path / "out", pause=0.4)
+    evaluator = evaluate(list_studies(tmp_path / "in"), None, Interrupted(), writer, num_writers=num_writers)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.run()
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "B2"]
+    assert all(len(os.listdir(tmp_path / "out" / name)) == 5 for name in ("A1", "B2"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("writer")]
+
+
+def test_wrong_number_of_writers(tmp_path):
+    with pytest.raises(ValueError, match="num_writers"):
+        evaluate([], tmp_path, num_writers=-1)
 
 
 def test_output_folder_that_cannot_be_made(tmp_path):

@@ -35,6 +35,7 @@ from scripts.contrasts import scenario_table
 from scripts.losses import (
     DiscriminatorLoss,
     Discriminators,
+    Draw,
     GeneratorLoss,
     SegmentationLoss,
     dependency_loss,
@@ -151,6 +152,71 @@ def test_dependency_loss_is_finite_with_finite_gradients_for_certain_maps() -> N
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
 
 
+def differentiable_dependency(
+    entries: BankEntries, index: torch.Tensor, w: torch.Tensor, own: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Eq. 5 to 7 for complete entries with every affinity written out, for the gradient that autograd finds."""
+    total = torch.zeros((), dtype=torch.float64)
+    batch, drawn = index.shape
+    for b, e, i in itertools.product(range(batch), range(drawn), range(K)):
+        entry = int(index[b, e])
+        m = (entries.label[entry].unsqueeze(1) == y[b]).double()
+        for current in (w[b], own[b, i]):
+            p = (entries.class_map[entry, i].double().t() @ current).clamp(1e-6, 1 - 1e-6)
+            total = total - (m * p.log() + (1 - m) * (1 - p).log()).mean() / (drawn * K)
+    return total / batch
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("sharpness", [1.0, 60.0], ids=["soft maps", "maps beyond the clamp"])
+def test_gradient_of_the_dependency_loss_is_that_of_the_written_out_equations(
+    sharpness: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed form of the gradient, zero where P is clamped, as it is computed eagerly and under a compiler."""
+    compute_in_float64(monkeypatch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    draw = generator(0)
+    logits = sharpness * torch.randn((3, K + 1, CLASSES, 6), generator=draw, dtype=torch.float64)
+    maps = (sharpness * torch.randn((4, K, CLASSES, 5), generator=draw, dtype=torch.float64)).softmax(dim=2)
+    entries = entries_of(maps, torch.randint(0, CLASSES, (4, 5), generator=draw))
+    index = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    y = torch.randint(0, CLASSES, (3, 6), generator=draw).to(torch.uint8)
+    values, gradients = [], []
+    for literal in (False, True):
+        # with respect to the maps themselves: behind a saturated softmax every gradient is 0
+        current = logits.softmax(dim=2).requires_grad_()
+        w, own = current[:, K], current[:, :K]
+        if literal:
+            loss = differentiable_dependency(entries, index, w, own, y)
+        else:
+            everything = (torch.ones(3, 2, dtype=torch.bool), w, own, torch.ones(3, K, dtype=torch.bool), y)
+            loss = dependency_loss(entries, index, *everything).mean()
+        loss.backward()
+        values.append(loss.detach())
+        gradients.append(current.grad)
+    torch.testing.assert_close(*values, rtol=1e-10, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12 * float(gradients[1].abs().max()))
+    assert float(gradients[0].abs().max()) > 0
+
+
+def test_dependency_loss_keeps_no_affinity_for_the_backward_pass() -> None:
+    cells, samples, drawn = 36, 2, 3
+    maps, w = random_maps(4, K, CLASSES, cells, seed=0).float(), random_maps(samples, CLASSES, cells, seed=1).float()
+    own = random_maps(samples, K, CLASSES, cells, seed=2).float()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        dependency_loss(
+            entries_of(maps, torch.zeros(4, cells)),
+            torch.zeros(samples, drawn, dtype=torch.int64),
+            torch.ones(samples, drawn, dtype=torch.bool),
+            w.requires_grad_(),
+            own.requires_grad_(),
+            torch.ones(samples, K, dtype=torch.bool),
+            torch.zeros(samples, cells, dtype=torch.uint8),
+        )
+    assert saved and max(saved) <= samples * K * CLASSES * cells < cells**2
+
+
 def train_toy_head(seed: int, with_contrasts: bool, steps: int = 120) -> float:
     """Trains a head by CTDL alone where the features of every contrast separate tumor and background linearly.
 
@@ -241,9 +307,7 @@ def test_a_draw_of_more_entries_than_there_are_marks_the_rest_unusable() -> None
     assert sorted(index[0, usable[0]].tolist()) == [1, 2] and sorted(index[1, usable[1]].tolist()) == [0, 1, 2]
 
 
-def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all() -> None:
     """Eq. 7 end to end: from the training step's output, with y at the resolution of F^5."""
     step = tiny_step(filled=0)
     past = random_batch(scenario_table()[:4], seed=3, first_patient=998)
@@ -255,17 +319,19 @@ def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
     batch["has_contrast"][1, 2] = False
     output = step(**batch)
     priority = torch.rand((3, 6), generator=generator(1))
-    loss = GeneratorLoss(ctdl_entries=6)
-    result = loss.sampled_ctdl(
-        output,
+    draw = draw_entries(priority, step.bank.entries(), step.bank.count, batch["patient"], 6)
+    result = dependency_loss(
         step.bank.entries(),
-        step.bank.count,
-        priority,
-        batch["label"],
+        *draw,
+        output["class_map"],
+        output["contrast_maps"],
         batch["has_contrast"],
-        batch["patient"],
-        16,
+        output["entries"].label,
     )
+    has_mask = torch.tensor([True, False, True])
+    drawn = Draw(step.bank.entries(), *draw)
+    scalar = GeneratorLoss().sampled_ctdl(output, drawn, batch["has_contrast"], has_mask)
+    assert scalar.item() == pytest.approx((result[0] + result[2]).item() / 3)
     entries = step.bank.entries()
     for b in range(3):
         others = [e for e in range(1, 4) if 998 + e != 1000 + b]
@@ -326,19 +392,38 @@ class Mixed:
         self.predicted = [torch.randn((batch, K, *w), generator=draw, dtype=torch.float64) for w in widths]
         self.features = [torch.randn((batch, K, *w), generator=draw, dtype=torch.float64) for w in widths]
         self.images = images
-        self.ctdl = torch.rand(batch, generator=draw, dtype=torch.float64)
+        self.maps = (3 * torch.randn((batch, K + 1, CLASSES, 4), generator=draw, dtype=torch.float64)).softmax(dim=2)
+        self.cells = torch.randint(0, CLASSES, (batch, 4), generator=draw).to(torch.uint8)
+        self.past_maps, self.past_cells = (
+            random_maps(5, K, CLASSES, 4, seed=seed),
+            torch.arange(20).view(5, 4) % CLASSES,
+        )
+        self.index = torch.randint(0, 5, (batch, 2), generator=draw)
         self.real = torch.randn((batch, K, 5), generator=draw, dtype=torch.float64)
         self.fake = torch.randn((batch, K, 5), generator=draw, dtype=torch.float64)
 
-    def run(self, loss: GeneratorLoss) -> dict[str, torch.Tensor]:
+    def run(
+        self, loss: GeneratorLoss, without: Sequence[str] = (), scored: bool = True, drawn: bool = True
+    ) -> dict[str, torch.Tensor]:
+        batch = self.target.shape[0]
         output = {
             "pred": torch.cat([self.images, torch.sigmoid(self.logits)], dim=1),
             "logits": self.logits,
             "available": self.available,
             "predicted": self.predicted,
             "features": self.features,
+            "class_map": self.maps[:, K],
+            "contrast_maps": self.maps[:, :K],
+            "entries": random_entries(MemoryBank(batch, K, 1, 1, 1, CLASSES, 4), range(batch))._replace(
+                label=self.cells
+            ),
         }
-        return loss(output, self.target, self.label, self.has_contrast, self.has_mask, self.ctdl, self.fake)
+        output = {name: value for name, value in output.items() if name not in without}
+        truth = (self.target, self.label, self.has_contrast, self.has_mask)
+        return loss(output, *truth, self.fake if scored else None, self.draw() if drawn else None)
+
+    def draw(self) -> Draw:
+        return Draw(entries_of(self.past_maps, self.past_cells), self.index, torch.ones_like(self.index) > 0)
 
     def literal(self) -> dict[str, float]:
         """Every term as the mean over pixels, then over the contrasts of its set, then over samples."""
@@ -348,7 +433,9 @@ class Mixed:
         for b in range(batch):
             truth, images, label = self.target[b].numpy(), self.images[b].numpy(), self.label[b].numpy()
             if self.has_mask[b]:
-                sums["ctdl"] += float(self.ctdl[b])
+                entries, chosen = entries_of(self.past_maps, self.past_cells), self.index[b].tolist()
+                maps, has = self.maps[b], self.has_contrast[b].tolist()
+                sums["ctdl"] += literal_dependency(entries, chosen, maps[K], maps[:K], has, self.cells[b])
                 dice, bce = literal_dice_and_bce(self.logits[b].numpy(), label, 1.0)
                 sums["dice"] += dice
                 sums["bce"] += bce
@@ -406,8 +493,8 @@ def test_generator_terms_equal_equations_10_to_14(monkeypatch: pytest.MonkeyPatc
 def test_each_weight_multiplies_its_own_term() -> None:
     """Alpha of eq. 11 and beta_1 to beta_5 of eq. 14, one at a time."""
     mixed = Mixed()
-    terms = mixed.run(GeneratorLoss(alpha=0, beta=(0, 0, 0, 0, 0)))
-    base = terms["loss"].item()
+    terms = mixed.run(GeneratorLoss())
+    base = mixed.run(GeneratorLoss(alpha=0, beta=(0, 0, 0, 0, 0)))["loss"].item()
     assert base == pytest.approx((terms["bce"] + terms["dice"]).item())
     names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
     for k, name in enumerate(names):
@@ -421,6 +508,43 @@ def test_each_weight_multiplies_its_own_term() -> None:
     )
     with pytest.raises(ValueError, match="five"):
         GeneratorLoss(beta=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "without,left_out",
+    [
+        (("logits",), {"bce", "dice"}),
+        (("predicted", "features"), {"feature"}),
+        (("class_map", "contrast_maps"), {"ctdl"}),
+        (
+            ("logits", "predicted", "features", "class_map", "contrast_maps", "entries"),
+            {"bce", "dice", "feature", "ctdl"},
+        ),
+        (("scores",), {"adversarial"}),
+        (("draw",), {"ctdl"}),
+    ],
+    ids=["no segmentation", "no CCP", "no CITIM", "plain network", "no discriminators", "no draw"],
+)
+def test_terms_without_inputs_are_left_out_of_the_sum(without: Sequence[str], left_out: set[str]) -> None:
+    mixed, loss = Mixed(), GeneratorLoss()
+    whole = mixed.run(loss)
+    terms = mixed.run(loss, without, scored="scores" not in without, drawn="draw" not in without)
+    assert set(whole) - set(terms) == left_out
+    expected = sum(loss.weights[name] * value for name, value in terms.items() if name != "loss")
+    assert terms["loss"].item() == pytest.approx(float(expected))
+    assert all(torch.equal(terms[name], whole[name]) for name in terms if name != "loss")
+
+
+def test_terms_of_weight_zero_are_not_computed() -> None:
+    mixed = Mixed()
+    assert set(mixed.run(GeneratorLoss(alpha=0, beta=(100, 0, 0, 50, 0)))) == {
+        "loss",
+        "bce",
+        "dice",
+        "synthesis",
+        "tumor",
+    }
+    assert set(mixed.run(GeneratorLoss(segmentation_weight=0, beta=(0, 0, 0, 0, 1)))) == {"loss", "adversarial"}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -475,7 +599,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
     parts = []
     for start in (0, 8):
         part, rows = Mixed(), slice(start, start + 8)
-        for name, value in vars(whole).items():
+        for name, value in ((n, v) for n, v in vars(whole).items() if not n.startswith("past")):
             setattr(part, name, [t[rows] for t in value] if isinstance(value, list) else value[rows])
         parts.append(part.run(GeneratorLoss()))
     for name, value in total.items():
@@ -519,25 +643,10 @@ def test_the_whole_objective_trains_every_parameter_from_a_mixed_batch() -> None
     discriminators = Discriminators([patch_discriminator() for _ in range(K)])
     output, loss = step(**batch), GeneratorLoss()
     priority = hash_uniform(batch["slice_id"], 0, 0, "ctdl", step.bank.size)
-    ctdl = loss.sampled_ctdl(
-        output,
-        step.bank.entries(),
-        step.bank.count,
-        priority,
-        batch["label"],
-        batch["has_contrast"],
-        batch["patient"],
-        16,
-    )
-    terms = loss(
-        output,
-        batch["target"],
-        batch["label"],
-        batch["has_contrast"],
-        batch["has_mask"],
-        ctdl,
-        discriminators(output["pred"][:, :K]),
-    )
+    entries = step.bank.entries()
+    draw = Draw(entries, *draw_entries(priority, entries, step.bank.count, batch["patient"], 8))
+    truth = [batch[name] for name in ("target", "label", "has_contrast", "has_mask")]
+    terms = loss(output, *truth, discriminators(output["pred"][:, :K]), draw)
     assert all(torch.isfinite(value) and value > 0 for value in terms.values())
     terms["loss"].backward()
     for name, parameter in step.named_parameters():

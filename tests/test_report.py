@@ -7,34 +7,44 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Logs, tables and pictures of a run."""
+"""Logs and pictures of a run, and the page of several."""
 
 from __future__ import annotations
 
+import base64
 import csv
-import hashlib
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from builders import config_files, phantom_cohort, tiny_net, tiny_run  # noqa: F401
 from ignite.engine import Engine
 from matplotlib.figure import Figure
-from test_metrics import complete_batch, score
+from monai.bundle import ConfigParser
+from test_metrics import complete_batch
 from test_slices import write_study
+from test_tables import make_scores, write_scores
 
 import scripts.report
-from scripts.metrics import floor_output, mean_of_available
-from scripts.report import (
-    EvaluationReport,
-    ScenarioPanels,
-    ScoreLog,
+from scripts.network import network_input
+from scripts.page import write_report
+from scripts.pictures import (
     compare_study,
     demo_picture,
+    difference_plot,
+    one_missing_panel,
+    patient_plot,
+    predict_one_missing,
+    runs_panel,
     scenario_panel,
 )
+from scripts.report import ScenarioPanels, ScoreLog
+from scripts.weights import save_weights
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -78,30 +88,6 @@ def test_tensorboard_gets_the_scores_where_it_is_asked_for(tmp_path: Path) -> No
     log_scores(tmp_path / "a.csv", 1, tmp_path / "board", psnr=10.0)
     (events,) = (tmp_path / "board").iterdir()
     assert b"validation/psnr" in events.read_bytes()
-
-
-# ---------------------------------------------------------------------------------------------------------- report
-def test_report_has_the_means_the_facts_and_every_score(tmp_path: Path) -> None:
-    batch = complete_batch(2)
-    batch["pred"][:, :4] += 0.1
-    names = ["study0", "study1"]
-    ours = score(batch, studies=2)
-    floor = score(floor_output(mean_of_available)(batch), studies=2, prefix="floor_", with_dice=False)
-    weights = tmp_path / "model.pt"
-    weights.write_bytes(b"weights")
-    engine = Engine(lambda *_: None)
-    EvaluationReport([ours, floor], tmp_path / "out", {"part": "test", "weights": str(weights)}).attach(engine)
-    engine.run([0])
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["means"] == ours.compute() | floor.compute()
-    assert {"psnr", "ssim", "dice_WT", "floor_psnr"} <= set(report["means"]) and "floor_dice" not in report["means"]
-    facts = report["facts"]
-    assert facts["part"] == "test" and facts["studies"] == names
-    assert facts["sha256"] == hashlib.sha256(b"weights").hexdigest()
-    rows = read_csv(tmp_path / "out" / "scores.csv")
-    assert len(rows) == len(ours.rows()) + len(floor.rows()) == 2 * (2 + 2 + 3) + 2 * (2 + 2)
-    mean = np.mean([float(row["value"]) for row in rows if row["score"] == "psnr"])
-    assert report["means"]["psnr"] == pytest.approx(mean)
 
 
 # ---------------------------------------------------------------------------------------------------------- panels
@@ -192,3 +178,149 @@ def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert printed.startswith("Case_2: t1ce PSNR / SSIM 100.00 dB / 1.000 (mean of available ")
     assert printed.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- side by side
+def test_each_image_is_made_without_its_own_contrast() -> None:
+    network = tiny_net(0).train()
+    target = torch.rand(4, 32, 32) * 2 - 1
+    target[:, :4] = -1.0  # background of all contrasts
+    made = predict_one_missing(network, target)
+    assert network.training and made.shape == (4, 32, 32)
+    network.eval()
+    for k in range(4):
+        available = torch.arange(4) != k
+        with torch.no_grad():
+            alone = network(network_input(target[None], available[None]))[0, k]
+        torch.testing.assert_close(made[k, 4:], alone[4:])
+        assert bool((made[k, :4] == -1).all())
+        # the missing contrast is not read
+        other = torch.where(available[:, None, None], target, torch.rand_like(target))
+        assert torch.equal(predict_one_missing(network, other)[k], made[k])
+
+
+def test_methods_stand_side_by_side_with_their_errors_and_the_box_of_the_tumor() -> None:
+    target = torch.full((4, 24, 20), -1.0)
+    target[:, 3:21, 2:18] = torch.rand(4, 18, 16) * 1.8 - 0.9
+    label = torch.zeros(1, 24, 20)
+    label[0, 8:11, 5:12] = 2
+    made = {"A": target.clone(), "B": target + 0.2}
+    figure = one_missing_panel(target, label, made)
+    axes = np.array(figure.axes).reshape(8, 6)
+    for k, name in enumerate(("FLAIR", "T1", "T1ce", "T2")):
+        titles = [axis.get_title() for axis in axes[2 * k]]
+        others = [f"{other} (input)" for other in ("FLAIR", "T1", "T1ce", "T2") if other != name]
+        assert titles == [*others, f"{name}, truth", f"{name}, A", f"{name}, B"]
+        # cut to the brain, which begins at 3, 2
+        np.testing.assert_array_equal(axes[2 * k, 5].images[0].get_array(), made["B"][k, 3:21, 2:18].numpy().T)
+        np.testing.assert_allclose(axes[2 * k + 1, 5].images[0].get_array(), 0.1, atol=1e-6)
+        assert float(np.abs(axes[2 * k + 1, 4].images[0].get_array()).max()) == 0
+        for axis in axes[2 * k]:
+            (box,) = axis.patches
+            assert box.get_xy() == (8 - 3 - 0.5, 5 - 2 - 0.5) and (box.get_width(), box.get_height()) == (3, 7)
+    assert not one_missing_panel(target, torch.zeros(24, 20), made).axes[0].patches
+    with pytest.raises(ValueError, match="no brain"):
+        one_missing_panel(torch.full((4, 8, 8), -1.0), label[:, :8, :8], made)
+
+
+def test_panel_of_runs_takes_the_slice_with_the_largest_tumor(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+    runs = {}
+    for name, configs in (("SSCF", ("train",)), ("U-Net", ("train", "baselines/unet"))):
+        overrides = tiny_run(phantom_cohort, tmp_path, ckpt_path=str(tmp_path / f"{name}.pt"), device="cpu")
+        parser = ConfigParser()
+        parser.read_config(config_files(*configs))
+        parser.update(overrides)
+        save_weights(tmp_path / f"{name}.pt", parser.get_parsed_content("network_def"))
+        runs[name] = {"config_file": config_files(*configs), **overrides}
+    figure = runs_panel(runs)
+    (study,) = json.loads((tmp_path / "split.json").read_text())["test"]
+    axes = np.array(figure.axes).reshape(8, 6)
+    assert [axis.get_title() for axis in axes[0, 4:]] == ["FLAIR, SSCF", "FLAIR, U-Net"]
+    assert axes[0, 0].patches  # it has tumor
+    shown = [axes[0, column].images[0].get_array() for column in (4, 5)]
+    assert not np.allclose(*shown)
+    with pytest.raises(SystemExit, match="Study Nobody is not in the test part of SSCF"):
+        runs_panel(runs, study="Nobody")
+    assert runs_panel({"SSCF": runs["SSCF"]}, study=study).axes
+
+
+def test_plots_show_every_patient_and_every_interval() -> None:
+    axis = patient_plot({"A": [1.0, 2.0, 4.0], "B": [3.0]}, "PSNR").axes[0]
+    points = [line.get_ydata() for line in axis.lines if line.get_marker() == "."]
+    assert [list(p) for p in points] == [[1.0, 2.0, 4.0], [3.0]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["A", "B"]
+    axis = difference_plot({"A": (0.5, 0.2, 0.9), "B": (1.0, None, None)}, "difference").axes[0]
+    lines = [list(line.get_xdata()) for line in axis.lines if line.get_color() == "tab:blue"]
+    assert lines == [[0.2, 0.9], [0.5], [1.0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+class Page(HTMLParser):
+    """Texts of the table cells, sources of everything that a browser would load, and open tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.sources: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+def test_page_holds_tables_figures_and_facts_and_loads_nothing(tmp_path: Path) -> None:
+    facts = {"image_size": 96, "conventions": {"paper": "2-D <slices>"}}
+    runs = {
+        "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **facts)),
+        "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **facts)),
+    }
+    tables = json.loads((Path(config_files("report")[0])).read_text())["tables"]
+    write_report(runs, tmp_path / "out", tables, config_files("paper_values")[0], draws=50)
+    text = (tmp_path / "out" / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    for source in page.sources:
+        assert source.startswith("data:image/png;base64,")
+        assert base64.b64decode(source.partition(",")[2], validate=True)[:4] == b"\x89PNG"
+    # differences and patients of PSNR, LPIPS and Dice
+    assert len(page.sources) == 2 * 3
+    assert "http" not in text and "<script" not in text and "@import" not in text
+    assert {"A & B", "96", "0123456789abcdef", "24.21"} <= set(page.cells)
+    assert "2-D &lt;slices&gt;" in text and "Not to be compared with our numbers digit by digit" in text
+    numbers = re.findall(r"\*\*(\d+\.\d+)\*\*", (tmp_path / "out" / "tables" / "comparison.md").read_text())
+    assert len(numbers) == 8 and set(numbers) <= set(page.cells)
+    remark = [cell for cell in page.cells if cell.startswith("PSNR +")]
+    assert remark and "difference from U-Net" in page.cells
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "tables"]
+
+
+def test_report_of_nothing_ends_with_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no scores\.csv in .*none: evaluate this run first"):
+        write_report({"A": str(tmp_path / "none")}, tmp_path / "out", {})
+    folder = write_scores(tmp_path / "a", make_scores(0))
+    with pytest.raises(SystemExit, match="The reference B is no run: write one of A"):
+        write_report({"A": str(folder)}, tmp_path / "out", {}, reference="B")
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_config_is_a_run(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "a", make_scores(0))
+    parser = ConfigParser()
+    parser.read_config(config_files("report"))
+    parser.update({"bundle_root": str(Path(config_files("report")[0]).parents[1]), "runs": {"A": str(folder)}})
+    parser.update({"report_dir": str(tmp_path / "out"), "draws": 20})
+    assert parser["reporting"] == "%run"
+    parser.get_parsed_content("run")
+    assert (tmp_path / "out" / "index.html").is_file()

@@ -25,6 +25,7 @@ from builders import generator, random_batch, random_entries, tiny_net, tiny_ste
 from monai.engines.utils import IterationEvents
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,8 +37,10 @@ from scripts.network import SSCFTrainingStep
 from scripts.slices import EpochSampler
 from scripts.trainer import (
     BATCH_KEYS,
+    Curriculum,
     MovingAverage,
     SSCFTrainer,
+    SynthesisTrainer,
     copy_network,
     draw_scenarios,
     gather_entries,
@@ -102,6 +105,27 @@ def test_extreme_random_numbers_give_a_scenario_too(extreme: float, monkeypatch:
     for has, row in zip(subsets(), drawn, strict=True):
         usable = [scenario & has for scenario in scenario_table() if bool((scenario & has).any())]
         assert torch.equal(row, usable[place])
+
+
+def test_curriculum_allows_its_numbers_until_its_last_epochs() -> None:
+    curriculum = Curriculum([[2, [3]], [5, [1, 2]]])
+    assert [curriculum.numbers(epoch) for epoch in (1, 2, 3, 5, 6)] == [(3,), (3,), (1, 2), (1, 2), None]
+    assert Curriculum().numbers(1) is None
+    number = 600
+    for numbers in ((3,), (1, 2)):
+        drawn = draw_scenarios(ids(number), COMPLETE.expand(number, -1), 0, 1, numbers)
+        assert {tuple(row) for row in drawn.tolist()} == {
+            tuple(map(bool, row)) for row in SCENARIOS if sum(row) in numbers
+        }
+    # a study that has one contrast still gets a scenario
+    drawn = draw_scenarios(ids(15), subsets(), 0, 1, (3,))
+    assert bool(drawn.any(dim=1).all()) and not bool((drawn & ~subsets()).any())
+
+
+@pytest.mark.parametrize("stages", [[[5, [1]], [2, [2]]], [[5, [4]]], [[5, [0]]], [[5, []]]])
+def test_wrong_curriculum_is_refused(stages: list) -> None:
+    with pytest.raises(ValueError, match="curriculum"):
+        Curriculum(stages)
 
 
 # ----------------------------------------------------------------------------------------------------- moving average
@@ -209,7 +233,7 @@ def make_trainer(
     )
 
 
-def weights(trainer: SSCFTrainer) -> dict[str, torch.Tensor]:
+def weights(trainer: SynthesisTrainer) -> dict[str, torch.Tensor]:
     modules = {"net": trainer.training_step.net, "discriminators": trainer.discriminators}
     return {f"{n}.{k}": p.detach().clone() for n, m in modules.items() for k, p in m.named_parameters()}
 
@@ -243,6 +267,71 @@ def test_loss_falls_on_a_batch_that_is_shown_again_and_again() -> None:
         assert last < share * first, name
     assert trainer.state.metrics["train_loss"] == pytest.approx(history[-1]["loss"])
     assert trainer.average.steps == 40
+
+
+class PlainStep(nn.Module):
+    """The least that a training step is: a network without a bank, a mask or features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(8, 7, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, *_: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pred": torch.tanh(self.net(image)), "available": image[:, 4:].flatten(2).amax(dim=2) > 0.5}
+
+
+def test_plain_network_trains_by_the_same_loop_without_discriminators() -> None:
+    torch.manual_seed(0)
+    step = PlainStep()
+    seen: list[torch.Tensor] = []
+
+    def augmentation(batch: dict[str, torch.Tensor], seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        assert seed == 5
+        return {**batch, "target": torch.full_like(batch["target"], 0.1 * epoch)}
+
+    step.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    trainer = SynthesisTrainer(
+        device=CPU,
+        max_epochs=3,
+        train_data_loader=[training_batch(4)],
+        step=step,
+        training_step=step,
+        optimizer=torch.optim.SGD(step.parameters(), lr=1e-3),
+        loss=GeneratorLoss(),
+        seed=5,
+        augmentation=augmentation,
+        curriculum=[[3, [1]]],
+        amp=False,
+    )
+    start = step.net.weight.detach().clone()
+    trainer.run()
+    assert set(trainer.state.output) == {"loss", "synthesis", "reconstruction", "tumor"}
+    assert not torch.equal(start, step.net.weight)
+    assert [float(target.mean()) for target in seen] == pytest.approx([0.1, 0.2, 0.3])
+    assert trainer.state.batch["image"][:, 4:, 0, 0].sum(dim=1).tolist() == [1, 1, 1, 1]
+
+
+def test_compiled_step_and_loss_are_one_graph_each_however_full_the_bank_is() -> None:
+    """Neither the entries of the bank nor the scenario make the compiler start anew."""
+    torch.compiler.reset()
+    counters.clear()
+    batches = [training_batch(2, seed, 1000 + 10 * seed) for seed in range(3)]
+    trainer = make_trainer(batches)
+    trainer.step, trainer.loss = (
+        torch.compile(part, dynamic=False, backend="eager") for part in (trainer.step, trainer.loss)
+    )
+    # empty, then filled by two entries with each batch
+    trainer.bank.count.zero_()
+    trainer.run()
+    assert int(trainer.bank.count) == 6
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_discriminators_without_an_optimizer_are_refused() -> None:
+    step = PlainStep()
+    parts = {"step": step, "training_step": step, "optimizer": torch.optim.SGD(step.parameters(), lr=1e-3)}
+    with pytest.raises(ValueError, match="discriminators need"):
+        SynthesisTrainer(CPU, 1, [], loss=GeneratorLoss(), discriminators=nn.Identity(), **parts)
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:

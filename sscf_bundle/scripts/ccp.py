@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .layers import mix_channels, pick_maps, widen
+from .layers import channel_statistics, mix_channels, pick_maps, widen
 from .memory_bank import CompiledBank
 
 
@@ -185,40 +185,35 @@ class CCP(nn.Module):
         out = torch.matmul(pick(self.excite_weight.float(), target), hidden)
         return torch.sigmoid((out + pick(self.excite_bias.float(), target).unsqueeze(-1)).sum(dim=-1))
 
-    def candidates(
+    def affine(
         self,
-        maps: torch.Tensor,
+        maximum: torch.Tensor,
         center: torch.Tensor,
         own_std: torch.Tensor,
-        row: torch.Tensor,
         target: torch.Tensor,
         found: torch.Tensor,
         mean: torch.Tensor,
         std: torch.Tensor,
-    ) -> torch.Tensor:
-        """AdaIN and CBAM's channel attention of M pairs, as one affine map of each source channel.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """AdaIN (eq. 8) and CBAM's channel attention of pairs, as one affine map of each source channel.
 
         Args:
-            maps: R x C x spatial source features F_s^j.
-            center: R x C, their means.
-            own_std: R x C, their standard deviations.
-            row: M, the source's row in ``maps``.
-            target: M contrast indices.
-            found: M; without a retrieved entry the source's own statistics are kept.
-            mean: M x C prototype mean mu.
-            std: M x C prototype standard deviation sigma.
+            maximum: ... x C spatial maximum of the source feature.
+            center: ... x C, its mean.
+            own_std: ... x C, its standard deviation.
+            target: ... contrast indices.
+            found: ...; without a retrieved entry the source's own statistics are kept.
+            mean: ... x C prototype mean mu.
+            std: ... x C prototype standard deviation sigma.
 
         Returns:
-            M x C x spatial.
+            ``scale`` and ``shift``, ... x C.
         """
-        maximum = pick(maps.flatten(2).amax(dim=2).float(), row)
-        center, own_std, keep = pick(center, row), pick(own_std, row), found.unsqueeze(1)
+        keep = found.unsqueeze(-1)
         ratio = torch.where(keep, std.float(), own_std) / own_std
         mean = torch.where(keep, mean.float(), center)
         attention = self.channel_attention(target, mean, ratio * (maximum - center) + mean)
-        scale, shift = attention * ratio, attention * (mean - ratio * center)
-        picked = pick_maps(maps, row).float()
-        return torch.addcmul(widen(shift, maps), picked, widen(scale, maps)).to(maps.dtype)
+        return attention * ratio, attention * (mean - ratio * center)
 
     def forward(
         self,
@@ -255,22 +250,24 @@ class CCP(nn.Module):
         # contrast after contrast, as the features lie in memory
         maps = feature.transpose(0, 1).flatten(0, 1)
         # an idle slot repeats the first pair with gain 0, so that it reads no missing contrast
-        from_source = torch.where(active, source, source[:, :1])
-        refined = self.candidates(
-            maps,
-            center.transpose(0, 1).flatten(0, 1),
-            own_std.transpose(0, 1).flatten(0, 1),
-            (from_source * b + sample).flatten(),
+        row = (torch.where(active, source, source[:, :1]) * b + sample).flatten()
+        maximum = maps.flatten(2).amax(dim=2).float()
+        own = (maximum, center.transpose(0, 1).flatten(0, 1), own_std.transpose(0, 1).flatten(0, 1))
+        scale, shift = self.affine(
+            pick(own[0], row),
+            pick(own[1], row),
+            pick(own[2], row),
             target.flatten(),
             found.flatten(),
             mean.flatten(0, 1),
             std.flatten(0, 1),
         )
+        refined = torch.addcmul(widen(shift, maps), pick_maps(maps, row).float(), widen(scale, maps)).to(maps.dtype)
         attended = self.spatial(torch.stack([refined.mean(dim=1), refined.amax(dim=1)], dim=1))
         gate = attended.gather(1, widen(target.flatten().unsqueeze(1), attended).expand_as(attended[:, :1]))
         gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
         gamma = pick(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
-        fused = mix_channels(gamma.to(refined.dtype), refined * torch.sigmoid(gate))
+        fused = mix_channels(gamma.to(refined.dtype), refined * torch.sigmoid(gate), gate.new_zeros(1, 1, 1))
         own = widen(available.t().flatten(), maps)
         bias = widen(self.gamma_bias.to(fused.dtype).repeat_interleave(b, dim=0), maps)
         out = torch.where(own, maps.to(fused.dtype), bias).index_add_(0, (target * b + sample).flatten(), fused)
@@ -278,21 +275,17 @@ class CCP(nn.Module):
 
     def predict(
         self,
-        feature: torch.Tensor,
-        center: torch.Tensor,
-        own_std: torch.Tensor,
+        features: list[torch.Tensor],
         sources: torch.Tensor,
         targets: torch.Tensor,
         found: torch.Tensor,
         mean: torch.Tensor,
         std: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> list[torch.Tensor]:
         """``forward`` for samples that share one scenario: only what the scenario needs is computed.
 
         Args:
-            feature: B x S x C x spatial features of the available contrasts.
-            center: B x S x C, their means over space.
-            own_std: B x S x C, their standard deviations.
+            features: of each available contrast, B x C x spatial.
             sources: S indices of the available contrasts.
             targets: T indices of the missing contrasts.
             found: B x T x S.
@@ -300,40 +293,35 @@ class CCP(nn.Module):
             std: B x T x S x C prototype standard deviation sigma.
 
         Returns:
-            B x T x C x spatial, F_CCP^j of the missing contrasts.
+            F_CCP^j of each missing contrast, B x C x spatial.
         """
-        b, num_sources, num_targets = feature.shape[0], sources.shape[0], targets.shape[0]
-        # pairs in the order target, sample, source: what eq. 9 concatenates lies together
-        sample = torch.arange(b, device=feature.device).unsqueeze(1)
-        row = (torch.arange(num_sources, device=feature.device) * b + sample).flatten().repeat(num_targets)
-        target = targets.repeat_interleave(b * num_sources)
-        refined = self.candidates(
-            feature.transpose(0, 1).flatten(0, 1),
-            center.transpose(0, 1).flatten(0, 1),
-            own_std.transpose(0, 1).flatten(0, 1),
-            row,
-            target,
-            found.transpose(0, 1).flatten(),
-            mean.transpose(0, 1).flatten(0, 2),
-            std.transpose(0, 1).flatten(0, 2),
-        )
-        pooled = torch.stack([refined.mean(dim=1), refined.amax(dim=1)], dim=1)
-        # each target's own kernel alone: targets become groups of the convolution
-        pooled = pooled.unflatten(0, (num_targets, -1)).transpose(0, 1).flatten(1, 2)
-        convolve = F.conv2d if feature.dim() == 5 else F.conv3d
-        bias = self.spatial.bias
-        assert bias is not None
-        gate = convolve(
-            pooled,
-            self.spatial.weight.index_select(0, targets),
-            bias.index_select(0, targets),
-            padding=self.spatial.weight.shape[-1] // 2,
-            groups=num_targets,
-        )
-        refined = refined * torch.sigmoid(gate.transpose(0, 1).flatten(0, 1).unsqueeze(1))
-        concatenated = refined.unflatten(0, (num_targets * b, num_sources)).flatten(1, 2)
-        gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources).transpose(1, 2).flatten(2)
-        gamma = gamma.repeat_interleave(b, dim=0) * ((self.num_contrasts - 1) / num_sources)  # (T B) x C x (S C)
-        out = mix_channels(gamma.to(concatenated.dtype), concatenated).unflatten(0, (num_targets, b))
-        shift = self.gamma_bias.index_select(0, targets).to(out.dtype).unsqueeze(1)
-        return (out + widen(shift, out)).transpose(0, 1)
+        num_targets, b = targets.shape[0], features[0].shape[0]
+        target = targets.unsqueeze(1).expand(-1, b)
+        kernel = self.spatial.weight.index_select(0, targets)
+        assert self.spatial.bias is not None
+        offset = self.spatial.bias.index_select(0, targets)
+        convolve = F.conv2d if features[0].dim() == 4 else F.conv3d
+        gain = (self.num_contrasts - 1) / len(features)
+        gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources) * gain  # T x S x C x C
+        # one source after the other: they add up, and no stack of feature maps has to be made
+        out = widen(self.gamma_bias.index_select(0, targets).repeat_interleave(b, dim=0), features[0])
+        for s, maps in enumerate(features):
+            center, own_std = (t[:, 0] for t in channel_statistics(maps.unsqueeze(1)))
+            scale, shift = self.affine(
+                maps.flatten(2).amax(dim=2).float(),
+                center,
+                own_std,
+                target,
+                found[:, :, s].t(),
+                mean[:, :, s].transpose(0, 1),
+                std[:, :, s].transpose(0, 1),
+            )
+            given = maps.unsqueeze(0)
+            refined = torch.addcmul(widen(shift, given), given.float(), widen(scale, given)).to(maps.dtype)
+            # each target's own kernel alone: targets become groups of the convolution
+            pooled = torch.stack([refined.mean(dim=2), refined.amax(dim=2)], dim=2).transpose(0, 1).flatten(1, 2)
+            gate = convolve(pooled, kernel, offset, padding=kernel.shape[-1] // 2, groups=num_targets)
+            refined = refined * torch.sigmoid(gate.transpose(0, 1).unsqueeze(2))
+            weight = gamma[:, s].repeat_interleave(b, dim=0).to(refined.dtype)
+            out = mix_channels(weight, refined.flatten(0, 1), out.to(refined.dtype))
+        return list(out.unflatten(0, (num_targets, b)))

@@ -41,7 +41,8 @@ class TrainingCheckpoint:
 
     Args:
         directory: of the checkpoints.
-        objects: what is saved under which name; everything with ``state_dict`` and ``load_state_dict``.
+        objects: what is saved under which name; everything with ``state_dict`` and ``load_state_dict``. What is None is
+            left out.
         keep: how many checkpoints are kept, at least 2.
         interval: epochs between checkpoints.
         resume: go on from what is found in ``directory``; if False, a run starts anew and overwrites.
@@ -55,7 +56,8 @@ class TrainingCheckpoint:
     ) -> None:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, so that one complete checkpoint always stays, got {keep}.")
-        self.directory, self.objects, self.keep, self.interval = Path(directory), dict(objects), keep, interval
+        self.directory, self.keep, self.interval = Path(directory), keep, interval
+        self.objects = {name: item for name, item in objects.items() if item is not None}
         # "--resume false" of a command line arrives as text, which is not False
         self.resume = resume.lower() != "false" if isinstance(resume, str) else resume
 
@@ -149,12 +151,12 @@ class BestModel:
 
 
 class LastModel:
-    """At the end of training, freezes the bank of the averaged network and saves it.
+    """At the end of training, freezes the bank of the averaged network, if it has one, and saves the network.
 
     Args:
         path: of the state_dict.
         network: the averaged network.
-        freezer: freezes its bank.
+        freezer: freezes its bank; None for a network without a bank.
         best: handler of the best model; where no validation ever ran, the last model is saved in its place too.
         settings: written beside the weights, see ``save_weights``.
     """
@@ -163,7 +165,7 @@ class LastModel:
         self,
         path: str | Path,
         network: nn.Module,
-        freezer: BankFreezer,
+        freezer: BankFreezer | None = None,
         best: BestModel | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -175,7 +177,8 @@ class LastModel:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        self.freezer(engine)
+        if self.freezer is not None:
+            self.freezer(engine)
         save_weights(self.path, self.network, self.settings)
         if self.best is not None and self.best.epoch == 0 and self.best.best == float("-inf"):
             save_weights(self.best.path, self.network, self.settings)

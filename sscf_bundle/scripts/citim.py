@@ -172,20 +172,24 @@ class CITIM(nn.Module):
             self.query = nn.Linear(channels, channels)
 
     def fold(self, prototype: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Folds the layer normalization (eq. 2) and psi (eq. 3) into the prototypes.
+        """Folds the layer normalization (eq. 2) and psi (eq. 3), with ``concat`` also phi (eq. 4), into the prototypes.
 
         Args:
             prototype: L x K x C x c' class prototypes G.
             present: L x K, contrasts that the entry has; the others give 0 and the rest is scaled by K / present.
 
         Returns:
-            ``value``: L x K x c' x C, psi_i Gc; ``gram``: L x K x c' x c', Q. Both float32.
+            ``value``: L x K x c' x C, psi_i Gc, with ``concat`` phi_l psi_i Gc; ``gram``: L x K x c' x c', Q. Both
+            float32.
         """
         centered = prototype.float() - prototype.float().mean(dim=2, keepdim=True)
         psi = self.psi.weight.float().view(self.channels, self.num_contrasts, self.channels)
         with torch.autocast(prototype.device.type, enabled=False):
             gram = torch.matmul(centered.transpose(2, 3), centered) / self.channels
             value = torch.einsum("oki,lkic->lkco", psi, centered).contiguous()
+            if self.concat:
+                phi = self.phi.weight.float().view(self.channels, self.bank_size, self.channels)
+                value = torch.einsum("olp,lkcp->lkco", phi, value).contiguous()
         scale = self.num_contrasts / present.sum(dim=1).clamp(min=1).to(value.dtype)
         value = torch.where(present[:, :, None, None], value * scale[:, None, None, None], torch.zeros_like(value))
         return value, gram
@@ -216,16 +220,13 @@ class CITIM(nn.Module):
         pairs = (w.unsqueeze(3) * w.unsqueeze(2)).flatten(2)  # B x N x c'^2
         variance = torch.matmul(pairs, gram.reshape(size * k, classes * classes).t())  # W^T Q W
         inverse_std = torch.rsqrt(variance.clamp(min=0) + self.eps).view(b, n, size, k)
+        table = value.reshape(-1, c)  # (L K c') x C
         if self.concat:
             phi = self.phi.weight.float().view(c, size, c)
-            table = torch.einsum("olp,lkcp->lkco", phi, value).reshape(-1, c)
-            bias = torch.matmul(
-                allowed.to(phi.dtype), torch.einsum("olp,p->lo", phi, self.psi.bias.float())
-            ) + self._phi_bias(phi)
+            bias = torch.matmul(allowed.to(phi.dtype), torch.matmul(phi, self.psi.bias.float()).t())
             weights = inverse_std * allowed[:, None, :, None].to(inverse_std.dtype)
-            out = torch.matmul(self._coefficients(weights, w), table) + bias.unsqueeze(1)
+            out = torch.matmul(self._coefficients(weights, w), table) + (bias + self._phi_bias(phi)).unsqueeze(1)
         else:
-            table = value.reshape(-1, c)  # (L K c') x C
             query = self.query(feature.flatten(2).transpose(1, 2).float())
             # product of the query with what each entry and contrast retrieves at n: inverse_std sum_c' w_c' psi_i Gc
             scores = torch.matmul(query, table.t()).view(b, n, size * k, classes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -184,6 +185,61 @@ def split_patients(
         patient_part = {patient: part for part, names in zip(PARTS, parts, strict=True) for patient in names}
         part_of = {item["study"]: patient_part[item["patient"]] for item in ordered}
     return {part: [item for item in ordered if part_of.get(item["study"]) == part] for part in PARTS}
+
+
+def cross_validation_splits(
+    items: Sequence[Mapping[str, Any]],
+    folds: int = 5,
+    validation_fraction: float = 0.1,
+    held_out: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, list[dict[str, Any]]]]:
+    """Splits for cross-validation by patient: every patient is tested in exactly one fold.
+
+    Args:
+        items: datalist items with ``study`` and ``patient``.
+        folds: number of folds, at least 2.
+        validation_fraction: share of the patients who are not tested in a fold that its validation part takes, 0 to
+            below 1; a share above 0 gives at least one patient.
+        held_out: names of studies or patients that stay out of every part of every fold, all studies of each patient.
+        seed: decides who is in which fold and part; the order of ``items`` does not matter.
+
+    Returns:
+        One split for each fold, as ``split_patients`` returns it; test parts differ by at most one patient.
+
+    Raises:
+        StudyError: when ``held_out`` names something unknown or fewer patients than ``folds`` are left.
+        ValueError: when ``folds`` is below 2 or ``validation_fraction`` outside [0, 1).
+    """
+    if folds < 2 or not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"folds must be at least 2 and validation_fraction in [0, 1), got {folds} and {validation_fraction}."
+        )
+    known = {name for item in items for name in (item["study"], item["patient"])}
+    unknown = sorted(set(held_out) - known)
+    if unknown:
+        raise StudyError(
+            f"The held-out part names {unknown[0]}, which is no study and no patient of the data set: correct or "
+            "remove it."
+        )
+    untouched = {item["patient"] for item in items if {item["study"], item["patient"]} & set(held_out)}
+    ordered = sorted((dict(item) for item in items if item["patient"] not in untouched), key=lambda item: item["study"])
+    patients = sorted({item["patient"] for item in ordered})
+    if len(patients) < folds:
+        raise StudyError(f"{len(patients)} patients cannot make {folds} folds: give more patients or fewer folds.")
+    tested = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed, even_divisible=False)
+    splits = []
+    for fold, test in enumerate(tested):
+        rest = [patient for patient in patients if patient not in set(test)]
+        count = math.ceil(validation_fraction * len(rest))
+        validation, training = partition_dataset(
+            rest, ratios=[count, len(rest) - count], shuffle=True, seed=seed + fold + 1
+        )
+        part_of = {
+            name: part for part, names in zip(PARTS, (training, validation, test), strict=True) for name in names
+        }
+        splits.append({part: [item for item in ordered if part_of[item["patient"]] == part] for part in PARTS})
+    return splits
 
 
 def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> None:

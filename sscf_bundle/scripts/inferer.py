@@ -17,7 +17,9 @@ import logging
 import os
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +60,8 @@ _GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
+#: What of an item is not needed once its prediction is on the grid on file.
+_PREPROCESSED_KEYS = ("image", "label", "brain", FILE_BRAIN_KEY)
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
 
 _T = TypeVar("_T")
@@ -72,10 +76,15 @@ class BrainSliceInferer(SliceInferer):
     B x 7 x X x Y x Z (four contrasts in [-1, 1], three probabilities). A slice in which every contrast is -1 is not
     shown to the network: its contrasts are -1 and its probabilities 0.
 
+    A volume has one scenario. It is read once for each volume, and a network that has ``for_scenario`` (``SSCFNet``) is
+    asked for a module that computes for this scenario alone; any other network is called as it is.
+
     Args:
         roi_size: size of the window in x and y; -1 is the whole slice.
         sw_batch_size: number of slices in one call of the network.
         divisor: windows are padded to multiples of this.
+        compile: call the network through ``torch.compile``, once for each scenario. The last batch of a volume is then
+            filled up with copies of its last slice, so that its shape is known already.
         kwargs: other arguments of ``monai.inferers.SlidingWindowInferer``.
 
     Raises:
@@ -83,12 +92,20 @@ class BrainSliceInferer(SliceInferer):
     """
 
     def __init__(
-        self, roi_size: Sequence[int] = (-1, -1), sw_batch_size: int = 8, divisor: int = 16, **kwargs: Any
+        self,
+        roi_size: Sequence[int] = (-1, -1),
+        sw_batch_size: int = 8,
+        divisor: int = 16,
+        compile: bool = False,
+        **kwargs: Any,
     ) -> None:
         if any(size > 0 and size % divisor for size in roi_size):
             raise ValueError(f"roi_size must be -1 or a multiple of {divisor}, got {tuple(roi_size)}.")
         super().__init__(spatial_dim=2, roi_size=tuple(roi_size), sw_batch_size=sw_batch_size, **kwargs)
         self.divisor = divisor
+        self.compile = compile
+        self._network: Callable[..., torch.Tensor] | None = None
+        self._modules: dict[tuple[bool, ...], Callable[..., torch.Tensor]] = {}
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -105,27 +122,64 @@ class BrainSliceInferer(SliceInferer):
             B x 7 x X x Y x Z float32, a ``MetaTensor`` if ``inputs`` is one.
         """
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        padding = self._padding(volume.shape[2:4])
         out = volume.new_zeros(volume.shape[0], NUM_CONTRASTS + len(TUMOR_CLASSES), *volume.shape[2:])
         out[:, :NUM_CONTRASTS] = -1
         for sample, result in zip(volume, out, strict=True):
-            has_brain = (sample[:NUM_CONTRASTS] > -1).flatten(0, 2).any(dim=0)
-            if not has_brain.any():
+            # one reduction at a time is several times faster than all at once
+            highest = sample[:NUM_CONTRASTS].amax(dim=0).amax(dim=0).amax(dim=0)
+            available = sample[NUM_CONTRASTS:].flatten(1).amax(dim=1) > 0.5
+            # the one synchronization of a volume; NaN counts as brain, and so comes to light
+            *has_brain, flair, t1, t1ce, t2 = torch.cat([~(highest <= -1), available]).tolist()
+            slices = [z for z, kept in enumerate(has_brain) if kept]
+            if not slices:
                 continue
-            # the base class batches along z, so that only a gap-free volume of the slices with brain is needed
-            kept = sample[None, ..., has_brain]
-            if any(padding):
-                # SlidingWindowInferer would pad contrasts and planes alike
-                images = F.pad(kept[:, :NUM_CONTRASTS], padding, value=-1.0)
-                kept = torch.cat([images, F.pad(kept[:, NUM_CONTRASTS:], padding)], dim=1)
-            pred = super().__call__(kept, network)[0]
-            left, top = padding[4], padding[2]
-            result[..., has_brain] = pred[:, left : left + sample.shape[1], top : top + sample.shape[2]]
+            module = self._module(network, (flair, t1, t1ce, t2))
+            index = torch.tensor(slices, device=volume.device)
+            if max(self.orig_roi_size) <= 0:
+                self._whole_slices(sample, result, index, module)
+            else:
+                result[..., index] = self._windows(sample[..., index], module)
         return convert_to_dst_type(out, inputs)[0] if isinstance(inputs, MetaTensor) else out
+
+    def _module(self, network: Callable[..., torch.Tensor], available: tuple[bool, ...]) -> Callable[..., torch.Tensor]:
+        """What to call for a scenario."""
+        specialize = getattr(network, "for_scenario", None) if any(available) else None
+        if not self.compile:
+            return network if specialize is None else specialize(available)
+        if network is not self._network:
+            self._network, self._modules = network, {}
+        if available not in self._modules:
+            module = network if specialize is None else specialize(available)
+            self._modules[available] = torch.compile(module, dynamic=False)
+        return self._modules[available]
+
+    def _whole_slices(
+        self, sample: torch.Tensor, result: torch.Tensor, index: torch.Tensor, module: Callable[..., torch.Tensor]
+    ) -> None:
+        """Write the prediction for some slices of a volume (8 x X x Y x Z) to ``result`` (7 x X x Y x Z).
+
+        The base class would do the same at four times the cost, since it weighs windows that do not overlap.
+        """
+        padding = self._padding(sample.shape[1:3])
+        left, top = padding[2], padding[0]
+        axial, axial_result = sample.permute(3, 0, 1, 2), result.permute(3, 0, 1, 2)
+        for part in index.split(self.sw_batch_size):
+            fill = self.sw_batch_size - len(part) if self.compile else 0
+            batch = _pad_slices(axial[torch.cat([part, part[-1:].expand(fill)])], padding)
+            pred = module(batch)[: len(part), :, left : left + sample.shape[1], top : top + sample.shape[2]]
+            axial_result[part] = pred.to(result.dtype)
+
+    def _windows(self, kept: torch.Tensor, module: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Prediction for the slices with brain (8 x X x Y x Z) by the sliding window of the base class."""
+        padding = self._padding(kept.shape[1:3])
+        left, top = padding[2], padding[0]
+        axial = _pad_slices(kept.permute(3, 0, 1, 2), padding).permute(1, 2, 3, 0)
+        pred = super().__call__(axial[None], module)[0]
+        return pred[:, left : left + kept.shape[1], top : top + kept.shape[2]]
 
     def _padding(self, size: Sequence[int]) -> list[int]:
         """Padding of x and y up to the window and to the divisor, in the order of ``torch.nn.functional.pad``."""
-        padding = [0, 0]
+        padding: list[int] = []
         for extent, window in reversed(list(zip(size, self.orig_roi_size, strict=True))):
             wanted = max(-(-extent // self.divisor) * self.divisor, window)
             before = (wanted - extent) // 2
@@ -183,40 +237,65 @@ class ForgetFileNamed(MapTransform):
         return d
 
 
-class ContrastsToUnitRanged(MapTransform):
-    """Map the contrasts of a prediction from [-1, 1] to [0, 1]; probabilities stay.
+class SelectOutputsd(MapTransform):
+    """Keep of a prediction only the channels that are wanted, with the contrasts in [0, 1] instead of [-1, 1].
 
-    It comes before ``Invertd``, which fills with 0 what the network did not see: -1 there, but background here.
+    Wanted are the contrasts that are missing and the mask, or, where the item has ``"target"``, only that one of
+    ``OUTPUT_KEYS``: MONAI Label serves one volume at a time. ``"output_keys"`` becomes the tuple of what is wanted, in
+    the order of ``OUTPUT_KEYS``. The result has one channel for each contrast in there, then, if the mask is wanted,
+    the probabilities of the three tumor classes.
+
+    It comes before ``Invertd``, which takes its time for each channel and fills with 0 what the network did not see:
+    -1 there, but background here.
 
     Args:
         keys: key of the prediction, 7 x X x Y x Z.
+        has_contrast_key: key of the bool tensor of 4 that says what is available.
+
+    Raises:
+        StudyError: from the call, when ``"target"`` is unknown.
     """
+
+    def __init__(self, keys: KeysCollection = "pred", has_contrast_key: str = "has_contrast") -> None:
+        super().__init__(keys)
+        self.has_contrast_key = has_contrast_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        target = d.get("target")
+        if target is None:
+            available = torch.as_tensor(d[self.has_contrast_key]).tolist()
+            missing = [key for key, given in zip(CONTRAST_KEYS, available, strict=True) if not given]
+            wanted = (*missing, MASK_KEY)
+        elif target in OUTPUT_KEYS:
+            wanted = (target,)
+        else:
+            raise StudyError(f"The target {target} is unknown: give one of {', '.join(OUTPUT_KEYS)}.")
+        contrasts = [CONTRAST_KEYS.index(key) for key in wanted if key != MASK_KEY]
+        classes = range(NUM_CONTRASTS, NUM_CONTRASTS + len(TUMOR_CLASSES)) if MASK_KEY in wanted else ()
         for key in self.key_iterator(d):
-            pred = d[key].clone()
-            pred[:NUM_CONTRASTS] = (pred[:NUM_CONTRASTS] + 1) / 2
-            d[key] = pred
+            meta = d[key].meta if isinstance(d[key], MetaTensor) else None
+            kept = torch.as_tensor(d[key])[[*contrasts, *classes]]
+            kept[: len(contrasts)].add_(1).div_(2)
+            d[key] = MetaTensor(kept, meta=meta)
+        d["output_keys"] = wanted
         return d
 
 
 class FinishPredictiond(MapTransform):
     """Make the volumes to write from a prediction on the grid on file.
 
-    The result is a 5 x X x Y x Z float32 ``MetaTensor`` in the order of ``OUTPUT_KEYS``: the four contrasts in
-    [0, ``output_scale``], then the label map; all are 0 outside the union of the available brains. Where the item has
-    ``"target"``, one of ``OUTPUT_KEYS``, only that volume is kept (1 x X x Y x Z): MONAI Label serves one at a time.
+    The result is a float32 ``MetaTensor`` on the CPU with one X x Y x Z volume for each of ``"output_keys"``: contrasts
+    in [0, ``output_scale``], and the label map; all are 0 outside the union of the available brains.
 
     Args:
-        keys: key of the prediction, 7 x X x Y x Z: contrasts in [0, 1], probabilities.
+        keys: key of the prediction as ``SelectOutputsd`` leaves it, on the grid on file and on any device.
         output_scale: intensity of what the network knows as 1.
         mask_labels: tumor class to label value, 1 to 255.
-        brain_key: key of the mask of the brain on the same grid.
+        brain_key: key of the mask of the brain on the same grid, 1 x X x Y x Z.
 
     Raises:
         ValueError: when ``mask_labels`` does not give every tumor class a label value, or ``output_scale`` is not > 0.
-        StudyError: from the call, when ``"target"`` is unknown.
     """
 
     def __init__(
@@ -238,18 +317,20 @@ class FinishPredictiond(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        target = d.get("target")
-        if target is not None and target not in OUTPUT_KEYS:
-            raise StudyError(f"The target {target} is unknown: give one of {', '.join(OUTPUT_KEYS)}.")
+        wanted = d["output_keys"]
+        num_contrasts = sum(key != MASK_KEY for key in wanted)
+        brain = torch.as_tensor(d[self.brain_key])[0].bool().cpu()
         for key in self.key_iterator(d):
             pred = torch.as_tensor(d[key])
-            brain = torch.as_tensor(d[self.brain_key]).to(pred.device, torch.bool)
-            images = pred[:NUM_CONTRASTS].clamp(0, 1) * self.output_scale
-            classes = label_map(pred[None, NUM_CONTRASTS:])[0]
-            labels = self.values.to(pred.device)[classes.long()]
-            finished = torch.where(brain, torch.cat([images, labels.reshape(brain.shape)]), 0)
-            if target is not None:
-                finished = finished[OUTPUT_KEYS.index(target)][None]
+            # a fifth of the voxels are brain; only these are computed and leave the device
+            voxels = pred[:, brain.to(pred.device)]
+            values = voxels[:num_contrasts].clamp_(0, 1).mul_(self.output_scale)
+            if MASK_KEY in wanted:
+                classes = label_map(voxels[None, num_contrasts:])[0]
+                values = torch.cat([values, self.values.to(pred.device)[classes.long()]])
+            # pages of numpy.zeros that stay 0 cost nothing
+            finished = torch.from_numpy(np.zeros((len(wanted), *brain.shape), np.float32))
+            finished[:, brain] = values.cpu()
             meta = d[key].meta if isinstance(d[key], MetaTensor) else None
             d[key] = MetaTensor(finished, meta=meta)
         return d
@@ -299,13 +380,13 @@ def prediction_transforms(
         mask_labels: see ``FinishPredictiond``.
 
     Returns:
-        Transforms for an item with ``image``, ``brain_on_file`` and ``pred`` (7 x X x Y x Z), which ``pred`` leaves as
-        ``FinishPredictiond`` gives it, on the CPU.
+        Transforms for an item with ``image``, ``has_contrast``, ``brain_on_file`` and ``pred`` (7 x X x Y x Z), which
+        ``pred`` leaves as ``FinishPredictiond`` gives it. They compute on the device of ``pred``.
     """
     return StudyCompose(
         [
-            ContrastsToUnitRanged("pred"),
-            Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False, device="cpu"),
+            SelectOutputsd("pred"),
+            Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False),
             FinishPredictiond("pred", output_scale, mask_labels),
         ]
     )
@@ -347,7 +428,7 @@ class StudyWriter:
 
         Args:
             data: item after ``prediction_transforms``: ``study``, the paths of its contrasts, ``has_contrast``,
-                ``pred`` (5 x X x Y x Z), and what the evaluator adds for the record.
+                ``output_keys``, ``pred`` (one X x Y x Z volume for each), and what the evaluator adds for the record.
 
         Returns:
             Path of each written volume, by its key (one of ``OUTPUT_KEYS``).
@@ -365,15 +446,14 @@ class StudyWriter:
             MASK_KEY: f"{study}_{MASK_KEY}.nii.gz"
         }
         record_name = f"{study}_synthesis.json"
-        made = [key for key in OUTPUT_KEYS if key not in inputs]
+        made = data["output_keys"]
         self.prepare()
         # hidden, so that find_studies never sees it; in the same folder, so that renaming is one step
         new = self.output_dir / f".{study}.{uuid.uuid4().hex}.new"
         try:
             new.mkdir()
             geometry = _read_geometry(next(iter(inputs.values())))
-            for key in made:
-                volume = data["pred"][OUTPUT_KEYS.index(key)]
+            for key, volume in zip(made, data["pred"].as_tensor(), strict=True):
                 _save_volume(volume, data["pred"].affine, geometry, new / names[key], is_mask=key == MASK_KEY)
             record = self._record(data, inputs, {key: names[key] for key in made})
             (new / record_name).write_text(json.dumps(record, indent=2) + "\n")
@@ -432,8 +512,11 @@ class StudyDataset(Dataset):
 class StudyEvaluator(Evaluator):
     """Fill in one study after the other; a study that fails is noted and never stops the others.
 
-    After ``run``, ``written`` maps each finished study to the paths that the writer gave, and ``failures`` is a list of
-    ``{"study": ..., "reason": ...}``, which is also written as ``failures.json`` into the writer's folder.
+    Studies are written by threads in the background while the next ones are computed. After ``run``, which returns
+    when all is written, ``written`` maps each finished study to the paths that the writer gave, and ``failures`` is a
+    list of ``{"study": ..., "reason": ...}``, which is also written as ``failures.json`` into the writer's folder. Both
+    are in the order of the data loader. Handlers find the prediction at ``IterationEvents.MODEL_COMPLETED`` and no
+    longer after it.
 
     Args:
         device: of the network.
@@ -446,6 +529,11 @@ class StudyEvaluator(Evaluator):
         val_handlers: Ignite handlers.
         amp: run the network with autocast.
         amp_dtype: dtype of autocast.
+        num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
+            that is being computed. 0 writes each study before the next is computed.
+
+    Raises:
+        ValueError: when ``num_writers`` is negative.
     """
 
     def __init__(
@@ -460,7 +548,10 @@ class StudyEvaluator(Evaluator):
         val_handlers: Sequence | None = None,
         amp: bool = False,
         amp_dtype: torch.dtype = torch.bfloat16,
+        num_writers: int = 1,
     ) -> None:
+        if num_writers < 0:
+            raise ValueError(f"num_writers must not be negative, got {num_writers}.")
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
@@ -470,10 +561,12 @@ class StudyEvaluator(Evaluator):
             decollate=False,
         )
         self.network, self.inferer, self.writer = network, inferer, writer
-        self.ckpt_path, self.amp_dtype = ckpt_path, amp_dtype
+        self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
         self.weights_sha256: str | None = None
         self.failures: list[dict[str, str]] = []
         self.written: dict[str, dict[str, Path]] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[str, Future[dict[str, Path]]]] = deque()
 
     def run(self, global_epoch: int = 1) -> None:
         """Fill in all studies.
@@ -489,7 +582,16 @@ class StudyEvaluator(Evaluator):
             self.weights_sha256 = load_weights(self.network, str(self.ckpt_path))
         self.writer.prepare()
         self.failures, self.written = [], {}
-        super().run(global_epoch)
+        self._threads = ThreadPoolExecutor(self.num_writers, "writer") if self.num_writers else None
+        try:
+            super().run(global_epoch)
+            self._collect(0)
+        finally:
+            # after an interruption, what is being written is completed and what waits is dropped
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+            self._pending.clear()
         report = self.writer.output_dir / "failures.json"
         if not self.failures:
             report.unlink(missing_ok=True)
@@ -503,26 +605,45 @@ class StudyEvaluator(Evaluator):
     def _iteration(self, engine: StudyEvaluator, batchdata: list[dict]) -> list[dict]:  # type: ignore[override]
         item = batchdata[0]
         study = str(item["study"])
+        done: Future[dict[str, Path]] = Future()
+        # before the network runs, because from then on one study more is in memory
+        self._collect(self.num_writers)
         engine.state.output = [{}]
-        if FAILURE_KEY in item:
-            self._note_failure(study, item[FAILURE_KEY])
-            return engine.state.output
         try:
+            if FAILURE_KEY in item:
+                raise StudyError(item[FAILURE_KEY])
             amp_dtype = self.amp_dtype if self.amp else None
             pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
             record = provenance(self.network, item.get("patient", study), self.weights_sha256)
             engine.state.output = [{**record, "pred": pred}]
+            del pred
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
-            self.written[study] = self.writer({**item, **engine.state.output[0]})
-            logger.info("Study %s: %s written.", study, ", ".join(self.written[study]))
+            # the network's input would only fill the memory
+            finished = {k: v for k, v in {**item, **engine.state.output[0]}.items() if k not in _PREPROCESSED_KEYS}
+            if self._threads is None:
+                done.set_result(self.writer(finished))
+            else:
+                done = self._threads.submit(self.writer, finished)
         except Exception as error:
-            self._note_failure(study, _reason(error, study))
+            done.set_exception(error)
+        # the engine would hold them until the next study is there
+        engine.state.batch, engine.state.output = [], [{}]
+        self._pending.append((study, done))
         return engine.state.output
 
-    def _note_failure(self, study: str, reason: str) -> None:
-        logger.error("Study %s failed: %s", study, reason)
-        self.failures.append({"study": study, "reason": reason})
+    def _collect(self, remaining: int) -> None:
+        """Note how the oldest studies went, and wait for them, until only so many are unfinished."""
+        while len(self._pending) > remaining or (self._pending and self._pending[0][1].done()):
+            study, done = self._pending.popleft()
+            error = done.exception()
+            if error is None:
+                self.written[study] = done.result()
+                logger.info("Study %s: %s written.", study, ", ".join(self.written[study]))
+            else:
+                reason = _reason(error, study)
+                logger.error("Study %s failed: %s", study, reason)
+                self.failures.append({"study": study, "reason": reason})
 
 
 def predict(
@@ -550,7 +671,7 @@ def predict(
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     with eval_mode(network), torch.inference_mode(), autocast:
-        pred = inferer(image[None].to(device), network)[0].float()
+        pred = inferer(image[None].to(device, non_blocking=True), network)[0].float()
     # NaN passes through both extrema
     if not torch.isfinite(torch.stack(torch.as_tensor(pred).aminmax())).all():
         raise StudyError("The prediction holds NaN or infinite values: run without amp, or check the weights.")
@@ -714,6 +835,15 @@ def fill_in(
     return StudyWriter(output_dir)(prediction_transforms(preprocessing, output_scale, mask_labels)(data))
 
 
+def _pad_slices(images: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
+    """Pad N x 8 x X x Y: contrasts with background, planes of availability with 0."""
+    if not any(padding):
+        return images
+    # SlidingWindowInferer would pad contrasts and planes alike
+    contrasts, planes = images[:, :NUM_CONTRASTS], images[:, NUM_CONTRASTS:]
+    return torch.cat([F.pad(contrasts, padding, value=-1.0), F.pad(planes, padding)], dim=1)
+
+
 def _reason(error: BaseException, study: Hashable) -> str:
     """One sentence for a failure; the traceback of one that nobody foresaw goes to the log."""
     known = find_study_error(error)
@@ -745,7 +875,7 @@ def _save_volume(
     volume: torch.Tensor, affine: torch.Tensor, geometry: nib.Nifti1Header | None, path: Path, is_mask: bool
 ) -> None:
     """Write one X x Y x Z volume as NIfTI."""
-    array = torch.as_tensor(volume).numpy().astype(np.uint8 if is_mask else np.float32)
+    array = volume.numpy().astype(np.uint8 if is_mask else np.float32, copy=False)
     if geometry is None:
         image = nib.Nifti1Image(array, affine.numpy())
         image.set_qform(image.affine, code="scanner")

@@ -99,20 +99,22 @@ def pick_maps(maps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return maps.index_select(0, row)
 
 
-def mix_channels(weight: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution with weights of its own for each map, in the memory layout of the maps.
+def mix_channels(weight: torch.Tensor, maps: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution with weights of its own for each map, added to a base, in the memory layout of the maps.
 
     Args:
         weight: M x O x C.
         maps: M x C x spatial.
+        base: M x O x spatial, or of size 1 in any of these.
 
     Returns:
         M x O x spatial.
     """
-    flat, space = maps.flatten(2), maps.shape[2:]
+    flat, space, start = maps.flatten(2), maps.shape[2:], base.flatten(2)
     if channels_are_last(maps):
-        return torch.bmm(flat.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2).unflatten(2, space)
-    return torch.bmm(weight, flat).unflatten(2, space)
+        mixed = torch.baddbmm(start.transpose(1, 2), flat.transpose(1, 2), weight.transpose(1, 2))
+        return mixed.transpose(1, 2).unflatten(2, space)
+    return torch.baddbmm(start, weight, flat).unflatten(2, space)
 
 
 class EncoderStage(nn.Module):

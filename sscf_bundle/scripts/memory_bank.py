@@ -62,7 +62,7 @@ class CompiledBank(NamedTuple):
         key_square: L x K, squared norms of the keys.
         mean: L x K x (C_1 + ... + C_5).
         std: L x K x (C_1 + ... + C_5).
-        value: L x K x c' x C, psi applied to the centered prototypes.
+        value: L x K x c' x C, what ``CITIM.fold`` makes of the prototypes.
         gram: L x K x c' x c', Q = Gc^T Gc / C.
         present: L x K; an empty slot has no contrast.
         patient: L.

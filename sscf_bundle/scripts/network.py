@@ -542,9 +542,8 @@ class ScenarioNetwork(nn.Module):
             predicted = [mean] * len(self.targets)
         else:
             b, num_sources, num_targets = image.shape[0], len(self.sources), len(self.targets)
-            features = [stack_contrasts(f) for f in maps]
             with torch.autocast(image.device.type, enabled=False):
-                key = net.retrieval_key(features[-1])
+                key = net.retrieval_key(torch.stack(maps[-1], dim=1))
                 distance = torch.stack(
                     [key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1
                 )
@@ -553,16 +552,13 @@ class ScenarioNetwork(nn.Module):
             source = sources.repeat(num_targets).expand(b, -1)
             retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
             mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
-            by_scale: list[torch.Tensor] = []
+            by_scale: list[list[torch.Tensor]] = []
             start = 0
-            for f, ccp in zip(features, net.ccp, strict=True):
-                part = slice(start, start + f.shape[2])
-                center, own_std = channel_statistics(f)
-                by_scale.append(
-                    ccp.predict(f, center, own_std, sources, targets, found, mean[..., part], std[..., part])
-                )
-                start += f.shape[2]
-            predicted = [[f[:, row] for f in by_scale] for row in range(num_targets)]
+            for f, ccp in zip(maps, net.ccp, strict=True):
+                part = slice(start, start + f[0].shape[1])
+                by_scale.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
+                start = part.stop
+            predicted = [list(scale) for scale in zip(*by_scale, strict=True)]
         return [torch.tanh(net.synthesis_decoders[i](f).float()) for i, f in zip(self.targets, predicted, strict=True)]
 
 

@@ -31,7 +31,7 @@ from monai.transforms import (
     Orientationd,
     Spacingd,
 )
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
 from .contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, TUMOR_CLASSES, StudyError
 
@@ -283,7 +283,8 @@ class BrainMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[self.brain_key] = (d[key] > 0).any(dim=0, keepdim=True).to(torch.uint8)
+            # the maximum first: a comparison of every contrast would be a volume of its own
+            d[self.brain_key] = (d[key].amax(dim=0, keepdim=True) > 0).to(torch.uint8)
         return d
 
 
@@ -309,17 +310,16 @@ class ScaleBraind(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            scaled = d[key].clone()
-            values = scaled.as_tensor() if isinstance(scaled, MetaTensor) else scaled
+            values = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
+            scaled = torch.full_like(values, -1)
             scale = torch.zeros(len(values))
             for channel, volume in enumerate(values):
                 # numpy, because torch.quantile refuses more than 2^24 values
                 brain = volume[volume > 0].numpy()
                 if brain.size:
                     scale[channel] = float(np.percentile(brain, self.percentile))
-                    volume.div_(scale[channel]).clamp_(0, 1)
-            values.mul_(2).sub_(1)
-            d[key] = scaled
+                    torch.div(volume, scale[channel], out=scaled[channel]).clamp_(0, 1).mul_(2).sub_(1)
+            d[key] = convert_to_dst_type(scaled, d[key])[0]
             d[self.scale_key] = scale
         return d
 
@@ -425,11 +425,14 @@ class AddAvailabilityd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            image = d[key]
+            image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
             available = torch.as_tensor(d[self.has_contrast_key], dtype=torch.bool, device=image.device)
-            available = available.reshape(-1, *[1] * (image.ndim - 1))
-            planes = available.expand(image.shape).to(image.dtype)
-            d[key] = torch.cat([torch.where(available, image, -1.0), planes])
+            # filled in place: taking fresh memory for a volume costs more than computing it
+            planes = image.new_empty((2 * len(image), *image.shape[1:]))
+            for channel, given in enumerate(available.tolist()):
+                planes[channel] = image[channel] if given else -1.0
+                planes[len(image) + channel] = float(given)
+            d[key] = convert_to_dst_type(planes, d[key])[0]
         return d
 
 

@@ -76,7 +76,8 @@ def save_weights(path: str | Path, network: nn.Module, settings: Mapping[str, An
     Args:
         path: of the state_dict, for example ``models/model.pt``.
         network: its tensors are written, nothing else.
-        settings: what inference must know, keys of ``DEFAULT_SETTINGS``; None writes no file.
+        settings: what inference must know, keys of ``DEFAULT_SETTINGS``, and ``network``, the class, where it is not
+            ``SSCFNet``; None writes no file.
     """
     path = Path(path)
     saver = atomic_saver(path.parent)
@@ -130,7 +131,13 @@ def load_weights(network: nn.Module, path: str | Path) -> str:
         raise StudyError(f"{path} cannot be read as weights: it is damaged, so copy it again or train anew.") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise StudyError(f"{path} holds no plain state_dict: give the model.pt that training writes.")
-    expected = network.state_dict()
+    expected, kind = network.state_dict(), type(network).__name__
+    trained = read_settings(path).get("network", kind)
+    if trained.split(".")[-1] != kind:
+        raise StudyError(
+            f"{path} holds weights of {trained}, not of {kind}: give the config files of that network, see "
+            "docs/baselines.md."
+        )
     for name in (*expected, *state):
         ours, theirs = (tuple(s[name].shape) if name in s else None for s in (expected, state))
         if ours != theirs:

@@ -1,0 +1,383 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores of the conventions against scikit-image, MONAI, the lpips package, literal loops and closed forms."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import torch
+from builders import generator
+from monai.metrics.regression import compute_ssim_and_cs
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.models import alexnet
+
+from scripts.contrasts import StudyError
+from scripts.conventions import (
+    BraSynConvention,
+    PaperConvention,
+    PerceptualDistance,
+    RobustConvention,
+    StudyTruth,
+    bounding_box,
+    perceptual_distance,
+    quantile_with_background,
+    region_dice,
+    ssim_map,
+    tumor_boxes,
+    volume_scores,
+)
+
+SIZE = (14, 48, 40)
+#: Weights of the real AlexNet, where there are some.
+REAL_WEIGHTS = Path(
+    os.environ.get(
+        "SSCF_LPIPS_WEIGHTS", Path(__file__).resolve().parents[2] / "shared" / "lpips" / "alexnet_features.pth"
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AlexNet's features with random weights."""
+    torch.manual_seed(0)
+    state = {f"features.{name}": tensor for name, tensor in alexnet(weights=None).features.state_dict().items()}
+    path = tmp_path_factory.mktemp("alexnet") / "features.pth"
+    torch.save(state, path)
+    return path
+
+
+def make_truth(seed: int = 0) -> StudyTruth:
+    """A brain that touches no border of the frame, with a tumor in some slices; contrasts of different range."""
+    draw = generator(seed)
+    brain = torch.zeros(SIZE, dtype=torch.bool)
+    brain[1:13, 4:44, 3:36] = True
+    brain &= torch.rand(SIZE, generator=draw) < 0.95
+    tumor = torch.zeros(SIZE, dtype=torch.bool)
+    tumor[3:9, 10:22, 12:26] = True
+    tumor[5, 6:43, 12:20] = True  # longer than the smallest box
+    tumor &= torch.rand(SIZE, generator=draw) < 0.7
+    images = torch.rand((SIZE[0], 4, *SIZE[1:]), generator=draw) * torch.tensor([0.5, 1.0, 0.8, 0.9]).view(1, 4, 1, 1)
+    images = torch.where(brain.unsqueeze(1), images, 0.0)
+    paper = torch.zeros(SIZE[0], dtype=torch.bool)
+    paper[[2, 4, 5, 7, 8]] = True
+    return StudyTruth(images, brain, tumor, paper)
+
+
+def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
+    noise = 0.2 * torch.randn(SIZE, generator=generator(seed))
+    return torch.where(truth.brain, (truth.images[:, k] + noise).clamp(0, 1), 0.0)
+
+
+def full_ssim(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """scikit-image's map with background around the image, as it pads by reflection itself."""
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (guess, truth))
+    _, similarity = structural_similarity(*padded, full=True, **options)
+    return similarity[tuple(slice(10, -10) for _ in guess.shape)]
+
+
+# -------------------------------------------------------------------------------------------------- building blocks
+@pytest.mark.parametrize("shape", [(20, 17), (13, 18, 15)])
+def test_ssim_map_is_that_of_monai_and_of_scikit_image(shape: tuple[int, ...]) -> None:
+    dims = len(shape)
+    guess, truth = (torch.rand(shape, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    ours = ssim_map(guess, truth, dims)
+    theirs, _ = compute_ssim_and_cs(guess[None, None], truth[None, None], dims, [11] * dims, [1.5] * dims)
+    torch.testing.assert_close(ours, theirs[0, 0].double(), rtol=0, atol=2e-5)
+    padded = ssim_map(guess, truth, dims, margin=5)
+    np.testing.assert_allclose(padded.numpy(), full_ssim(guess.numpy(), truth.numpy()), atol=1e-9)
+    assert torch.equal(padded[tuple(slice(5, -5) for _ in shape)], ours)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.005, 0.3, 0.77, 0.995, 1.0])
+@pytest.mark.parametrize("zeros", [0, 1, 57])
+def test_quantile_counts_the_zeros_that_are_not_held(fraction: float, zeros: int) -> None:
+    values = torch.rand((5, 8), generator=generator(3), dtype=torch.float64)
+    expected = np.quantile(np.concatenate([values.numpy().ravel(), np.zeros(zeros)]), fraction)
+    assert float(quantile_with_background(values, fraction, 40 + zeros)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bounding_box_has_a_margin_where_there_is_room() -> None:
+    mask = torch.zeros(6, 9, dtype=torch.bool)
+    mask[1, 4] = mask[3, 6] = True
+    assert bounding_box(mask) == (slice(1, 4), slice(4, 7))
+    assert bounding_box(mask, 2) == (slice(0, 6), slice(2, 9))
+
+
+def test_boxes_hold_the_tumor_have_rounded_sides_and_lie_in_the_frame() -> None:
+    tumor = torch.zeros(3, 64, 48, dtype=torch.bool)
+    tumor[0, 60:64, 0:3] = True  # in a corner
+    tumor[1, 10:51, 20:24] = True  # 41 x 4
+    tumor[2, 2:62, 2:47] = True  # 60 x 45, as large as the frame after rounding
+    first, size = tumor_boxes(tumor, min_box=32, box_step=16)
+    assert size.tolist() == [[32, 32], [48, 32], [64, 48]]
+    assert first.tolist() == [[32, 0], [6, 6], [0, 0]]
+
+
+def test_dice_of_regions() -> None:
+    label = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    label[0, 0, 0] = 1  # 4 pixels of ED, no core
+    probabilities = torch.zeros(2, 3, 4, 4)
+    probabilities[0, 0, 0, :2] = 0.9  # half of it
+    assert region_dice(probabilities, label).tolist() == pytest.approx([2 * 2 / (2 + 4), 1.0, 1.0])
+    probabilities[1, 1, 3, 3] = 0.8  # ET where there is none
+    assert region_dice(probabilities, label).tolist() == pytest.approx([2 * 2 / (3 + 4), 0.0, 0.0])
+    assert region_dice(torch.zeros(2, 3, 4, 4), label).tolist() == [0.0, 1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ LPIPS
+def test_distance_is_that_of_the_package(weights: Path) -> None:
+    ours = PerceptualDistance(weights)
+    first, second = (torch.rand((2, 40, 36), generator=generator(i)) for i in (0, 1))
+    theirs = ours.model(*((2 * image - 1).unsqueeze(1).expand(-1, 3, -1, -1) for image in (first, second)))
+    result = ours(ours.features(first), ours.features(second))
+    torch.testing.assert_close(result, theirs.flatten())
+    assert float(result.min()) > 0 and not result.requires_grad
+
+
+def test_weights_of_a_whole_checkpoint_and_of_its_features_alone_are_the_same(weights: Path, tmp_path: Path) -> None:
+    features = torch.load(weights)
+    torch.save({**features, "classifier.6.bias": torch.zeros(1000)}, tmp_path / "whole.pth")
+    one, other = PerceptualDistance(weights), PerceptualDistance(tmp_path / "whole.pth")
+    assert one.fingerprint() == other.fingerprint() and len(one.fingerprint()) == 64
+    loaded = one.model.net.state_dict()
+    assert torch.equal(loaded["slice1.0.weight"], features["features.0.weight"])
+    assert torch.equal(loaded["slice5.10.bias"], features["features.10.bias"])
+    torch.save({name: tensor + 1 for name, tensor in features.items()}, tmp_path / "changed.pth")
+    assert PerceptualDistance(tmp_path / "changed.pth").fingerprint() != one.fingerprint()
+
+
+def test_weights_that_cannot_be_had_are_refused_by_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StudyError, match=r"no file .*absent\.pth: correct lpips_weights"):
+        PerceptualDistance(tmp_path / "absent.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(StudyError, match="does not hold torchvision's AlexNet"):
+        PerceptualDistance(tmp_path / "other.pth")
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(lpips, "LPIPS", offline)
+    with pytest.raises(SystemExit, match="could not be downloaded: give a file"):
+        perceptual_distance(True, None)
+    assert perceptual_distance(False, None) is None
+
+
+@pytest.mark.skipif(not REAL_WEIGHTS.is_file(), reason="no AlexNet: set SSCF_LPIPS_WEIGHTS")
+def test_distance_with_the_real_weights_orders_distortions() -> None:
+    distance = PerceptualDistance(REAL_WEIGHTS)
+    y, x = torch.meshgrid(torch.linspace(0, 9, 64), torch.linspace(0, 9, 64), indexing="ij")
+    image = (0.5 + 0.25 * torch.sin(y) + 0.25 * torch.cos(2 * x)).unsqueeze(0)
+    noise = torch.randn(image.shape, generator=generator(0))
+    known = distance.features(image)
+    distances = [float(distance(distance.features(image + s * noise), known)) for s in (0, 0.02, 0.1, 0.3)]
+    assert distances[0] == 0 and distances == sorted(distances) and 0.3 < distances[3] < 2
+
+
+# ------------------------------------------------------------------------------------------------------------ paper
+def literal_paper(truth: StudyTruth, k: int, guess: torch.Tensor, model: lpips.LPIPS) -> dict[tuple[str, str], float]:
+    collected: dict[tuple[str, str], list[float]] = {}
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        a, b = (torch.from_numpy(2 * v - 1).float()[None, None].expand(1, 3, -1, -1) for v in (a, b))
+        return float(model(a, b))
+
+    for z in np.flatnonzero(truth.paper.numpy()):
+        t = truth.images[z, k].double().numpy()
+        g = (guess[z].double().numpy() - t.min()) / (t.max() - t.min())
+        t = (t - t.min()) / (t.max() - t.min())
+        values = {
+            ("whole", "psnr"): peak_signal_noise_ratio(t, g, data_range=1.0),
+            ("whole", "ssim"): full_ssim(g, t)[5:-5, 5:-5].mean(),
+            ("whole", "nmse"): ((g - t) ** 2).sum() / (t**2).sum(),
+            ("whole", "lpips"): distance(g, t),
+        }
+        m = truth.tumor[z].numpy()
+        if m.any():
+            box = []
+            for axis in (0, 1):
+                hit = np.flatnonzero(m.any(axis=1 - axis))
+                side = min(max(math.ceil((hit[-1] + 1 - hit[0]) / 16) * 16, 32), m.shape[axis])
+                start = min(max((hit[0] + hit[-1] + 1 - side) // 2, 0), m.shape[axis] - side)
+                box.append(slice(start, start + side))
+            tb, gb, mb = t[tuple(box)], g[tuple(box)], m[tuple(box)]
+            values |= {
+                ("tumor_box", "psnr"): peak_signal_noise_ratio(tb, gb, data_range=1.0),
+                ("tumor_box", "ssim"): full_ssim(gb, tb)[5:-5, 5:-5].mean(),
+                ("tumor_box", "nmse"): ((gb - tb) ** 2).sum() / (tb**2).sum(),
+                ("tumor_box", "lpips"): distance(gb, tb),
+                ("tumor", "psnr"): -10 * np.log10(((g - t)[m] ** 2).mean()),
+                ("tumor", "ssim"): full_ssim(g, t)[m].mean(),
+                ("tumor", "nmse"): ((g - t)[m] ** 2).sum() / (t[m] ** 2).sum(),
+                ("tumor", "lpips"): distance(np.where(mb, gb, 0), np.where(mb, tb, 0)),
+            }
+        for key, value in values.items():
+            collected.setdefault(key, []).append(value)
+    return {key: float(np.mean(values)) for key, values in collected.items()}
+
+
+def test_paper_convention_is_the_literal_one(weights: Path) -> None:
+    truth, distance = make_truth(), PerceptualDistance(weights)
+    convention = PaperConvention(distance)
+    convention.start(truth)
+    assert len(convention.crops) == 2  # boxes of two sizes
+    for k in (0, 3):
+        guess = make_guess(truth, k)
+        expected = literal_paper(truth, k, guess, distance.model)
+        scores = convention.score(k, guess)["paper"]
+        assert set(scores) == set(expected) and len(expected) == 12
+        for key, value in expected.items():
+            assert float(scores[key]) == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_slices_where_the_truth_is_constant_are_left_out() -> None:
+    truth = make_truth()
+    guess = make_guess(truth, 1)
+    convention = PaperConvention()
+    convention.start(truth._replace(paper=truth.paper & (torch.arange(SIZE[0]) != 4)))
+    expected = convention.score(1, guess)["paper"]
+    truth.images[4, 1] = 0.3
+    convention.start(truth)
+    for key, value in convention.score(1, guess)["paper"].items():
+        assert float(value) == pytest.approx(float(expected[key]), rel=1e-5), key
+
+
+# ----------------------------------------------------------------------------------------------------------- robust
+def test_robust_convention_is_the_literal_one() -> None:
+    truth = make_truth()
+    convention = RobustConvention()
+    convention.start(truth)
+    for k in (1, 2):
+        guess = make_guess(truth, k)
+        scores = convention.score(k, guess)["robust"]
+        t, g = truth.images[:, k].double().numpy(), guess.double().numpy()
+        similarity = full_ssim(g, t)
+        assert len(scores) == 6
+        for region, m in (("whole", truth.brain.numpy()), ("tumor", truth.tumor.numpy())):
+            expected = {
+                "psnr": -10 * np.log10(((g - t)[m] ** 2).mean()),
+                "nmse": ((g - t)[m] ** 2).sum() / (t[m] ** 2).sum(),
+                "ssim": similarity[m].mean(),
+            }
+            for score, value in expected.items():
+                assert float(scores[region, score]) == pytest.approx(value, rel=1e-4), (region, score)
+
+
+# ----------------------------------------------------------------------------------------------------------- BraSyn
+@pytest.mark.parametrize(
+    ("cuboid", "first"),
+    [((70, 62, 40), 13), ((50, 44, 15), 1), ((50, 44, 20), 0), ((40, 40, 10), 2), (None, 3)],
+    ids=["brain in the middle", "brain at the borders", "brain at the lower end", "smaller than the frame", "frame"],
+)
+def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int, int] | None, first: int) -> None:
+    truth, k = make_truth()._replace(first=first), 3
+    guess = make_guess(truth, k)
+    convention = BraSynConvention(cuboid)
+    convention.start(truth)
+    scores = convention.score(k, guess)
+    shape, z = SIZE, 0
+    if cuboid is not None:
+        shape, z = (max(cuboid[2], first + SIZE[0]), max(cuboid[0], SIZE[1]), max(cuboid[1], SIZE[2])), first
+    y, x = ((n - s) // 2 for n, s in zip(shape[1:], SIZE[1:], strict=True))
+
+    def whole(image: torch.Tensor) -> np.ndarray:
+        out = np.zeros(shape)
+        out[z : z + SIZE[0], y : y + SIZE[1], x : x + SIZE[2]] = image.numpy()
+        return out
+
+    t, g, m = whole(truth.images[:, k]), whole(guess), whole(truth.tumor) > 0
+
+    def own(image: np.ndarray) -> np.ndarray:
+        low, high = np.percentile(image, (0.5, 99.5))
+        return (np.clip(image, max(0, low), high) - low) / (high - low)
+
+    for region, mask in (("tumor", m), ("healthy", ~m)):
+        a, b = (torch.from_numpy(own(image) * mask)[None, None] for image in (g, t))
+        similarity, _ = compute_ssim_and_cs(a, b, 3, [11] * 3, [1.5] * 3, data_range=float(max(a.max(), b.max())))
+        assert float(scores["brasyn"][region, "ssim"]) == pytest.approx(float(similarity.mean()), abs=2e-5), region
+
+    low, high = np.percentile(t[(t > 0) & ~m], (0.5, 99.5))
+    a, b = (np.clip((image - low) / (high - low), 0, 1) for image in (g, t))
+    error = ((a - b)[m] ** 2).mean()
+    expected = {"mse": error, "psnr": -10 * np.log10(error), "ssim": full_ssim(a, b)[m].mean()}
+    assert {score for _, score in scores["brasyn_reference"]} == set(expected)
+    for score, value in expected.items():
+        assert float(scores["brasyn_reference"]["tumor", score]) == pytest.approx(value, rel=1e-4), score
+
+
+def test_own_scaling_is_blind_to_intensity_and_the_reference_scaling_is_not() -> None:
+    truth = make_truth()
+    convention = BraSynConvention((60, 56, 30))
+    convention.start(truth)
+    scores = convention.score(1, truth.images[:, 1] / 2)
+    assert float(scores["brasyn"]["healthy", "ssim"]) == pytest.approx(1, abs=1e-5)
+    assert float(scores["brasyn_reference"]["tumor", "psnr"]) < 15
+
+
+# ----------------------------------------------------------------------------------------------------- closed forms
+def all_conventions(weights: Path) -> list:
+    return [PaperConvention(PerceptualDistance(weights)), RobustConvention(), BraSynConvention((60, 56, 30))]
+
+
+def test_identical_images_have_the_best_scores(weights: Path) -> None:
+    truth, conventions = make_truth(), all_conventions(weights)
+    for convention in conventions:
+        convention.start(truth)
+    scores = volume_scores(conventions, 2, truth.images[:, 2], available=3)
+    best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0}
+    assert len(scores) == 12 + 6 + 2 + 3
+    for key, value in scores.items():
+        assert float(value) == pytest.approx(best[key[2]], abs=1e-5), key
+
+
+@pytest.mark.parametrize("offset", [0.1, -0.25])
+def test_constant_offset_has_a_known_psnr(offset: float) -> None:
+    truth = make_truth()
+    images = torch.where(truth.brain.unsqueeze(1), 0.3 + 0.4 * truth.images, 0.0)
+    convention = RobustConvention()
+    convention.start(truth._replace(images=images))
+    guess = torch.where(truth.brain, images[:, 0] + offset, 0.0)
+    scores = convention.score(0, guess)["robust"]
+    for region in ("whole", "tumor"):
+        inside = truth.brain if region == "whole" else truth.tumor & truth.brain
+        outside = 0 if region == "whole" else int((truth.tumor & ~truth.brain).sum())
+        share = int(inside.sum()) / (int(inside.sum()) + outside)
+        expected = -20 * math.log10(abs(offset)) - 10 * math.log10(share)
+        assert float(scores[region, "psnr"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_study_without_tumor_has_no_region_scores(weights: Path) -> None:
+    truth = make_truth()
+    truth = truth._replace(tumor=torch.zeros_like(truth.tumor))
+    conventions = all_conventions(weights)
+    for convention in conventions:
+        convention.start(truth)
+    scores = volume_scores(conventions, 0, make_guess(truth, 0), available=3)
+    finite = {key for key, value in scores.items() if bool(value.isfinite())}
+    assert {key[:2] for key in finite} == {("paper", "whole"), ("robust", "whole")}
+    assert len(finite) == 4 + 3
+
+
+def test_convention_is_computed_in_its_scenarios_alone() -> None:
+    truth = make_truth()
+    conventions = [RobustConvention(), BraSynConvention()]
+    for convention in conventions:
+        convention.start(truth)
+    names = [{key[0] for key in volume_scores(conventions, 0, make_guess(truth, 0), available=n)} for n in (1, 2, 3)]
+    assert names == [{"robust"}, {"robust"}, {"robust", "brasyn", "brasyn_reference"}]

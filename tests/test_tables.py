@@ -1,0 +1,265 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables of evaluations: their numbers against literal means, their texts, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from scripts.tables import Runs, Table, build_table, protocol_differences, read_runs, standard_tables, write_tables
+
+FACTS = {
+    "cohort": "Phantom_8",
+    "part": "test",
+    "seed": 3,
+    "sha256": "0123456789abcdef",
+    "conventions": {"paper": "2-D"},
+}
+#: Two studies of the first patient, one of each other.
+STUDIES = {"Case_1a": "Case_1", "Case_1b": "Case_1", "Case_2": "Case_2", "Case_3": "Case_3"}
+
+
+def make_scores(seed: int, shift: float = 0.0, studies: Mapping[str, str] = STUDIES) -> pd.DataFrame:
+    """Random scores of a network and a floor in the form of ``scores.csv``; ``shift`` makes the network's larger."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for study, patient in studies.items():
+        for scenario in SCENARIOS:
+            place = (study, patient, scenario_name(scenario), sum(scenario))
+            for name, given in zip(CONTRASTS, scenario, strict=True):
+                for method, better in (("network", shift), ("zero_filling", -1.0)):
+                    if not given:
+                        rows.append((*place, name, method, "paper", "whole", "psnr", 20 + better + draw.normal()))
+                        rows.append((*place, name, method, "paper", "whole", "lpips", 0.2 + 0.01 * draw.normal()))
+            for region in REGIONS:
+                rows.append((*place, region, "network", "segmentation", "whole", "dice", draw.uniform()))
+    columns = ["study", "patient", "scenario", "available", "of", "method", "convention", "region", "score", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def write_scores(folder: Path, frame: pd.DataFrame, **facts: object) -> Path:
+    """An evaluation's folder."""
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "scores.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps({"facts": FACTS | facts, "summary": []}))
+    return folder
+
+
+def literal_mean(frame: pd.DataFrame, score: str, of: str | None = None, **chosen: object) -> float:
+    """Mean over scenarios of the mean over targets of the mean over studies, in loops."""
+    rows = [row for row in frame.to_dict("records") if row["score"] == score and row["method"] == "network"]
+    rows = [row for row in rows if all(row[key] == value for key, value in chosen.items())]
+    scenario_means = []
+    for scenario in {row["scenario"] for row in rows}:
+        targets = {row["of"] for row in rows if row["scenario"] == scenario and of in (None, row["of"])}
+        means = []
+        for target in targets:
+            values = [row["value"] for row in rows if row["scenario"] == scenario and row["of"] == target]
+            means.append(sum(values) / len(values))
+        if means:
+            scenario_means.append(sum(means) / len(means))
+    return sum(scenario_means) / len(scenario_means)
+
+
+def cell(table: Table, row: str, block: str, score: str, key: str = "mean") -> float:
+    (found,) = [c for c in table.cells.to_dict("records") if (c["row"], c["block"], c["score"]) == (row, block, score)]
+    return found[key]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    """Two runs; the second is better by 3 dB."""
+    folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate(("unet", "sscf"))}
+    return read_runs(folders, draws=200)
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+def test_numbers_are_the_literal_means(runs: Runs) -> None:
+    for number, run in enumerate(("unet", "sscf")):
+        frame = make_scores(number, 3.0 * number)
+        table = build_table(runs, "t", "title", "contrasts")
+        for name in CONTRASTS:
+            for score in ("psnr", "lpips"):
+                assert cell(table, run, name, score) == pytest.approx(literal_mean(frame, score, name))
+        assert cell(build_table(runs, "t", "title", "scores"), run, "all", "psnr") == pytest.approx(
+            literal_mean(frame, "psnr")
+        )
+        for n in (1, 2, 3):
+            table = build_table(runs, "t", "title", "available")
+            assert cell(table, run, f"{n} available", "psnr") == pytest.approx(literal_mean(frame, "psnr", available=n))
+        table = build_table(runs, "t", "title", "dice")
+        for region in REGIONS:
+            assert cell(table, run, region, "dice") == pytest.approx(literal_mean(frame, "dice", region))
+        table = build_table(runs, "t", "title", "scenarios")
+        # a row for each scenario, the runs side by side
+        assert list(table.grid()[0].index) == [scenario_name(row) for row in SCENARIOS]
+        assert cell(table, "FLAIR+T2", run, "psnr") == pytest.approx(literal_mean(frame, "psnr", scenario="FLAIR+T2"))
+
+
+def test_spread_is_that_of_the_seeds_and_the_mean_is_over_them(tmp_path: Path) -> None:
+    frames = [make_scores(seed) for seed in range(3)]
+    folders = {seed: write_scores(tmp_path / str(seed), frame, seed=seed) for seed, frame in enumerate(frames)}
+    table = build_table(read_runs({"sscf": folders}, 50), "t", "title", "scores")
+    means = [literal_mean(frame, "psnr") for frame in frames]
+    assert cell(table, "sscf", "all", "psnr") == pytest.approx(np.mean(means))
+    assert cell(table, "sscf", "all", "psnr", "spread") == pytest.approx(np.std(means, ddof=1))
+    assert f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" in table.markdown()
+    assert "seed 0, 1, 2 (3 seeds" in table.caption
+
+
+def test_folds_of_a_seed_are_one_evaluation(tmp_path: Path) -> None:
+    frame = make_scores(0)
+    whole = write_scores(tmp_path / "whole", frame)
+    first = frame["study"].isin(["Case_1a", "Case_1b"])
+    parts = [write_scores(tmp_path / str(i), frame[first == bool(i)]) for i in (0, 1)]
+    tables = [build_table(read_runs({"sscf": folders}, 100), "t", "title", "contrasts") for folders in (whole, parts)]
+    pd.testing.assert_frame_equal(tables[0].cells, tables[1].cells)
+    assert tables[1].cells["patients"].unique().tolist() == [3] and "3 patients (4 studies)" in tables[1].caption
+
+
+def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -> None:
+    table = build_table(runs, "t", "title", "scores", reference="unet")
+    expected = literal_mean(make_scores(1, 3.0), "psnr") - literal_mean(make_scores(0), "psnr")
+    found = runs.difference("sscf", "unet", "paper", "whole", "psnr")
+    assert found["mean"] == pytest.approx(expected) and found["low"] < expected < found["high"]
+    psnr, _ = table.remarks["sscf"].split("; ")
+    assert psnr.startswith(f"PSNR {expected:+.2f} [") and "noise" not in psnr
+    # some patients better, others worse
+    frame = make_scores(0)
+    frame["value"] += frame["patient"].map({"Case_1": -0.1, "Case_2": 0.0, "Case_3": 0.11})
+    mixed = {"a": write_scores(tmp_path / "a", make_scores(0)), "b": write_scores(tmp_path / "b", frame)}
+    remark = build_table(read_runs(mixed, 200), "t", "title", "scores", reference="a").remarks["b"]
+    assert re.search(r"LPIPS -0\.0225 \[-0\.\d+, \+0\.\d+\], within noise \(interval covers 0\)$", remark)
+    assert "difference from unet" in table.markdown() and "unet" not in table.remarks
+    # a run whose seeds lie as far apart as the two runs
+    seeds = {s: write_scores(tmp_path / f"seed{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
+    reference = {s: write_scores(tmp_path / f"reference{s}", make_scores(0)) for s in (0, 1)}
+    noisy = read_runs({"reference": reference, "sscf": seeds}, 100)
+    found = noisy.difference("sscf", "reference", "paper", "whole", "psnr")
+    assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+def test_texts_have_the_numbers_the_best_and_the_caption(runs: Runs) -> None:
+    table = build_table(runs, "comparison", "By contrast", "contrasts", {"unet": "U-Net", "sscf": "SSCF_1 & Co"})
+    markdown, latex = table.markdown(), table.latex()
+    ours, theirs = (cell(table, row, "FLAIR", "psnr") for row in ("SSCF_1 & Co", "U-Net"))
+    assert ours > theirs
+    assert f"**{ours:.2f}**" in markdown and f"| {theirs:.2f} |" in markdown
+    assert f"\\textbf{{{ours:.2f}}}" in latex and "SSCF\\_1 \\& Co" in latex
+    smallest = min(cell(table, row, "T1", "lpips") for row in ("SSCF_1 & Co", "U-Net", "Zero filling"))
+    assert f"**{smallest:.4f}**" in markdown
+    assert [line.count("|") for line in markdown.splitlines() if line.startswith("|")] == [10] * 5
+    assert "| | FLAIR PSNR↑ | FLAIR LPIPS↓ | T1 PSNR↑ " in markdown
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule", "PSNR$\\uparrow$", "\\label{tab:comparison}"):
+        assert rule in latex
+    for text in (markdown, latex):
+        assert "Cohort Phantom" in text and "test part, 3 patients (4 studies); convention paper (2-D); seed 3" in text
+        assert "01234567" in text
+    # nothing that LaTeX would read as a command or comment is left
+    body = re.sub(r"\\[A-Za-z]+\{|\\[&%$#_{}]", "", latex)
+    assert "_" not in body.replace("tab:comparison", "") and "%" not in body
+    csv = pd.read_csv(pd.io.common.StringIO(table.csv()))
+    assert csv.loc[csv["row"] == "U-Net", "mean"].iloc[0] == pytest.approx(theirs, abs=1e-12)
+
+
+def test_real_contrasts_bound_the_downstream_task_and_are_never_the_best(tmp_path: Path) -> None:
+    frame = make_scores(0)
+    frame = frame[frame["score"] == "dice"].assign(convention="downstream")
+    real = frame[frame["scenario"] == "FLAIR"].assign(scenario="+".join(CONTRASTS), method="real", value=0.99)
+    folder = write_scores(tmp_path / "a", pd.concat([frame, real]))
+    table = build_table(read_runs({"SSCF": folder}, 20), "t", "title", "downstream")
+    row = {line.split("|")[1].strip(): line for line in table.markdown().splitlines() if line.startswith("|")}
+    assert row["Full contrasts (real)"].count("0.9900") == 3 and "**" not in row["Full contrasts (real)"]
+    for region in REGIONS:
+        mean = literal_mean(frame, "dice", region)
+        assert cell(table, "SSCF", region, "dice") == pytest.approx(mean) and f"**{mean:.4f}**" in row["SSCF"]
+
+
+def test_row_that_was_not_run_says_why(runs: Runs) -> None:
+    rows = {"unet": "U-Net", "bank_1000": "L = 1000"}
+    table = build_table(runs, "t", "title", "scores", rows, notes={"bank_1000": "n/a: too few slices", "other": "x"})
+    (line,) = [line for line in table.markdown().splitlines() if line.startswith("| L = 1000")]
+    assert "n/a: too few slices" in line and "n/a: too few slices" in table.csv() and "other" not in table.csv()
+
+
+def test_tables_are_written_in_three_forms(runs: Runs, tmp_path: Path) -> None:
+    definitions = {
+        "mean": {"title": "Mean", "kind": "scores"},
+        "nothing": {"title": "No such score", "kind": "downstream"},
+        "single": {"title": "One of two", "kind": "dice", "rows": {"unet": "U-Net", "other": "Other"}},
+    }
+    write_tables(standard_tables(runs, definitions), tmp_path / "tables")
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"mean.csv", "mean.md", "mean.tex", "tables.md"}
+
+
+# ------------------------------------------------------------------------------------------------- values of the paper
+PAPER = {
+    "source": "a paper",
+    "protocol": {"cohort": "BraTS2020", "studies": 369, "fractions": [0.7, 0.1, 0.2], "facts": {"image_size": 192}},
+    "tables": {"ablation": {"title": "Table 4", "blocks": ["all"], "scores": ["psnr"], "rows": {"Baseline": [24.19]}}},
+}
+
+
+def test_paper_stands_apart_and_says_what_differs(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "paper.json").write_text(json.dumps(PAPER))
+    definitions = {"mean": {"title": "Mean", "kind": "scores", "paper": "ablation"}}
+    ours, paper = standard_tables(runs, definitions, tmp_path / "paper.json")
+    assert paper.name == "mean_paper" and "24.19" in paper.markdown() and "24.19" not in ours.markdown()
+    assert "Not to be compared" in paper.caption and "the cohort is not BraTS2020" in paper.caption
+    assert "3 instead of about 74 test patients" in paper.caption and "(BraTS2020, 369 studies)" in paper.title
+
+
+def test_same_protocol_has_no_differences() -> None:
+    facts = [{"cohort": "MICCAI_BraTS2020_TrainingData", "image_size": 192}]
+    assert protocol_differences(facts, 74, PAPER["protocol"]) == []
+    assert protocol_differences([facts[0] | {"image_size": 96}], 74, PAPER["protocol"]) == [
+        "image size 96 instead of 192"
+    ]
+    assert len(protocol_differences([], 74, PAPER["protocol"])) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    frame = make_scores(0)
+    whole = write_scores(tmp_path / "whole", frame)
+    part = write_scores(tmp_path / "part", frame[frame["study"] != "Case_3"])
+    with pytest.raises(StudyError, match=r"b \(seed 0\) and a were evaluated on different studies \(Case_3 is in one"):
+        read_runs({"a": whole, "b": part})
+    with pytest.raises(StudyError, match="Case_1a twice for seed 0: give every fold once"):
+        read_runs({"a": [whole, part]})
+    with pytest.raises(StudyError, match=r"no scores\.csv in .*nowhere"):
+        read_runs({"a": tmp_path / "nowhere"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scores.csv").write_text("study,value\nx,1\n")
+    with pytest.raises(StudyError, match="no column patient"):
+        read_runs({"a": tmp_path / "other"})
+    with pytest.raises(StudyError, match="There are no runs"):
+        read_runs({})
+    with pytest.raises(StudyError, match="no kind of table nonsense"):
+        build_table(read_runs({"a": whole}), "t", "title", "nonsense")
+
+
+def test_single_patient_has_no_interval(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "a", make_scores(0, studies={"Case_1": "Case_1"}))
+    other = write_scores(tmp_path / "b", make_scores(1, 9.0, studies={"Case_1": "Case_1"}))
+    table = build_table(read_runs({"a": folder, "b": other}), "t", "title", "scores", reference="a")
+    low = cell(table, "a", "all", "psnr", "low")
+    assert low is None or math.isnan(low)
+    assert "within noise (a single patient)" in table.remarks["b"] and "[" not in table.remarks["b"]
