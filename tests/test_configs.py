@@ -113,7 +113,7 @@ def test_overlay_changes_only_what_its_base_has_or_its_run_reads(run: list[str])
     for name in overlay:
         # "a#b#c" replaces c of an existing a#b
         parent = name.rpartition("#")[0]
-        read_by_run = any(ref == name or ref.startswith(f"{name}#") for ref in used)
+        read_by_run = any(ref == name or ref.startswith(f"{name}{ReferenceResolver.sep}") for ref in used)
         known = parent in base if parent else name in base or read_by_run or name in ENTRY_POINTS
         assert known, f"{name} of {run[-1]}.json changes nothing"
 
