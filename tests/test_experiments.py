@@ -95,6 +95,9 @@ class FakeExperiments(Experiments):
             return 3
         if command[4] == "training":
             Path(overlay["last_ckpt_path"]).write_bytes(b"weights")
+            checkpoints = Path(overlay["output_dir"]) / "checkpoints"
+            checkpoints.mkdir()
+            (checkpoints / "checkpoint_epoch=8.pt").write_bytes(b"state")
         else:
             assert Path(overlay["ckpt_path"]).is_file()
             studies = json.loads(Path(overlay["split_file"]).read_text())["test"]
@@ -157,6 +160,7 @@ def test_everything_runs_once_and_is_skipped_afterwards(data: Path) -> None:
     )
     tested = scores.drop_duplicates(["study", "scenario", "of", "method", "score"])
     assert len(tested) == len(scores) and set(scores["patient"]) == {f"P{i:02d}" for i in range(6)}
+    assert not list(runner.output_dir.rglob("checkpoint_*.pt"))
     untouched = json.loads((runner.output_dir / "splits" / "untouched.json").read_text())
     assert untouched["test"] == ["P06_a"] and len(untouched["training"]) + len(untouched["validation"]) == 7
     text = (runner.output_dir / "tables" / "mean.md").read_text()
@@ -252,6 +256,53 @@ def test_minutes_replace_the_end_of_the_epochs(data: Path) -> None:
     assert told["resume"] is False
 
 
+def test_sets_have_their_own_seeds_and_what_is_needed_has_them_too(data: Path) -> None:
+    sets = {"once": ["first"], "often": ["control"]}
+    runner = experiments(data, sets=sets, seeds={"once": [3], "often": [0, 1]}, folds=None, with_report=True)
+    # the control evaluates the second's weights, which start from the first's
+    assert runner.seeds == {"first": [0, 1, 3], "second": [0, 1], "control": [0, 1]}
+    runner.run()
+    trained = sorted(command[1] for command in runner.commands if command[0] == "training")
+    expected = [f"first/seed_{seed}" for seed in (0, 1, 3)] + [f"second/seed_{seed}" for seed in (0, 1)]
+    assert trained == [f"{run}/fold_0/training.log" for run in expected]
+    assert "second 2, control 2 alone" in (runner.output_dir / "tables" / "mean.md").read_text()
+
+
+def test_evaluation_is_done_for_those_that_it_names(data: Path) -> None:
+    evaluations = {"evaluation": CONFIG["evaluations"]["evaluation"]}
+    evaluations["task"] = {**evaluations["evaluation"], "uses": {"other_path": "first"}, "only": ["chosen"]}
+    runner = experiments(
+        data,
+        names=["second", "fourth"],
+        experiments={"first": {"evaluated": False}, "second": {}, "third": {}, "fourth": {}},
+        sets={"chosen": ["second", "third"]},
+        evaluations=evaluations,
+        evaluate_with=["evaluation", "task"],
+        seeds=[0],
+        folds=None,
+    )
+    # the first is needed by the task alone
+    assert runner.names == ["first", "second", "fourth"]
+    runner.run()
+    done = [command[1] for command in runner.commands if command[0] == "evaluating"]
+    assert sorted(done) == [
+        "fourth/seed_0/fold_0/evaluation.log",
+        "second/seed_0/fold_0/evaluation.log",
+        "second/seed_0/fold_0/task.log",
+    ]
+
+
+def test_given_split_is_the_only_one(data: Path) -> None:
+    first = experiments(data)
+    first.split_files()
+    given = first.output_dir / "splits" / "untouched.json"
+    runner = experiments(data, output_dir=data.parent / "final", split_file=given, folds=None, held_out=[])
+    files = runner.split_files()
+    assert len(files) == 1 and json.loads(files[0].read_text()) == json.loads(given.read_text())
+    with pytest.raises(SystemExit, match="A split_file is one split: leave out folds and held_out"):
+        experiments(data, split_file=given)
+
+
 def test_jobs_share_the_devices(data: Path) -> None:
     runner = experiments(data, jobs=2, devices=["4", "5"])
     runner.run()
@@ -263,6 +314,8 @@ def test_unknown_names_are_refused(data: Path) -> None:
         ({"names": "thrid"}, "There is no experiment thrid: choose from first, second, control"),
         ({"evaluate_with": ["x"]}, "There is no evaluation x"),
         ({"weights": "newest"}, "weights must be last or best"),
+        ({"seeds": {"frist": [0]}}, "seeds names frist, which is no set and no experiment"),
+        ({"seeds": {"second": [0]}}, "seeds gives none for control: name it or a set that has it"),
         ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "need each other"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -155,6 +155,21 @@ def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -
     assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
 
 
+def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    reference = {s: write_scores(tmp_path / f"r{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
+    once = {1: write_scores(tmp_path / "once", make_scores(1, 11.0), seed=1)}
+    runs = read_runs({"sscf": reference, "once": once}, 50)
+    found = runs.difference("once", "sscf", "paper", "whole", "psnr")
+    expected = literal_mean(make_scores(1, 11.0), "psnr") - literal_mean(make_scores(0, 8.0), "psnr")
+    assert found["mean"] == pytest.approx(expected)
+    # the seeds of the reference lie 8 apart
+    assert found["noise"] == "inside the seeds' range"
+    caption = build_table(runs, "t", "title", "scores", reference="sscf").caption
+    assert "once 1 alone, their differences being of the seeds that both have" in caption
+    apart = read_runs({"sscf": {0: reference[0]}, "once": once}, 50)
+    assert apart.difference("once", "sscf", "paper", "whole", "psnr") is None
+
+
 # -------------------------------------------------------------------------------------------------------------- texts
 def test_texts_have_the_numbers_the_best_and_the_caption(runs: Runs) -> None:
     table = build_table(runs, "comparison", "By contrast", "contrasts", {"unet": "U-Net", "sscf": "SSCF_1 & Co"})

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,19 +70,21 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is done with the weights of every experiment.
+    """What is done with the weights of the experiments.
 
     Args:
         configs: overlays, as those of ``Experiment``.
         run_id: of the overlay.
         overrides: of single ids.
         uses: for each id of the overlay that takes the file of other weights, the experiment that trains them.
+        only: experiments or sets for which it is done; None means all.
     """
 
     configs: Sequence[str]
     run_id: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     uses: Mapping[str, str] = field(default_factory=dict)
+    only: Sequence[str] | None = None
 
 
 class Experiments:
@@ -91,7 +94,7 @@ class Experiments:
     seed and fold, in ``<output_dir>/<experiment>/seed_<s>/fold_<f>``. Its configs are the base, the common settings and
     its own, and above them the budget, which is the same for all. Calling it again skips what is finished and goes on
     with what was stopped; a failed run is named, and the others go on without it. All runs share one slice cache. Each
-    patient outside the untouched part is tested once for each seed.
+    patient outside the untouched part is tested once for each seed. The checkpoints of a finished training are removed.
 
     Args:
         experiments: definitions by name, see ``Experiment``.
@@ -106,9 +109,11 @@ class Experiments:
             multiplies the first two.
         minutes: wall time of a training instead of the end of its epochs; a training that was stopped before its end
             then starts anew.
-        seeds: of the training; every seed has the same splits.
+        seeds: of the training; every seed has the same splits. A mapping gives them by set or experiment; what is in
+            several gets all of theirs, and what is needed those of what needs it.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
-        fractions: of training, validation and test patients where ``folds`` is None.
+        fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
+        split_file: the one split to use, as ``split_patients`` reads it.
         validation_fraction: see ``cross_validation_splits``.
         held_out: names of studies or patients that no fold contains. ``untouched.json`` is a split with them as its
             test part, for the one final run.
@@ -143,9 +148,10 @@ class Experiments:
         settings: Mapping[str, Any] | None = None,
         budget: Mapping[str, Any] | None = None,
         minutes: float | None = None,
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | Mapping[str, Sequence[int]] = (0,),
         folds: int | None = None,
         fractions: Sequence[float] = (0.7, 0.1, 0.2),
+        split_file: str | Path | None = None,
         validation_fraction: float = 0.1,
         held_out: Sequence[str] = (),
         split_seed: int = 0,
@@ -165,17 +171,20 @@ class Experiments:
     ) -> None:
         if weights not in ("last", "best"):
             raise SystemExit(f"weights must be last or best, got {weights!r}.")
+        if split_file is not None and (folds is not None or held_out):
+            raise SystemExit("A split_file is one split: leave out folds and held_out, or the split_file.")
         self.experiments = {name: Experiment(**definition) for name, definition in experiments.items()}
         unknown = sorted(set(evaluate_with) - set(evaluations or {}))
         if unknown:
             raise SystemExit(f"There is no evaluation {unknown[0]}: choose from {', '.join(evaluations or {})}.")
         self.evaluations = {name: Evaluation(**(evaluations or {})[name]) for name in evaluate_with}
-        wanted = [names] if isinstance(names, str) else list(names)
-        self.names = self._with_needs([name for entry in wanted for name in (sets or {}).get(entry, [entry])])
+        self.sets = dict(sets or {})
+        self.names = self._with_needs(self._members([names] if isinstance(names, str) else names))
+        self.seeds = self._seeds_by_name(seeds)
         # the runs have another working directory
         self.output_dir, self.bundle_root = Path(output_dir).absolute(), Path(bundle_root).absolute()
         self.base, self.settings, self.budget = list(base), dict(settings or {}), dict(budget or {})
-        self.minutes, self.seeds, self.folds, self.fractions = minutes, list(seeds), folds, fractions
+        self.minutes, self.folds, self.fractions, self.split_file = minutes, folds, fractions, split_file
         self.validation_fraction, self.held_out, self.split_seed = validation_fraction, list(held_out), split_seed
         self.file_pattern, self.patient_pattern, self.weights = file_pattern, patient_pattern, weights
         self.table_definitions, self.paper_values = dict(tables or {}), paper_values
@@ -187,6 +196,39 @@ class Experiments:
         self.dataset_dir = Path(dataset_dir).expanduser().absolute()
 
     # --------------------------------------------------------------------------------------------------------- plan
+    def _members(self, entries: Sequence[str]) -> list[str]:
+        """Names of experiments, where an entry may be a set."""
+        return [name for entry in entries for name in self.sets.get(entry, [entry])]
+
+    def _seeds_by_name(self, seeds: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """The seeds of every experiment that is run."""
+        if not isinstance(seeds, Mapping):
+            return {name: list(seeds) for name in self.names}
+        found: dict[str, set[int]] = {name: set() for name in self.names}
+        for entry, values in seeds.items():
+            for name in self._members([entry]):
+                if name not in self.experiments:
+                    raise SystemExit(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
+                if name in found:
+                    found[name] |= set(values)
+        for name in reversed(self.names):  # what is needed stands before what needs it
+            for needed in self._needs(name):
+                found[needed] |= found[name]
+        lacking = [name for name, values in found.items() if not values]
+        if lacking:
+            raise SystemExit(f"seeds gives none for {lacking[0]}: name it or a set that has it.")
+        return {name: sorted(values) for name, values in found.items()}
+
+    def _evaluations(self, name: str) -> dict[str, Evaluation]:
+        """What is done with the weights of an experiment, by label."""
+        if not self.experiments[name].evaluated:
+            return {}
+        return {
+            label: evaluation
+            for label, evaluation in self.evaluations.items()
+            if evaluation.only is None or name in self._members(evaluation.only)
+        }
+
     def _with_needs(self, names: Sequence[str]) -> list[str]:
         """The experiments and those that they need, each behind what it needs."""
         ordered: list[str] = []
@@ -208,7 +250,7 @@ class Experiments:
     def _needs(self, name: str) -> list[str]:
         """Experiments whose weights one needs."""
         one = self.experiments[name]
-        used = [n for e in self.evaluations.values() for n in e.uses.values()] if one.evaluated else []
+        used = [n for e in self._evaluations(name).values() for n in e.uses.values()]
         return list(dict.fromkeys(n for n in (one.after, one.weights_of, *used) if n is not None))
 
     def _files(self, configs: Sequence[str]) -> list[str]:
@@ -251,7 +293,10 @@ class Experiments:
         folder = self.output_dir / "splits"
         untouched = {i["patient"] for i in items if {i["study"], i["patient"]} & set(self.held_out)}
         used = [item for item in items if item["patient"] not in untouched]
-        if self.folds is None:
+        if self.split_file is not None:
+            path = str(Path(self.split_file).expanduser())
+            splits = [or_exit(functools.partial(split_patients, items, self.fractions, self.split_seed, path))]
+        elif self.folds is None:
             splits = [or_exit(functools.partial(split_patients, used, self.fractions, self.split_seed))]
         else:
             options = (self.folds, self.validation_fraction, self.held_out, self.split_seed)
@@ -326,10 +371,10 @@ class Experiments:
         notes = self.too_large(self.prepare(split_files))
         tasks = [
             (name, seed, fold)
-            for seed in self.seeds
+            for seed in sorted({seed for seeds in self.seeds.values() for seed in seeds})
             for fold in range(len(split_files))
             for name in self.names
-            if name not in notes
+            if name not in notes and seed in self.seeds[name]
         ]
         self._refuse_other_settings(tasks, split_files)
         devices: queue.Queue[str | int | None] = queue.Queue()
@@ -408,7 +453,7 @@ class Experiments:
                 overrides |= {"+train#handlers": [limit], "resume": False}
             configs = [*base, *one.configs]
             steps["training"] = ("training", self._step("training", configs, overrides, split_file))
-        for label, evaluation in self.evaluations.items() if one.evaluated else ():
+        for label, evaluation in self._evaluations(name).items():
             overrides = {
                 **evaluation.overrides,
                 **common,
@@ -454,6 +499,9 @@ class Experiments:
             if step == "training" and not weights.is_file():
                 return f"the training ended without writing {weights.name}, see {log}"
             done.touch()
+            if step == "training":
+                for checkpoints in list(folder.rglob("checkpoints")):  # a finished run needs its weights alone
+                    shutil.rmtree(checkpoints)
         return ""
 
     def execute(self, command: Sequence[str], log: Path, device: str | int | None) -> int:
@@ -469,11 +517,11 @@ class Experiments:
         """Scores of the complete experiments, the folds of a seed as one; None where there are none."""
         folders = {
             name: {
-                seed: [self.directory(name, seed, fold) / label for fold in range(folds) for label in self.evaluations]
-                for seed in self.seeds
+                seed: [self.directory(name, seed, fold) / label for fold in range(folds) for label in done]
+                for seed in self.seeds[name]
             }
             for name in self.names
-            if name not in notes and self.experiments[name].evaluated
+            if name not in notes and (done := self._evaluations(name))
         }
         return read_runs(folders, self.draws) if folders else None
 
@@ -481,11 +529,11 @@ class Experiments:
         """Images of the first seed and fold by their caption; empty where none is wanted."""
         shown = {}
         for name in (name for name in self.panels if name in complete):
-            folder = self.directory(name, self.seeds[0], 0)
+            folder = self.directory(name, self.seeds[name][0], 0)
             overlays = [
                 self._settings_file(),
                 *self.experiments[name].configs,
-                str(folder / f"{next(iter(self.evaluations))}.json"),
+                str(folder / f"{next(iter(self._evaluations(name)))}.json"),
             ]
             shown[name] = {"config_file": self._files([*self.base, *overlays])}
         return {PANEL_CAPTION: runs_panel(shown)} if shown else {}

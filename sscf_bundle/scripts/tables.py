@@ -116,6 +116,8 @@ class Runs:
     def difference(self, run: str, reference: str, convention: str, region: str, score: str) -> dict[str, Any] | None:
         """Paired difference of the mean over scenarios between the networks of a run and of the reference.
 
+        Where the two do not have the same seeds, it is of those that both have.
+
         Returns:
             The entry of ``paired_differences`` for ``all``, with ``noise``: why the difference may be none (its
             interval covers 0, there is no interval, or it is not larger than the range of one of the two runs over its
@@ -125,8 +127,10 @@ class Runs:
         if key not in self._differences:
             measure = {"method": "network", "convention": convention, "region": region, "score": score}
             ours, theirs = self.rows(run, **measure), self.rows(reference, **measure)
+            common = set(ours["seed"]) & set(theirs["seed"])
+            ours, theirs = (rows[rows["seed"].isin(common)] for rows in (ours, theirs))
             found = None
-            if len(ours) and len(theirs):
+            if common:
                 entries = paired_differences(average_seeds(ours), average_seeds(theirs), self.draws)
                 found = next(dict(e) for e in entries if (e["group"], e["of"]) == ("all", "all"))
                 ranges = [self.summary(name, **measure)["all", "all"]["range"] for name in (run, reference)]
@@ -343,7 +347,15 @@ def describe(runs: Runs, names: Sequence[str], convention: str, rows: pd.DataFra
         return ", ".join(dict.fromkeys(str(fact[key]) for fact in facts if fact.get(key) is not None)) or "not recorded"
 
     definition = next((f["conventions"][convention] for f in facts if convention in f.get("conventions", {})), "")
-    number = rows["seed"].nunique()
+    numbers = rows.groupby("run")["seed"].nunique()
+    number = int(numbers.max())
+    counted = f" ({number} seeds, ± is their standard deviation)" if number > 1 else ""
+    if number > 1 and numbers.min() < number:
+        fewer = ", ".join(f"{name} {numbers[name]}" for name in names if 0 < numbers.get(name, 0) < number)
+        counted = (
+            f" ({number} seeds, ± is their standard deviation; {fewer} alone, their differences being of the seeds "
+            "that both have)"
+        )
     weights = []
     for name in names:
         hashes = list(dict.fromkeys(str(f["sha256"])[:8] for f in runs.facts[name] if f.get("sha256")))
@@ -354,7 +366,7 @@ def describe(runs: Runs, names: Sequence[str], convention: str, rows: pd.DataFra
         f"Cohort {told('cohort')}, {told('part')} part, {rows['patient'].nunique()} patients "
         f"({rows['study'].nunique()} studies)",
         f"convention {convention}" + (f" ({definition.rstrip('.')})" if definition else ""),
-        f"seed {told('seed')}" + (f" ({number} seeds, ± is their standard deviation)" if number > 1 else ""),
+        f"seed {told('seed')}{counted}",
         f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}",
     ]
     return "; ".join(parts) + "."
