@@ -51,6 +51,7 @@ RUNS = [
     ["inference", "baselines/mmgan_inference"],
     ["report"],
     ["experiments"],
+    ["experiments", "experiments_small"],
 ]
 #: What ``monai.bundle run`` is asked for by name.
 ENTRY_POINTS = {
