@@ -22,11 +22,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from ignite.engine import Engine
+from torch import nn
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
 from scripts.conventions import RobustConvention
 from scripts.evaluator import StudyScores
+from scripts.network import SSCFNet
 from scripts.statistics import (
     COLUMNS,
     EvaluationTables,
@@ -187,13 +190,14 @@ def test_difference_needs_one_method_each_and_common_scores() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-def write(directory: Path, frame: pd.DataFrame, weights: Path) -> None:
+def write(directory: Path, frame: pd.DataFrame, weights: Path, network: nn.Module | None = None) -> None:
     scores = StudyScores([RobustConvention()], {"zero_filling": lambda target, available: target})
     scores.rows = frame.to_dict("records")
     scores.regions.update({"WT": 3, "ET": 2})
     scores.seconds.update({name: 2.0 for name in set(frame["study"])})
     engine = Engine(lambda *_: None)
     engine.seconds = dict.fromkeys(set(frame["study"]), 0.5)  # type: ignore[attr-defined]
+    engine.network = network or nn.Identity()  # type: ignore[attr-defined]
     EvaluationTables(scores, directory, {"part": "test", "weights": str(weights)}, draws=20).attach(engine)
     engine.run([0])
 
@@ -215,6 +219,30 @@ def test_files_have_all_rows_the_summary_and_the_facts(tmp_path: Path) -> None:
     assert facts["seconds_per_study"] == {"network": 0.5, "scoring": 2.0}
     assert facts["methods"] == ["network", "zero_filling"] and facts["lpips_sha256"] is None
     assert list(facts["conventions"]) == ["robust"] and facts["versions"]["monai"]
+
+
+def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> None:
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"weights")
+    write(tmp_path / "none", make_frame(), weights, SSCFNet(channels=(4,) * 5, segmentation="none", prediction="mean"))
+    assert not any(
+        name.startswith("bank_") for name in json.loads((tmp_path / "none/metrics.json").read_text())["facts"]
+    )
+    net, draw = SSCFNet(channels=(4,) * 5, bank_size=6), torch.Generator().manual_seed(0)
+    net.bank_mean.normal_(generator=draw)
+    net.bank_std.uniform_(0.5, 1.5, generator=draw)
+    net.bank_present[:5] = True
+    net.bank_present[2, 1] = False
+    write(tmp_path / "bank", make_frame(), weights, net)
+    facts = json.loads((tmp_path / "bank" / "metrics.json").read_text())["facts"]
+    assert facts["bank_entries"] == 5
+    for name, values in (("mean", net.bank_mean.numpy()), ("std", net.bank_std.numpy())):
+        relative = []
+        for contrast, channel in itertools.product(range(4), range(20)):
+            rows = [row for row in range(6) if net.bank_present[row, contrast]]
+            level = np.mean([net.bank_std[row, contrast, channel].item() for row in rows])
+            relative.append(np.std([values[row, contrast, channel] for row in rows]) / level)
+        assert facts[f"bank_{name}_spread"] == pytest.approx(np.mean(relative), abs=1e-4)
 
 
 def test_nothing_scored_ends_with_a_sentence_and_no_file(tmp_path: Path) -> None:

@@ -54,6 +54,32 @@ def usable_entries(entries: BankEntries) -> torch.Tensor:
     return usable
 
 
+def style_spread(mean: torch.Tensor, std: torch.Tensor, present: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much the statistics that AdaIN takes from a bank differ from entry to entry; what retrieval can carry.
+
+    Args:
+        mean: L x K x channels, mu of eq. 8.
+        std: L x K x channels, sigma of eq. 8.
+        present: L x K, which of them exist.
+
+    Returns:
+        ``mean_spread``, ``std_spread``: standard deviation over entries of mu and sigma relative to the mean sigma, a
+        mean over contrasts and channels (0 where there are fewer than two entries).
+    """
+    usable = present.unsqueeze(2)
+    total = usable.sum(dim=0).clamp(min=1)
+    zero = torch.zeros((), device=mean.device)
+
+    def average(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(usable, values, zero).sum(dim=0) / total
+
+    level = average(std)
+    return {
+        f"{name}_spread": (average((values - average(values)) ** 2).sqrt() / level.clamp(min=1e-6)).mean()
+        for name, values in (("mean", mean), ("std", std))
+    }
+
+
 class CompiledBank(NamedTuple):
     """What the network reads of a bank of L slots: the linear maps of CITIM are folded into the prototypes.
 
@@ -172,25 +198,13 @@ class MemoryBank(nn.Module):
         """State of the bank for the log.
 
         Returns:
-            ``effective_size``: filled slots, each a different slice; ``patients``: different patients;
-            ``mean_spread``, ``std_spread``: standard deviation over entries of mu and sigma relative to the mean
-            sigma, the information that AdaIN can carry (0 where fewer than two entries).
+            ``effective_size``: filled slots, each a different slice; ``patients``: different patients; and those of
+            ``style_spread``.
         """
         filled = torch.arange(self.size, device=self.count.device) < self.count
         patients = torch.where(filled, self.patient[: self.size], self.patient[:1])
         ordered = patients.sort().values
         distinct = (ordered[1:] != ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
-        usable = (self.present[: self.size] & filled.unsqueeze(1)).unsqueeze(2)
-        total = usable.sum(dim=0).clamp(min=1)
-        mean, std = self.mean[: self.size], self.std[: self.size]
-        zero = torch.zeros((), device=mean.device)
-
-        def average(values: torch.Tensor) -> torch.Tensor:
-            return torch.where(usable, values, zero).sum(dim=0) / total
-
-        level = average(std)
-        spread = {
-            f"{name}_spread": (average((values - average(values)) ** 2).sqrt() / level.clamp(min=1e-6)).mean()
-            for name, values in (("mean", mean), ("std", std))
-        }
+        usable = self.present[: self.size] & filled.unsqueeze(1)
+        spread = style_spread(self.mean[: self.size], self.std[: self.size], usable)
         return {"effective_size": self.count.clone(), "patients": distinct, **spread}

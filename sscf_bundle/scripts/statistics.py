@@ -33,6 +33,7 @@ from scipy.stats import permutation_test
 from .contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
 from .conventions import PerceptualDistance
 from .evaluator import ScenarioEvaluator, StudyScores
+from .memory_bank import style_spread
 
 #: Columns of ``scores.csv``. ``available`` is the number of available contrasts, ``of`` the scored contrast or region.
 COLUMNS = (
@@ -301,7 +302,8 @@ class EvaluationTables:
     Args:
         scores: attached to the evaluator before this.
         directory: where to write.
-        facts: what the run was, written as it is; where there is ``weights``, the hash of that file is added.
+        facts: what the run was, written as it is; where there is ``weights``, the hash of that file is added. For a
+            network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
         lpips: the perceptual distance in use, for the hash of its weights.
         draws: bootstrap samples.
         seed: of the bootstrap.
@@ -358,6 +360,12 @@ class EvaluationTables:
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
         }
+        if getattr(engine.network, "uses_bank", False):
+            network = engine.network
+            present = network.bank_present
+            spread = style_spread(network.bank_mean, network.bank_std, present)
+            facts["bank_entries"] = int(present.any(dim=1).sum())
+            facts |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
         if "weights" in facts:
             facts["sha256"] = hashlib.sha256(Path(facts["weights"]).read_bytes()).hexdigest()
         report = {"facts": facts, "summary": summarize(frame, self.draws, self.seed)}
