@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,8 @@ def test_evaluation_of_a_bundle_writes_all_conventions_and_floors(
     assert facts["cohort"] == "phantom_cohort" and len(facts["sha256"]) == 64 and facts["scaling"] == "brain"
     split = json.loads((tmp_path / "split.json").read_text())
     assert facts["studies"] == split["test"]
+    names = json.dumps({part: sorted(split[part]) for part in ("test", "training", "validation")})
+    assert facts["split"] == hashlib.sha256(names.encode()).hexdigest() and facts["amp"] is False
     psnr = frame[(frame["method"] == "network") & (frame["convention"] == "robust") & (frame["region"] == "whole")]
     psnr = psnr[psnr["score"] == "psnr"].groupby("scenario")["value"].mean().mean()
     (entry,) = [

@@ -27,6 +27,7 @@ from scripts.tables import Runs, Table, build_table, protocol_differences, read_
 FACTS = {
     "cohort": "Phantom_8",
     "part": "test",
+    "split": "fedcba9876543210",
     "seed": 3,
     "sha256": "0123456789abcdef",
     "conventions": {"paper": "2-D"},
@@ -185,7 +186,8 @@ def test_texts_have_the_numbers_the_best_and_the_caption(runs: Runs) -> None:
     for rule in ("\\toprule", "\\midrule", "\\bottomrule", "PSNR$\\uparrow$", "\\label{tab:comparison}"):
         assert rule in latex
     for text in (markdown, latex):
-        assert "Cohort Phantom" in text and "test part, 3 patients (4 studies); convention paper (2-D); seed 3" in text
+        assert "Cohort Phantom" in text and "test part of the split fedcba98, 3 patients (4 studies)" in text
+        assert "; convention paper (2-D); seed 3" in text
         assert "01234567" in text
     # nothing that LaTeX would read as a command or comment is left
     body = re.sub(r"\\[A-Za-z]+\{|\\[&%$#_{}]", "", latex)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +103,11 @@ class Cohort:
         known = {(f["study"], f["reason"]) for f in self.failures}
         self.failures += [f for f in dataset.failures if (f["study"], f["reason"]) not in known]
         return dataset
+
+    def split_hash(self) -> str:
+        """SHA-256 of who is in which part; equal for the same studies, wherever their files lie."""
+        names = {part: sorted(item["study"] for item in items) for part, items in self.parts.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
     def finish(self) -> None:
         """Ends a run: a study that could not be used shows in the exit status and in ``failures.json``.

@@ -179,12 +179,13 @@ def _plotted(runs: Runs) -> dict[tuple[str, str, str], dict[str, tuple[str, str]
 def _facts(runs: Runs) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Short facts of every run, and their names."""
     facts: dict[str, dict[str, str]] = {}
+    hashes = {"sha256", "lpips_sha256", "split"}
     for name in runs.names:
         values: dict[str, dict[str, None]] = {}
         for fact in runs.facts[name]:
             for key, value in fact.items():
                 if isinstance(value, str | int | float):
-                    values.setdefault(key, {})[str(value)[:16] if key == "sha256" else str(value)] = None
+                    values.setdefault(key, {})[str(value)[:16] if key in hashes else str(value)] = None
         facts[name] = {key: ", ".join(texts) for key, texts in values.items()}
     keys = list(dict.fromkeys(key for values in facts.values() for key in values))
     return {name: {key: values.get(key, "") for key in keys} for name, values in facts.items()}, keys

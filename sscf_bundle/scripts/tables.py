@@ -362,9 +362,11 @@ def describe(runs: Runs, names: Sequence[str], convention: str, rows: pd.DataFra
         if hashes:
             more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
             weights.append(f"{name} {' '.join(hashes[:3])}{more}")
+    splits = list(dict.fromkeys(str(fact["split"])[:8] for fact in facts if fact.get("split")))
+    whole = "the split" if len(splits) < 2 else f"{len(splits)} folds"
     parts = [
-        f"Cohort {told('cohort')}, {told('part')} part, {rows['patient'].nunique()} patients "
-        f"({rows['study'].nunique()} studies)",
+        f"Cohort {told('cohort')}, {told('part')} part of {whole} {' '.join(splits) or 'not recorded'}, "
+        f"{rows['patient'].nunique()} patients ({rows['study'].nunique()} studies)",
         f"convention {convention}" + (f" ({definition.rstrip('.')})" if definition else ""),
         f"seed {told('seed')}{counted}",
         f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}",
