@@ -166,6 +166,12 @@ def test_everything_runs_once_and_is_skipped_afterwards(data: Path) -> None:
     text = (runner.output_dir / "tables" / "mean.md").read_text()
     assert "6 patients (7 studies)" in text and "(2 seeds" in text and "| control |" in text
     assert "first" in (runner.output_dir / "index.html").read_text()
+    times = runner.times(3)
+    assert set(zip(times.cells["row"], times.cells["block"], strict=True)) == {
+        *((name, step) for name in ("first", "second") for step in ("training", "evaluation")),
+        ("control", "evaluation"),
+    }
+    assert "max_epochs 8, decay_start 4, epoch_samples 10" in (runner.output_dir / "tables" / "times.md").read_text()
     again = experiments(data)
     again.run()
     assert again.commands == []

@@ -14,19 +14,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
 import queue
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
@@ -37,7 +41,7 @@ from .datalist import cross_validation_splits, find_studies, split_patients, wri
 from .inferer import or_exit
 from .page import PANEL_CAPTION, write_page
 from .pictures import runs_panel
-from .tables import Runs, read_runs, standard_tables, write_tables
+from .tables import Runs, Table, read_runs, standard_tables, write_tables
 
 logger = logging.getLogger(__name__)
 
@@ -491,6 +495,7 @@ class Experiments:
             overlay, log = folder / f"{step}.json", folder / f"{step}.log"
             overlay.write_text(json.dumps(overrides, indent=1) + "\n")
             command = [sys.executable, "-m", "monai.bundle", "run", run_id, f"--config_file={[*files, str(overlay)]}"]
+            started = time.monotonic()
             status = self.execute(command, log, device)
             if status:
                 lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -498,7 +503,7 @@ class Experiments:
             weights = self.weights_file(name, seed, fold)
             if step == "training" and not weights.is_file():
                 return f"the training ended without writing {weights.name}, see {log}"
-            done.touch()
+            done.write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
             if step == "training":
                 for checkpoints in list(folder.rglob("checkpoints")):  # a finished run needs its weights alone
                     shutil.rmtree(checkpoints)
@@ -538,6 +543,30 @@ class Experiments:
             shown[name] = {"config_file": self._files([*self.base, *overlays])}
         return {PANEL_CAPTION: runs_panel(shown)} if shown else {}
 
+    def times(self, folds: int) -> Table | None:
+        """Wall time of every step, a mean over seeds and folds; None where nothing was recorded."""
+        rows = []
+        for name in self.names:
+            seconds: dict[str, list[float]] = {}
+            for seed, fold in itertools.product(self.seeds[name], range(folds)):
+                for done in sorted(self.directory(name, seed, fold).glob("*.done")):
+                    seconds.setdefault(done.stem, []).append(json.loads(done.read_text())["seconds"])
+            rows += [
+                {"row": name, "block": step, "score": "minutes", "mean": statistics.fmean(values) / 60}
+                for step, values in seconds.items()
+            ]
+        if not rows:
+            return None
+        length = f"{self.minutes} minutes" if self.minutes else ", ".join(f"{k} {v}" for k, v in self.budget.items())
+        caption = (
+            f"Wall time of one training or evaluation in a process of its own with {self.threads} CPU threads, up to "
+            f"{self.jobs} at a time, a mean over seeds and folds; of a stopped training the time since its last start. "
+            f"Budget of every training: {length}; common settings: "
+            f"{', '.join(f'{key} {value}' for key, value in self.settings.items()) or 'those of the base'}."
+        )
+        cells = pd.DataFrame(rows).sort_values("block", key=lambda c: c != "training", kind="stable")
+        return Table("times", "Times and budget", caption, cells)
+
     def report(self, folds: int, notes: Mapping[str, str]) -> None:
         """Writes ``tables`` (CSV, Markdown, LaTeX) and ``index.html``."""
         try:
@@ -547,6 +576,8 @@ class Experiments:
         if runs is None:
             return
         tables = standard_tables(runs, self.table_definitions, self.paper_values, notes)
+        times = self.times(folds)
+        tables += [] if times is None else [times]
         write_tables(tables, self.output_dir / "tables")
         write_page(runs, tables, self.output_dir / "index.html", self.reference, self._panel(runs.names))
         logger.info("wrote %s and %s", self.output_dir / "tables", self.output_dir / "index.html")

@@ -33,6 +33,7 @@ SCORES = {
     "nmse": ("NMSE", 4, False),
     "mse": ("MSE", 4, False),
     "dice": ("Dice", 4, True),
+    "minutes": ("minutes", 1, False),
 }
 #: Names of the floors in a table.
 FLOORS = {
