@@ -218,7 +218,7 @@ def test_files_have_all_rows_the_summary_and_the_facts(tmp_path: Path) -> None:
     assert facts["studies_with_region"] == {"WT": 3, "ET": 2}
     assert facts["seconds_per_study"] == {"network": 0.5, "scoring": 2.0}
     assert facts["methods"] == ["network", "zero_filling"] and facts["lpips_sha256"] is None
-    assert list(facts["conventions"]) == ["robust"] and facts["versions"]["monai"]
+    assert list(facts["conventions"]) == ["robust", "segmentation"] and facts["versions"]["monai"]
 
 
 def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> None:
@@ -233,9 +233,10 @@ def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> N
     net.bank_std.uniform_(0.5, 1.5, generator=draw)
     net.bank_present[:5] = True
     net.bank_present[2, 1] = False
-    write(tmp_path / "bank", make_frame(), weights, net)
+    dice = make_frame().assign(convention="segmentation", score="dice")
+    write(tmp_path / "bank", dice, weights, net)
     facts = json.loads((tmp_path / "bank" / "metrics.json").read_text())["facts"]
-    assert facts["bank_entries"] == 5
+    assert facts["bank_entries"] == 5 and "both empty 1" in facts["conventions"]["segmentation"]
     for name, values in (("mean", net.bank_mean.numpy()), ("std", net.bank_std.numpy())):
         relative = []
         for contrast, channel in itertools.product(range(4), range(20)):

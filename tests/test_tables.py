@@ -134,6 +134,21 @@ def test_folds_of_a_seed_are_one_evaluation(tmp_path: Path) -> None:
     assert tables[1].cells["patients"].unique().tolist() == [3] and "3 patients (4 studies)" in tables[1].caption
 
 
+def test_caption_of_dice_tells_how_many_studies_have_the_region(tmp_path: Path) -> None:
+    frame = make_scores(0)
+    first = frame["study"].isin(["Case_1a", "Case_1b"])
+    told = ({"studies": ["Case_2"], "studies_with_region": {"WT": 2, "ET": 1}}, {"studies": ["Case_1a"]})
+    told[1]["studies_with_region"] = {"WT": 2, "TC": 1}
+    seeds = {
+        seed: [write_scores(tmp_path / f"{seed}{i}", frame[first == bool(i)], **told[i]) for i in (0, 1)]
+        for seed in (0, 1)
+    }
+    runs = read_runs({"sscf": seeds}, 20)
+    caption = build_table(runs, "t", "title", "dice").caption
+    assert "studies with WT: 4; studies with TC: 1; studies with ET: 1; seed" in caption
+    assert "studies with" not in build_table(runs, "t", "title", "scores").caption
+
+
 def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -> None:
     table = build_table(runs, "t", "title", "scores", reference="unet")
     expected = literal_mean(make_scores(1, 3.0), "psnr") - literal_mean(make_scores(0), "psnr")

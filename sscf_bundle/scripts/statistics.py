@@ -53,6 +53,9 @@ MEASURE = ("method", "convention", "region", "score")
 #: With fewer patients no p-value is given: of five, the smallest possible one is 2 / 2^5 = 0.06.
 MIN_PATIENTS = 6
 
+#: What the convention of the network's own mask is.
+SEGMENTATION = "Dice of the evaluated slices of a study together, both empty 1, one empty 0"
+
 _OF = (*CONTRASTS, *REGIONS)
 _SCENARIOS = tuple(scenario_name(row) for row in SCENARIOS)
 _PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lpips")
@@ -360,6 +363,8 @@ class EvaluationTables:
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
         }
+        if "segmentation" in set(frame["convention"]):
+            facts["conventions"]["segmentation"] = SEGMENTATION
         if getattr(engine.network, "uses_bank", False):
             network = engine.network
             present = network.bank_present

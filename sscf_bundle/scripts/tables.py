@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .contrasts import CONTRASTS, NUM_CONTRASTS, SCENARIOS, StudyError, scenario_name
+from .contrasts import CONTRASTS, NUM_CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
 from .statistics import COLUMNS, paired_differences, patient_means, read_scores, summarize
 
 #: Title, digits and whether larger is better.
@@ -364,11 +364,18 @@ def describe(runs: Runs, names: Sequence[str], convention: str, rows: pd.DataFra
             more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
             weights.append(f"{name} {' '.join(hashes[:3])}{more}")
     splits = list(dict.fromkeys(str(fact["split"])[:8] for fact in facts if fact.get("split")))
+    regions = []
+    if convention in CONVENTIONS.values():
+        # each fold once, of however many seeds and runs
+        folds = {tuple(f["studies"]): f["studies_with_region"] for f in facts if "studies_with_region" in f}
+        found = {name: sum(fold.get(name, 0) for fold in folds.values()) for name in REGIONS} if folds else {}
+        regions = [f"studies with {name}: {number}" for name, number in found.items()]
     whole = "the split" if len(splits) < 2 else f"{len(splits)} folds"
     parts = [
         f"Cohort {told('cohort')}, {told('part')} part of {whole} {' '.join(splits) or 'not recorded'}, "
         f"{rows['patient'].nunique()} patients ({rows['study'].nunique()} studies)",
         f"convention {convention}" + (f" ({definition.rstrip('.')})" if definition else ""),
+        *regions,
         f"seed {told('seed')}{counted}",
         f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}",
     ]
