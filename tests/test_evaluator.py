@@ -425,3 +425,6 @@ def test_conventions_of_whole_volumes_are_left_out_where_there_are_none(
     assert set(frame["convention"]) == {"paper", "segmentation"}
     assert set(frame["method"]) == {"network", "zero_filling"}
     assert set(read_scores(tmp_path / "robust" / "scores.csv")["convention"]) == {"robust", "segmentation"}
+    # a network that makes no images
+    evaluate_bundle(phantom_cohort, tmp_path, **changes, conventions=[], report_dir=str(tmp_path / "mask"))
+    assert set(read_scores(tmp_path / "mask" / "scores.csv")["convention"]) == {"segmentation"}

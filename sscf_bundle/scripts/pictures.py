@@ -215,7 +215,7 @@ def difference_plot(rows: Mapping[str, tuple[float, float | None, float | None]]
         axis.plot([mean], [y], "o", color="tab:blue")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), labels=list(rows))
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axis.set_xlabel(title)
     axis.grid(axis="x", alpha=0.3)
     return figure
