@@ -273,8 +273,11 @@ class Experiments:
     def _settings_file(self) -> str:
         """Overlay of the common settings, above the base and below the configs of an experiment."""
         path = self.output_dir / "settings.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.settings, indent=1) + "\n")
+        text = json.dumps(self.settings, indent=1) + "\n"
+        # written once: jobs read it at the same time
+        if not path.is_file() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
         return str(path)
 
     def directory(self, name: str, seed: int, fold: int) -> Path:
