@@ -251,7 +251,9 @@ class CCP(nn.Module):
         maps = feature.transpose(0, 1).flatten(0, 1)
         # an idle slot repeats the first pair with gain 0, so that it reads no missing contrast
         row = (torch.where(active, source, source[:, :1]) * b + sample).flatten()
-        maximum = maps.flatten(2).amax(dim=2).float()
+        # max, not amax: the gradient of amax divides by the number of values that equal the maximum, and torch.compile
+        # may compare half precision with what it was rounded from, find none and give NaN; max is faster as well
+        maximum = maps.flatten(2).max(dim=2).values.float()
         own = (maximum, center.transpose(0, 1).flatten(0, 1), own_std.transpose(0, 1).flatten(0, 1))
         scale, shift = self.affine(
             pick(own[0], row),
@@ -263,7 +265,7 @@ class CCP(nn.Module):
             std.flatten(0, 1),
         )
         refined = torch.addcmul(widen(shift, maps), pick_maps(maps, row).float(), widen(scale, maps)).to(maps.dtype)
-        attended = self.spatial(torch.stack([refined.mean(dim=1), refined.amax(dim=1)], dim=1))
+        attended = self.spatial(torch.stack([refined.mean(dim=1), refined.max(dim=1).values], dim=1))
         gate = attended.gather(1, widen(target.flatten().unsqueeze(1), attended).expand_as(attended[:, :1]))
         gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
         gamma = pick(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
