@@ -253,6 +253,20 @@ def test_bank_larger_than_the_training_slices_is_not_run(data: Path) -> None:
     assert "n/a: 40 training slices cannot fill a bank of 100" in (runner.output_dir / "tables/mean.md").read_text()
 
 
+def test_what_only_an_evaluation_reads_does_not_belong_to_the_training(data: Path) -> None:
+    rows = {"first": {"evaluation_overrides": {"floors": []}}}
+    evaluations = {"evaluation": {**CONFIG["evaluations"]["evaluation"], "overrides": {"floors": ["zero_filling"]}}}
+    runner = experiments(data, experiments=rows, names="first", seeds=[0], folds=None, evaluations=evaluations)
+    runner.run()
+    folder = runner.directory("first", 0, 0)
+    assert "floors" not in json.loads((folder / "training.told.json").read_text())
+    assert json.loads((folder / "evaluation.told.json").read_text())["floors"] == []
+    # so that other floors are only evaluated anew
+    again = experiments(data, experiments={"first": {}}, names="first", seeds=[0], folds=None, evaluations=evaluations)
+    again.run()
+    assert [command[0] for command in again.commands] == ["evaluating"]
+
+
 def test_minutes_replace_the_end_of_the_epochs(data: Path) -> None:
     runner = experiments(data, names="first", seeds=[0], folds=None, minutes=3.0)
     runner.run()
@@ -302,11 +316,9 @@ def test_given_split_is_the_only_one(data: Path) -> None:
     first = experiments(data)
     first.split_files()
     given = first.output_dir / "splits" / "untouched.json"
-    runner = experiments(data, output_dir=data.parent / "final", split_file=given, folds=None, held_out=[])
+    runner = experiments(data, output_dir=data.parent / "final", split_file=given)
     files = runner.split_files()
     assert len(files) == 1 and json.loads(files[0].read_text()) == json.loads(given.read_text())
-    with pytest.raises(SystemExit, match="A split_file is one split: leave out folds and held_out"):
-        experiments(data, split_file=given)
 
 
 def test_jobs_share_the_devices(data: Path) -> None:

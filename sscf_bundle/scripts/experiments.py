@@ -56,6 +56,7 @@ class Experiment:
     Args:
         configs: names of configs below ``configs/`` without the suffix, as ``ablations/ccp``.
         overrides: of single ids.
+        evaluation_overrides: of single ids in its evaluations alone.
         share: of the budget, above 0.
         after: experiment whose weights this one starts from (its configs read ``pretrained_path``).
         weights_of: experiment whose weights are evaluated; nothing is trained.
@@ -65,6 +66,7 @@ class Experiment:
 
     configs: Sequence[str] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_overrides: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
     after: str | None = None
     weights_of: str | None = None
@@ -117,7 +119,7 @@ class Experiments:
             several gets all of theirs, and what is needed those of what needs it.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
-        split_file: the one split to use, as ``split_patients`` reads it.
+        split_file: the one split to use in the place of folds, as ``split_patients`` reads it.
         validation_fraction: see ``cross_validation_splits``.
         held_out: names of studies or patients that no fold contains. ``untouched.json`` is a split with them as its
             test part, for the one final run.
@@ -175,8 +177,6 @@ class Experiments:
     ) -> None:
         if weights not in ("last", "best"):
             raise SystemExit(f"weights must be last or best, got {weights!r}.")
-        if split_file is not None and (folds is not None or held_out):
-            raise SystemExit("A split_file is one split: leave out folds and held_out, or the split_file.")
         self.experiments = {name: Experiment(**definition) for name, definition in experiments.items()}
         unknown = sorted(set(evaluate_with) - set(evaluations or {}))
         if unknown:
@@ -463,6 +463,7 @@ class Experiments:
         for label, evaluation in self._evaluations(name).items():
             overrides = {
                 **evaluation.overrides,
+                **one.evaluation_overrides,
                 **common,
                 "ckpt_path": str(self.weights_file(name, seed, fold)),
                 "report_dir": str(folder / label),
