@@ -358,6 +358,7 @@ def test_experiments_name_configs_and_tables_name_experiments() -> None:
         assert set(one["rows"]) <= set(known) and one["kind"] in {*KINDS, "conventions"}
         assert one.get("reference", "sscf") in known
     assert {name for names in CONFIG["sets"].values() for name in names} <= set(known)
+    assert not set(CONFIG["sets"]) & set(known)  # a name is of one or the other
     paper = json.loads((BUNDLE_ROOT / "configs" / "paper_values.json").read_text())["tables"]
     assert {one["paper"] for one in CONFIG["tables"].values() if "paper" in one} <= set(paper)
     for one in paper.values():
