@@ -87,7 +87,7 @@ def cell(table: Table, row: str, block: str, score: str, key: str = "mean") -> f
 def runs(tmp_path: Path) -> Runs:
     """Two runs; the second is better by 3 dB."""
     folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate(("unet", "sscf"))}
-    return read_runs(folders, draws=200)
+    return read_runs(folders, draws=200, min_patients=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -160,21 +160,38 @@ def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -
     frame = make_scores(0)
     frame["value"] += frame["patient"].map({"Case_1": -0.1, "Case_2": 0.0, "Case_3": 0.11})
     mixed = {"a": write_scores(tmp_path / "a", make_scores(0)), "b": write_scores(tmp_path / "b", frame)}
-    remark = build_table(read_runs(mixed, 200), "t", "title", "scores", reference="a").remarks["b"]
+    remark = build_table(read_runs(mixed, 200, 3), "t", "title", "scores", reference="a").remarks["b"]
     assert re.search(r"LPIPS -0\.0225 \[-0\.\d+, \+0\.\d+\], within noise \(interval covers 0\)$", remark)
     assert "difference from unet" in table.markdown() and "unet" not in table.remarks
     # a run whose seeds lie as far apart as the two runs
     seeds = {s: write_scores(tmp_path / f"seed{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     reference = {s: write_scores(tmp_path / f"reference{s}", make_scores(0)) for s in (0, 1)}
-    noisy = read_runs({"reference": reference, "sscf": seeds}, 100)
+    noisy = read_runs({"reference": reference, "sscf": seeds}, 100, min_patients=3)
     found = noisy.difference("sscf", "reference", "paper", "whole", "psnr")
     assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
+
+
+def test_few_patients_tell_no_difference(tmp_path: Path) -> None:
+    folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate("ab")}
+    found = read_runs(folders, 50).difference("b", "a", "paper", "whole", "psnr")
+    assert found["low"] > 0 and found["noise"] == "3 patients"
+
+
+def test_best_of_a_scenario_is_marked_in_its_row(runs: Runs) -> None:
+    table = build_table(runs, "t", "title", "scenarios")
+    _, best = table.grid()
+    for score, choose in (("psnr", max), ("lpips", min)):
+        methods = [block for block, of in best.columns if of == score]
+        assert len(methods) == 3
+        for scenario in best.index:
+            means = {method: cell(table, scenario, method, score) for method in methods}
+            assert [m for m in methods if best.loc[scenario, (m, score)]] == [choose(means, key=means.get)]
 
 
 def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
     reference = {s: write_scores(tmp_path / f"r{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     once = {1: write_scores(tmp_path / "once", make_scores(1, 11.0), seed=1)}
-    runs = read_runs({"sscf": reference, "once": once}, 50)
+    runs = read_runs({"sscf": reference, "once": once}, 50, min_patients=3)
     found = runs.difference("once", "sscf", "paper", "whole", "psnr")
     expected = literal_mean(make_scores(1, 11.0), "psnr") - literal_mean(make_scores(0, 8.0), "psnr")
     assert found["mean"] == pytest.approx(expected)

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from .contrasts import StudyError
 from .pictures import difference_plot, patient_plot, runs_panel
+from .statistics import MIN_PATIENTS
 from .tables import FLOORS, SCORES, Runs, Table, head, read_runs, standard_tables, write_tables
 
 #: Caption of ``runs_panel``.
@@ -38,8 +39,8 @@ LEGEND = {
     "mean over scenarios": "a value for each study and target contrast, the mean over studies, then over the targets "
     "of a scenario, then over the 14 scenarios (or those named)",
     "interval": "95% of bootstrap draws of the patients, all studies of a patient together",
-    "within noise": "the interval of the paired difference covers 0, or the difference is not larger than the range of "
-    "one of the two runs over its seeds",
+    "within noise": f"fewer than {MIN_PATIENTS} patients, or the interval of the paired difference covers 0, or the "
+    "difference is not larger than the range of one of the two runs over its seeds",
     "PSNR, SSIM, Dice": "larger is better; LPIPS, NMSE and MSE: smaller is better. Numbers of different conventions "
     "cannot be compared with each other",
     "WT, TC, ET": "whole tumor, tumor core (enhancing and non-enhancing), enhancing tumor",

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .contrasts import CONTRASTS, NUM_CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
-from .statistics import COLUMNS, paired_differences, patient_means, read_scores, summarize
+from .statistics import COLUMNS, MIN_PATIENTS, paired_differences, patient_means, read_scores, summarize
 
 #: Title, digits and whether larger is better.
 SCORES = {
@@ -71,12 +71,17 @@ class Runs:
         frame: ``statistics.COLUMNS`` and ``run``, ``seed``.
         facts: for each run the ``facts`` of its evaluations.
         draws: of every bootstrap over patients.
+        min_patients: with fewer, a difference is noise whatever its interval is.
     """
 
     def __init__(
-        self, frame: pd.DataFrame, facts: Mapping[str, Sequence[Mapping[str, Any]]], draws: int = 2000
+        self,
+        frame: pd.DataFrame,
+        facts: Mapping[str, Sequence[Mapping[str, Any]]],
+        draws: int = 2000,
+        min_patients: int = MIN_PATIENTS,
     ) -> None:
-        self.frame, self.facts, self.draws = frame, facts, draws
+        self.frame, self.facts, self.draws, self.min_patients = frame, facts, draws, min_patients
         self._summaries: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
         self._differences: dict[tuple[str, ...], dict[str, Any] | None] = {}
 
@@ -120,9 +125,9 @@ class Runs:
         Where the two do not have the same seeds, it is of those that both have.
 
         Returns:
-            The entry of ``paired_differences`` for ``all``, with ``noise``: why the difference may be none (its
-            interval covers 0, there is no interval, or it is not larger than the range of one of the two runs over its
-            seeds), empty where it stands out. None if one of the two has no such score.
+            The entry of ``paired_differences`` for ``all``, with ``noise``: why the difference may be none (too few
+            patients, its interval covers 0, or it is not larger than the range of one of the two runs over its seeds),
+            empty where it stands out. None if one of the two has no such score.
         """
         key = (run, reference, convention, region, score)
         if key not in self._differences:
@@ -136,9 +141,9 @@ class Runs:
                 found = next(dict(e) for e in entries if (e["group"], e["of"]) == ("all", "all"))
                 ranges = [self.summary(name, **measure)["all", "all"]["range"] for name in (run, reference)]
                 reasons = []
-                if found["low"] is None:
-                    reasons.append("a single patient")
-                elif found["low"] <= 0 <= found["high"]:
+                if found["patients"] < self.min_patients:
+                    reasons.append(f"{found['patients']} patients" if found["patients"] > 1 else "a single patient")
+                if found["low"] is not None and found["low"] <= 0 <= found["high"]:
                     reasons.append("interval covers 0")
                 if abs(found["mean"]) <= max(ranges):
                     reasons.append("inside the seeds' range")
@@ -158,13 +163,14 @@ def average_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(keys, as_index=False, sort=False)["value"].mean()
 
 
-def read_runs(folders: Mapping[str, Any], draws: int = 2000) -> Runs:
+def read_runs(folders: Mapping[str, Any], draws: int = 2000, min_patients: int = MIN_PATIENTS) -> Runs:
     """Reads what evaluations wrote.
 
     Args:
         folders: for each run its folder with ``scores.csv`` and ``metrics.json``, or a list of folders whose studies
             differ (the folds of a cross-validation), or such a list or folder for each seed: ``{0: [...], 1: [...]}``.
         draws: of every bootstrap over patients.
+        min_patients: see ``Runs``.
 
     Raises:
         StudyError: with one sentence, if a file is missing or is no such table, a study is there twice for one seed, or
@@ -200,7 +206,7 @@ def read_runs(folders: Mapping[str, Any], draws: int = 2000) -> Runs:
                     f"{name} (seed {seed}) and {tested.index[0][0]} were evaluated on different studies ({other} is in "
                     f"one alone, convention {convention}): evaluate both on one split."
                 )
-    return Runs(frame, facts, draws)
+    return Runs(frame, facts, draws, min_patients)
 
 
 def _read_scores(folder: Path) -> pd.DataFrame:
@@ -235,6 +241,7 @@ class Table:
             (95% interval over patients), ``spread`` (standard deviation over seeds) and ``patients``.
         remarks: text for some rows, shown in a last column of that title.
         remark_title: title of that column.
+        transposed: the methods are the blocks; the best is then that of a row, among the columns of one score.
     """
 
     name: str
@@ -243,6 +250,7 @@ class Table:
     cells: pd.DataFrame
     remarks: Mapping[str, str] = field(default_factory=dict)
     remark_title: str = "remark"
+    transposed: bool = False
 
     def grid(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Texts, and whether each is the best of its column; columns are (block, score)."""
@@ -254,9 +262,12 @@ class Table:
         text = texts.pivot(index="row", columns=["block", "score"], values="text").reindex(index=rows, columns=columns)
         best = pd.DataFrame(False, index=rows, columns=columns)
         value[value.index.isin(REAL.values())] = np.nan  # a bound, no method
-        for column in columns if len(rows) > 1 else ():
-            larger = SCORES[column[1]][2]
-            best[column] = value[column] == (value[column].max() if larger else value[column].min())
+        for score in dict.fromkeys(columns.get_level_values(1)):
+            same = [column for column in columns if column[1] == score]
+            for group in [same] if self.transposed else [[column] for column in same]:
+                one, axis = value[group], 1 if self.transposed else 0
+                if one.shape[axis] > 1:
+                    best[group] = one.eq(one.max(axis=axis) if SCORES[score][2] else one.min(axis=axis), axis=1 - axis)
         if self.remarks:
             text["", self.remark_title] = pd.Series(self.remarks).reindex(rows)
             best["", self.remark_title] = False
@@ -489,12 +500,13 @@ def build_table(
     if kind == "conventions" and "brasyn" in set(frame["convention"]):
         scenarios = frame[frame["convention"] == "brasyn"]["scenario"].nunique()
         caption += f" The brasyn conventions are means over {scenarios} scenarios."
-    if KINDS.get(kind, {}).get("transposed"):
+    transposed = KINDS.get(kind, {}).get("transposed", False)
+    if transposed:
         order = {block: i for i, block in enumerate(KINDS[kind]["blocks"])}
         table = table.rename(columns={"row": "block", "block": "row"})
         table = table.sort_values("row", key=lambda column: column.map(order), kind="stable")
         remarks = {}
-    return Table(name, title, caption, table, remarks, remark_title)
+    return Table(name, title, caption, table, remarks, remark_title, transposed)
 
 
 def paper_table(name: str, values: Mapping[str, Any], entry: str, differences: Sequence[str]) -> Table:
