@@ -554,7 +554,8 @@ class Experiments:
             seconds: dict[str, list[float]] = {}
             for seed, fold in itertools.product(self.seeds[name], range(folds)):
                 for done in sorted(self.directory(name, seed, fold).glob("*.done")):
-                    seconds.setdefault(done.stem, []).append(json.loads(done.read_text())["seconds"])
+                    if text := done.read_text():  # empty, where an earlier version of the bundle wrote it
+                        seconds.setdefault(done.stem, []).append(json.loads(text)["seconds"])
             rows += [
                 {"row": name, "block": step, "score": "minutes", "mean": statistics.fmean(values) / 60}
                 for step, values in seconds.items()
