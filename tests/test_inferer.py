@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import random_entries, tiny_net
+from builders import BUNDLE_ROOT, random_entries, tiny_net
 from monai.data import DataLoader, ITKWriter, MetaTensor
 from monai.data.utils import no_collation
 from torch import nn
@@ -363,7 +363,8 @@ def test_record(tmp_path):
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
     assert record["patient_in_bank"] is True and len(record["weights_sha256"]) == 64
-    assert "not for clinical use" in record["notice"] and record["bundle_version"] == "0.1.0"
+    version = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["version"]
+    assert "not for clinical use" in record["notice"] and record["bundle_version"] == version
     assert sorted(record["intensity_scale"]) == ["flair", "t2"]
     assert str(tmp_path) not in json.dumps(record)
 
