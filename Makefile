@@ -26,7 +26,7 @@ test: $(READY)
 	$(PY) -m pytest
 
 benchmark: $(READY)
-	$(PY) tests/benchmarks $(BENCHMARK)
+	$(PY) benchmarks $(BENCHMARK)
 
 $(READY): requirements.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -23,9 +23,10 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
-from scripts.memory_bank import BankEntries, MemoryBank
-from scripts.network import SSCFNet, SSCFTrainingStep, network_input
-from scripts.phantom import write_phantom_cohort
+from scripts.demo.phantom import write_phantom_cohort
+from scripts.networks.memory_bank import BankEntries, MemoryBank
+from scripts.networks.sscf import SSCFNet, network_input
+from scripts.training.step import SSCFTrainingStep
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1] / "sscf_bundle"
 

@@ -20,8 +20,8 @@ import torch
 from builders import generator, random_batch
 from scipy.ndimage import affine_transform
 
-from scripts.augmentation import Augmentation
 from scripts.contrasts import scenario_table
+from scripts.training.augmentation import Augmentation
 
 STRENGTHS = {"rotation": 15.0, "scale": 0.2, "translation": 0.1, "flip": 0.5, "gamma": 0.3, "brightness": 0.2}
 SPATIAL = ("rotation", "scale", "translation", "flip")

@@ -20,13 +20,14 @@ from builders import random_batch, tiny_net
 from ignite.engine import Engine
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.bank_builder import BankFreezer, bank_slices, freeze_bank
 from scripts.contrasts import NUM_CONTRASTS, scenario_table
-from scripts.layers import channel_statistics
-from scripts.memory_bank import BankEntries, CompiledBank
-from scripts.network import SSCFNet, make_entries, network_input
-from scripts.randomness import stable_hash
-from scripts.trainer import BATCH_KEYS, draw_scenarios
+from scripts.data.randomness import stable_hash
+from scripts.networks.blocks import channel_statistics
+from scripts.networks.memory_bank import BankEntries, CompiledBank
+from scripts.networks.sscf import SSCFNet, network_input
+from scripts.training.bank_builder import BankFreezer, bank_slices, freeze_bank
+from scripts.training.step import make_entries
+from scripts.training.trainer import BATCH_KEYS, draw_scenarios
 
 SIZE = (32, 32)
 BANK = [f"bank_{name}" for name in CompiledBank._fields]

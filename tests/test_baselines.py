@@ -32,7 +32,10 @@ from builders import (  # noqa: F401
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
-from scripts.baselines import (
+from scripts.contrasts import StudyError, scenario_table
+from scripts.networks.sscf import network_input
+from scripts.networks.weights import load_weights, save_weights
+from scripts.research.baselines import (
     MMGANDiscriminator,
     MMGANDiscriminatorLoss,
     MMGANGenerator,
@@ -40,11 +43,8 @@ from scripts.baselines import (
     PlainTrainingStep,
     PlainUNet,
 )
-from scripts.contrasts import StudyError, scenario_table
-from scripts.losses import GeneratorLoss
-from scripts.network import network_input
-from scripts.trainer import Curriculum, draw_scenarios
-from scripts.weights import load_weights, save_weights
+from scripts.training.losses import GeneratorLoss
+from scripts.training.trainer import Curriculum, draw_scenarios
 
 #: Small networks of both kinds.
 BUILDERS = {"unet": lambda: PlainUNet(2, TINY_CHANNELS), "mmgan": lambda: MMGANGenerator(2, (4, 8, 8, 8), dropout=0.0)}
@@ -141,9 +141,11 @@ def test_samples_of_a_batch_do_not_mix(name: str) -> None:
 
 
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
-    save_weights(tmp_path / "model.pt", network("unet"), {"network": "scripts.baselines.PlainUNet"})
+    save_weights(tmp_path / "model.pt", network("unet"), {"network": "scripts.research.baselines.PlainUNet"})
     load_weights(network("unet"), tmp_path / "model.pt")
-    with pytest.raises(StudyError, match=r"holds weights of scripts\.baselines\.PlainUNet, not of MMGANGenerator"):
+    with pytest.raises(
+        StudyError, match=r"holds weights of scripts\.research\.baselines\.PlainUNet, not of MMGANGenerator"
+    ):
         load_weights(network("mmgan"), tmp_path / "model.pt")
 
 
@@ -178,7 +180,7 @@ def test_losses_of_the_config_fall_on_one_batch(name: str, config: str) -> None:
 
 # -------------------------------------------------------------------------------------------------- MM-GAN's training
 def mmgan_trainer(discriminators: nn.Module | None) -> SimpleNamespace:
-    """What ``score`` and ``judge`` of the trainer read."""
+    """What ``score`` and ``compute_discriminator_loss`` of the trainer read."""
     return SimpleNamespace(
         discriminators=discriminators,
         discriminator_step=discriminators,
@@ -227,7 +229,7 @@ def test_generator_loss_of_the_config_counts_missing_contrasts_alone() -> None:
     loss: GeneratorLoss = parser.get_parsed_content("loss")
     output, batch = mmgan_batch()
     pred, discriminator = output["pred"], Sums()
-    scores = MMGANTrainer.score(mmgan_trainer(discriminator), output, batch)  # type: ignore[arg-type]
+    scores = MMGANTrainer.generator_scores(mmgan_trainer(discriminator), output, batch)  # type: ignore[arg-type]
     terms = loss(output, batch["target"], batch["label"], batch["has_contrast"], batch["has_mask"], fake_scores=scores)
     f, x = literal_stacks(pred, batch)
     judged = discriminator(f, x)
@@ -247,7 +249,7 @@ def test_generator_loss_of_the_config_counts_missing_contrasts_alone() -> None:
 def test_discriminator_learns_a_label_for_each_contrast_and_gives_the_generator_no_gradient() -> None:
     output, batch = mmgan_batch()
     discriminator = Sums()
-    judged = MMGANTrainer.judge(mmgan_trainer(discriminator), output, batch)  # type: ignore[arg-type]
+    judged = MMGANTrainer.compute_discriminator_loss(mmgan_trainer(discriminator), output, batch)  # type: ignore[arg-type]
     f, x = literal_stacks(output["pred"].detach(), batch)
     total = torch.zeros(())
     for b in range(14):
@@ -324,7 +326,7 @@ def test_configs_train_validate_infer_and_evaluate(
     given = nib.load(phantom_cohort / test_study / f"{test_study}_t1.nii.gz")
     assert made.shape == given.shape and made.get_fdata().max() > 0
 
-    overrides |= {"conventions": ["robust"], "lpips": False, "scenarios": ["FLAIR+T2"]}
+    overrides |= {"protocols": ["volume"], "lpips": False, "scenarios": ["FLAIR+T2"]}
     train_in_process([*configs, *config_files("evaluate")], overrides)
     with (tmp_path / "evaluation" / "scores.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "network"]

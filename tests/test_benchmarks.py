@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import TINY_CHANNELS
+
 from benchmarks import cli
 from benchmarks.inference import filled_network, network_case, scenario
 from benchmarks.measure import H100, Operation, PartClock, Parts, WorkCounter, markdown, work_of_batch
 from benchmarks.profiling import inference_parts, training_parts, training_work
 from benchmarks.reference import citim_against_literal
 from benchmarks.training import training_speed
-from builders import TINY_CHANNELS
 
 TINY = {"width": TINY_CHANNELS, "bank_size": 4, "image_size": 32}
 TINY_TRAINING = {**TINY, "batch_size": 2, "discriminator_channels": 4}

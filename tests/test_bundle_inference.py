@@ -28,8 +28,8 @@ from monai.transforms import Compose
 from test_inferer import TINY, load, write_study
 
 from scripts.contrasts import CONTRASTS, TUMOR_CLASSES
-from scripts.network import SSCFNet
-from scripts.weights import DEFAULT_SETTINGS, save_weights
+from scripts.networks.sscf import SSCFNet
+from scripts.networks.weights import DEFAULT_SETTINGS, save_weights
 
 CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
 META = BUNDLE_ROOT / "configs" / "metadata.json"

@@ -80,7 +80,7 @@ def test_training_from_the_repository_root_writes_models_scores_and_split(traine
 
 
 def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
-    overrides = tiny_run(phantom_cohort, trained, lpips=False, conventions=["paper"])
+    overrides = tiny_run(phantom_cohort, trained, lpips=False, protocols=["per_slice"])
     train_in_process(config_files("train", "evaluate"), overrides)
     report = json.loads((trained / "evaluation" / "metrics.json").read_text())
     (test_study,) = json.loads((trained / "split.json").read_text())["test"]
@@ -88,11 +88,11 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
     means = {
         (entry["method"], entry["score"]): entry["mean"]
         for entry in report["summary"]
-        if (entry["convention"], entry["region"], entry["group"]) == ("paper", "whole", "all")
+        if (entry["protocol"], entry["region"], entry["group"]) == ("per_slice", "whole", "all")
     }
     methods = {"network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert set(means) == {(method, score) for method in methods for score in ("psnr", "ssim", "nmse")}
-    # black images are the worst floor; every score is a number
+    # black images are the worst reference_method; every score is a number
     assert means["zero_filling", "psnr"] < min(means[method, "psnr"] for method in methods - {"zero_filling"})
     assert all(value == value for value in means.values())
     rows = read_csv(trained / "evaluation" / "scores.csv")

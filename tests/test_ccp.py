@@ -20,10 +20,11 @@ import pytest
 import torch
 from builders import all_availabilities, compute_in_float64, generator
 
-from scripts.ccp import CCP, active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 from scripts.contrasts import scenario_table
-from scripts.layers import channel_statistics
-from scripts.memory_bank import CompiledBank
+from scripts.networks.blocks import channel_statistics
+from scripts.networks.ccp import CCP
+from scripts.networks.memory_bank import CompiledBank
+from scripts.networks.retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 
 K = 4
 

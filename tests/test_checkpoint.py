@@ -20,8 +20,8 @@ from builders import assert_same, tiny_net
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.checkpoint import BestModel, LastModel, TrainingCheckpoint
-from scripts.weights import read_settings, with_weights
+from scripts.networks.weights import read_settings, with_weights
+from scripts.training.checkpoint import BestModel, LastModel, TrainingCheckpoint
 
 
 class Run:

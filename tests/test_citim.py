@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders import compute_in_float64, generator
 
-from scripts.citim import AFFINITY_EPS, CITIM, PredictionHead, affinity, class_prototypes
+from scripts.networks.citim import AFFINITY_EPS, CITIM, PredictionHead, affinity, class_prototypes
 
 K, C, CLASSES = 4, 8, 4
 LAYER_NORM_EPS = 1e-5

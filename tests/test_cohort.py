@@ -19,8 +19,8 @@ import pytest
 import torch
 from test_slices import TRANSFORM, write_study
 
-from scripts.cohort import Cohort, cohort_slices
-from scripts.datalist import PARTS
+from scripts.data.cohort import Cohort, cohort_slices
+from scripts.data.datalist import PARTS
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_given_split_file_goes_before_the_split_of_an_earlier_start(data: Path) 
 # ------------------------------------------------------------------------------------------------------------ slices
 def test_slices_of_a_part_are_those_of_its_studies(data: Path) -> None:
     made = cohort(data)
-    dataset = made.slices("training", choice="paper", count=2)
+    dataset = made.slices("training", choice="largest_tumor", count=2)
     assert dataset.studies == names(made)["training"] and len(dataset) == 2 * len(dataset.studies)
-    same = cohort_slices(made, "training", choice="paper", count=2)
+    same = cohort_slices(made, "training", choice="largest_tumor", count=2)
     assert torch.equal(same.index, dataset.index)
     assert len(made.slices("training", choice="brain")) > len(dataset)
 

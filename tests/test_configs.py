@@ -23,9 +23,9 @@ from builders import BUNDLE_ROOT, config_files, phantom_cohort, tiny_run  # noqa
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from scripts.inferer import inference_transforms
-from scripts.transforms import study_transforms
-from scripts.weights import DEFAULT_SETTINGS, NETWORK_SETTINGS, PREPROCESSING_SETTINGS
+from scripts.data.transforms import study_transforms
+from scripts.inference.inferer import inference_transforms
+from scripts.networks.weights import DEFAULT_SETTINGS, NETWORK_SETTINGS, PREPROCESSING_SETTINGS
 
 CONFIGS = BUNDLE_ROOT / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.json"))
@@ -151,7 +151,7 @@ def test_training_has_the_values_of_the_paper() -> None:
         "accumulation_steps": 1,
         "bank_size": 300,
         "image_size": 192,
-        "slice_choice": "paper",
+        "slice_choice": "largest_tumor",
         "slice_count": 20,
         "spatial_dims": 2,
     }
@@ -184,7 +184,7 @@ def test_training_and_inference_build_the_same_network_and_preprocessing() -> No
     parser.update({"ckpt_path": "no such file"})
     assert {name: parser.get_parsed_content(name) for name in names} == DEFAULT_SETTINGS
     assert train["preprocessing"] == {
-        "_target_": "scripts.transforms.study_transforms",
+        "_target_": "scripts.data.transforms.study_transforms",
         **{name: f"@{name}" for name in PREPROCESSING_SETTINGS},
     }
     assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == {
@@ -198,7 +198,11 @@ def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:
     disabled = [name for name in read("multi_gpu_train") if name.endswith("_disabled_")]
     meant = {name: train[name.rpartition("#")[0]]["_target_"] for name in disabled}
     logs = ["StatsHandler", "TensorBoardStatsHandler", "ignite.handlers.ProgressBar"]
-    shows = ["scripts.report.ScenarioPanels", "scripts.report.ScoreLog", "ignite.handlers.ProgressBar"]
+    shows = [
+        "scripts.evaluation.panels.ScenarioPanels",
+        "scripts.evaluation.panels.ScoreLog",
+        "ignite.handlers.ProgressBar",
+    ]
     assert [target for name, target in meant.items() if name.startswith("train#handlers#")] == logs
     assert [target for name, target in meant.items() if name.startswith("validate#handlers#")] == shows
     # none of these is left on for all processes

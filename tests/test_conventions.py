@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Scores of the conventions against scikit-image, MONAI, the lpips package, literal loops and closed forms."""
+"""Scores of the protocols against scikit-image, MONAI, the lpips package, literal loops and closed forms."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import alexnet
 
 from scripts.contrasts import StudyError
-from scripts.conventions import (
-    BraSynConvention,
-    PaperConvention,
+from scripts.evaluation.protocols import (
+    BraSynProtocol,
     PerceptualDistance,
-    RobustConvention,
+    PerSliceProtocol,
     StudyTruth,
+    VolumeProtocol,
     bounding_box,
     perceptual_distance,
     quantile_with_background,
@@ -82,24 +82,24 @@ def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
     return torch.where(truth.brain, (truth.images[:, k] + noise).clamp(0, 1), 0.0)
 
 
-def full_ssim(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def full_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """scikit-image's map with background around the image, as it pads by reflection itself."""
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (guess, truth))
+    padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (prediction, truth))
     _, similarity = structural_similarity(*padded, full=True, **options)
-    return similarity[tuple(slice(10, -10) for _ in guess.shape)]
+    return similarity[tuple(slice(10, -10) for _ in prediction.shape)]
 
 
 # -------------------------------------------------------------------------------------------------- building blocks
 @pytest.mark.parametrize("shape", [(20, 17), (13, 18, 15)])
 def test_ssim_map_is_that_of_monai_and_of_scikit_image(shape: tuple[int, ...]) -> None:
     dims = len(shape)
-    guess, truth = (torch.rand(shape, generator=generator(i), dtype=torch.float64) for i in (0, 1))
-    ours = ssim_map(guess, truth, dims)
-    theirs, _ = compute_ssim_and_cs(guess[None, None], truth[None, None], dims, [11] * dims, [1.5] * dims)
+    prediction, truth = (torch.rand(shape, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    ours = ssim_map(prediction, truth, dims)
+    theirs, _ = compute_ssim_and_cs(prediction[None, None], truth[None, None], dims, [11] * dims, [1.5] * dims)
     torch.testing.assert_close(ours, theirs[0, 0].double(), rtol=0, atol=2e-5)
-    padded = ssim_map(guess, truth, dims, margin=5)
-    np.testing.assert_allclose(padded.numpy(), full_ssim(guess.numpy(), truth.numpy()), atol=1e-9)
+    padded = ssim_map(prediction, truth, dims, margin=5)
+    np.testing.assert_allclose(padded.numpy(), full_ssim(prediction.numpy(), truth.numpy()), atol=1e-9)
     assert torch.equal(padded[tuple(slice(5, -5) for _ in shape)], ours)
 
 
@@ -191,16 +191,18 @@ def test_distance_with_the_real_weights_orders_distortions() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ paper
-def literal_paper(truth: StudyTruth, k: int, guess: torch.Tensor, model: lpips.LPIPS) -> dict[tuple[str, str], float]:
+def literal_paper(
+    truth: StudyTruth, k: int, prediction: torch.Tensor, model: lpips.LPIPS
+) -> dict[tuple[str, str], float]:
     collected: dict[tuple[str, str], list[float]] = {}
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         a, b = (torch.from_numpy(2 * v - 1).float()[None, None].expand(1, 3, -1, -1) for v in (a, b))
         return float(model(a, b))
 
-    for z in np.flatnonzero(truth.paper.numpy()):
+    for z in np.flatnonzero(truth.largest_tumor.numpy()):
         t = truth.images[z, k].double().numpy()
-        g = (guess[z].double().numpy() - t.min()) / (t.max() - t.min())
+        g = (prediction[z].double().numpy() - t.min()) / (t.max() - t.min())
         t = (t - t.min()) / (t.max() - t.min())
         values = {
             ("whole", "psnr"): peak_signal_noise_ratio(t, g, data_range=1.0),
@@ -234,13 +236,13 @@ def literal_paper(truth: StudyTruth, k: int, guess: torch.Tensor, model: lpips.L
 
 def test_paper_convention_is_the_literal_one(weights: Path) -> None:
     truth, distance = make_truth(), PerceptualDistance(weights)
-    convention = PaperConvention(distance)
-    convention.start(truth)
-    assert len(convention.crops) == 2  # boxes of two sizes
+    protocol = PerSliceProtocol(distance)
+    protocol.start(truth)
+    assert len(protocol.crops) == 2  # boxes of two sizes
     for k in (0, 3):
-        guess = make_guess(truth, k)
-        expected = literal_paper(truth, k, guess, distance.model)
-        scores = convention.score(k, guess)["paper"]
+        prediction = make_guess(truth, k)
+        expected = literal_paper(truth, k, prediction, distance.model)
+        scores = protocol.score(k, prediction)["per_slice"]
         assert set(scores) == set(expected) and len(expected) == 12
         for key, value in expected.items():
             assert float(scores[key]) == pytest.approx(value, rel=1e-4, abs=1e-5), key
@@ -248,25 +250,25 @@ def test_paper_convention_is_the_literal_one(weights: Path) -> None:
 
 def test_slices_where_the_truth_is_constant_are_left_out() -> None:
     truth = make_truth()
-    guess = make_guess(truth, 1)
-    convention = PaperConvention()
-    convention.start(truth._replace(paper=truth.paper & (torch.arange(SIZE[0]) != 4)))
-    expected = convention.score(1, guess)["paper"]
+    prediction = make_guess(truth, 1)
+    protocol = PerSliceProtocol()
+    protocol.start(truth._replace(largest_tumor=truth.largest_tumor & (torch.arange(SIZE[0]) != 4)))
+    expected = protocol.score(1, prediction)["per_slice"]
     truth.images[4, 1] = 0.3
-    convention.start(truth)
-    for key, value in convention.score(1, guess)["paper"].items():
+    protocol.start(truth)
+    for key, value in protocol.score(1, prediction)["per_slice"].items():
         assert float(value) == pytest.approx(float(expected[key]), rel=1e-5), key
 
 
 # ----------------------------------------------------------------------------------------------------------- robust
 def test_robust_convention_is_the_literal_one() -> None:
     truth = make_truth()
-    convention = RobustConvention()
-    convention.start(truth)
+    protocol = VolumeProtocol()
+    protocol.start(truth)
     for k in (1, 2):
-        guess = make_guess(truth, k)
-        scores = convention.score(k, guess)["robust"]
-        t, g = truth.images[:, k].double().numpy(), guess.double().numpy()
+        prediction = make_guess(truth, k)
+        scores = protocol.score(k, prediction)["volume"]
+        t, g = truth.images[:, k].double().numpy(), prediction.double().numpy()
         similarity = full_ssim(g, t)
         assert len(scores) == 6
         for region, m in (("whole", truth.brain.numpy()), ("tumor", truth.tumor.numpy())):
@@ -287,10 +289,10 @@ def test_robust_convention_is_the_literal_one() -> None:
 )
 def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int, int] | None, first: int) -> None:
     truth, k = make_truth()._replace(first=first), 3
-    guess = make_guess(truth, k)
-    convention = BraSynConvention(cuboid)
-    convention.start(truth)
-    scores = convention.score(k, guess)
+    prediction = make_guess(truth, k)
+    protocol = BraSynProtocol(cuboid)
+    protocol.start(truth)
+    scores = protocol.score(k, prediction)
     shape, z = SIZE, 0
     if cuboid is not None:
         shape, z = (max(cuboid[2], first + SIZE[0]), max(cuboid[0], SIZE[1]), max(cuboid[1], SIZE[2])), first
@@ -301,7 +303,7 @@ def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int,
         out[z : z + SIZE[0], y : y + SIZE[1], x : x + SIZE[2]] = image.numpy()
         return out
 
-    t, g, m = whole(truth.images[:, k]), whole(guess), whole(truth.tumor) > 0
+    t, g, m = whole(truth.images[:, k]), whole(prediction), whole(truth.tumor) > 0
 
     def own(image: np.ndarray) -> np.ndarray:
         low, high = np.percentile(image, (0.5, 99.5))
@@ -323,23 +325,23 @@ def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int,
 
 def test_own_scaling_is_blind_to_intensity_and_the_reference_scaling_is_not() -> None:
     truth = make_truth()
-    convention = BraSynConvention((60, 56, 30))
-    convention.start(truth)
-    scores = convention.score(1, truth.images[:, 1] / 2)
+    protocol = BraSynProtocol((60, 56, 30))
+    protocol.start(truth)
+    scores = protocol.score(1, truth.images[:, 1] / 2)
     assert float(scores["brasyn"]["healthy", "ssim"]) == pytest.approx(1, abs=1e-5)
     assert float(scores["brasyn_reference"]["tumor", "psnr"]) < 15
 
 
 # ----------------------------------------------------------------------------------------------------- closed forms
 def all_conventions(weights: Path) -> list:
-    return [PaperConvention(PerceptualDistance(weights)), RobustConvention(), BraSynConvention((60, 56, 30))]
+    return [PerSliceProtocol(PerceptualDistance(weights)), VolumeProtocol(), BraSynProtocol((60, 56, 30))]
 
 
 def test_identical_images_have_the_best_scores(weights: Path) -> None:
-    truth, conventions = make_truth(), all_conventions(weights)
-    for convention in conventions:
-        convention.start(truth)
-    scores = volume_scores(conventions, 2, truth.images[:, 2], available=3)
+    truth, protocols = make_truth(), all_conventions(weights)
+    for protocol in protocols:
+        protocol.start(truth)
+    scores = volume_scores(protocols, 2, truth.images[:, 2], available=3)
     best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0}
     assert len(scores) == 12 + 6 + 2 + 3
     for key, value in scores.items():
@@ -350,10 +352,10 @@ def test_identical_images_have_the_best_scores(weights: Path) -> None:
 def test_constant_offset_has_a_known_psnr(offset: float) -> None:
     truth = make_truth()
     images = torch.where(truth.brain.unsqueeze(1), 0.3 + 0.4 * truth.images, 0.0)
-    convention = RobustConvention()
-    convention.start(truth._replace(images=images))
-    guess = torch.where(truth.brain, images[:, 0] + offset, 0.0)
-    scores = convention.score(0, guess)["robust"]
+    protocol = VolumeProtocol()
+    protocol.start(truth._replace(images=images))
+    prediction = torch.where(truth.brain, images[:, 0] + offset, 0.0)
+    scores = protocol.score(0, prediction)["volume"]
     for region in ("whole", "tumor"):
         inside = truth.brain if region == "whole" else truth.tumor & truth.brain
         outside = 0 if region == "whole" else int((truth.tumor & ~truth.brain).sum())
@@ -365,19 +367,19 @@ def test_constant_offset_has_a_known_psnr(offset: float) -> None:
 def test_study_without_tumor_has_no_region_scores(weights: Path) -> None:
     truth = make_truth()
     truth = truth._replace(tumor=torch.zeros_like(truth.tumor))
-    conventions = all_conventions(weights)
-    for convention in conventions:
-        convention.start(truth)
-    scores = volume_scores(conventions, 0, make_guess(truth, 0), available=3)
+    protocols = all_conventions(weights)
+    for protocol in protocols:
+        protocol.start(truth)
+    scores = volume_scores(protocols, 0, make_guess(truth, 0), available=3)
     finite = {key for key, value in scores.items() if bool(value.isfinite())}
-    assert {key[:2] for key in finite} == {("paper", "whole"), ("robust", "whole")}
+    assert {key[:2] for key in finite} == {("per_slice", "whole"), ("volume", "whole")}
     assert len(finite) == 4 + 3
 
 
 def test_convention_is_computed_in_its_scenarios_alone() -> None:
     truth = make_truth()
-    conventions = [RobustConvention(), BraSynConvention()]
-    for convention in conventions:
-        convention.start(truth)
-    names = [{key[0] for key in volume_scores(conventions, 0, make_guess(truth, 0), available=n)} for n in (1, 2, 3)]
-    assert names == [{"robust"}, {"robust"}, {"robust", "brasyn", "brasyn_reference"}]
+    protocols = [VolumeProtocol(), BraSynProtocol()]
+    for protocol in protocols:
+        protocol.start(truth)
+    names = [{key[0] for key in volume_scores(protocols, 0, make_guess(truth, 0), available=n)} for n in (1, 2, 3)]
+    assert names == [{"volume"}, {"volume"}, {"volume", "brasyn", "brasyn_reference"}]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from scripts.contrasts import StudyError
-from scripts.datalist import PARTS, find_studies, patient_of, single_study, split_patients, write_split
+from scripts.data.datalist import PARTS, find_studies, patient_of, single_study, split_patients, write_split
 
 BRATS_2021 = {key: f"BraTS2021_00031_{key}.nii.gz" for key in ("flair", "t1", "t1ce", "t2", "seg")}
 BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
@@ -25,7 +25,7 @@ UCSF_BMSR = {"flair": "FLAIR", "t1": "T1pre", "t1ce": "T1post", "t2": "T2Synth",
 BIDS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-gadolinium_T1w", "t2": "T2w", "seg": "dseg"}
 
 # folder, names of the files of each key, files to be ignored, study, patient, synthesized contrasts
-CONVENTIONS = {
+PROTOCOLS = {
     "BraTS 2018": (
         "HGG/Brats18_2013_21_1",
         {key: f"Brats18_2013_21_1_{key}.nii.gz" for key in BRATS_2021},
@@ -105,9 +105,9 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_name_conventions(tmp_path, convention):
-    folder, names, ignored, study, patient, synthesized = CONVENTIONS[convention]
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_name_conventions(tmp_path, protocol):
+    folder, names, ignored, study, patient, synthesized = PROTOCOLS[protocol]
     where = touch(tmp_path / folder, *names.values(), *ignored)
     (item,) = find_studies(tmp_path)
     expected = {"study": study, "patient": patient, **{key: str(where / name) for key, name in names.items()}}

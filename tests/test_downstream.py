@@ -23,9 +23,12 @@ from builders import TINY_RUN, config_files, generator, phantom_cohort, tiny_run
 from monai.bundle import ConfigParser
 from torch import nn
 
-from scripts.baselines import PlainUNet
 from scripts.contrasts import SCENARIOS, scenario_name
-from scripts.downstream import (
+from scripts.data.slices import CachedStudy, PreparedSlices, SliceDataset
+from scripts.evaluation.metrics import mean_of_available, zero_filling
+from scripts.networks.weights import save_weights
+from scripts.research.baselines import PlainUNet
+from scripts.research.downstream import (
     BrainInferer,
     DownstreamScores,
     build_segmenter,
@@ -34,9 +37,6 @@ from scripts.downstream import (
     segmentation_batch,
     study_dice,
 )
-from scripts.metrics import mean_of_available, zero_filling
-from scripts.slices import CachedStudy, PreparedSlices, SliceDataset
-from scripts.weights import save_weights
 
 SIZE = 6
 #: Classes of each region, written out here once more.
@@ -103,20 +103,22 @@ TARGET[:, 1, :, 1] = -1.0  # the brain of T1 alone is smaller
 LABEL = torch.randint(0, 4, (3, 1, SIZE, SIZE), generator=generator(1)).to(torch.uint8)
 LABEL[LABEL == 2] = 0  # no ET
 PREDICTED = torch.rand((14, 3, 7, SIZE, SIZE), generator=generator(2)) * 1.8 - 0.9
-FLOORS = {"mean": mean_of_available, "zero": zero_filling}
+REFERENCE_METHODS = {"mean": mean_of_available, "zero": zero_filling}
 
 
-def scored(path: Path, target: torch.Tensor = TARGET, floors: dict = FLOORS, batch_size: int = 2) -> DownstreamScores:
+def scored(
+    path: Path, target: torch.Tensor = TARGET, reference_methods: dict = REFERENCE_METHODS, batch_size: int = 2
+) -> DownstreamScores:
     """Scores of all scenarios; where the target has NaN, the real contrasts are not scored."""
     path.write_bytes(b"weights")
-    scores = DownstreamScores(Segmenter(), path, floors, batch_size)
+    scores = DownstreamScores(Segmenter(), path, reference_methods, batch_size)
     study = {
         "study": "s",
         "patient": "p",
         "label": LABEL,
         "has_contrast": torch.ones(4, dtype=torch.bool),
         "has_mask": torch.tensor(True),
-        "paper": torch.ones(3, dtype=torch.bool),
+        "largest_tumor": torch.ones(3, dtype=torch.bool),
         "first": 0,
     }
     for k, scenario in enumerate(SCENARIOS):
@@ -150,7 +152,7 @@ def test_dice_of_every_scenario_equals_a_literal_loop(tmp_path: Path) -> None:
         assert values["real", "FLAIR+T1+T1ce+T2", region] == pytest.approx(real)
     for s, scenario in enumerate(SCENARIOS):
         given = [k for k in range(4) if scenario[k]]
-        for method in ("network", *FLOORS):
+        for method in ("network", *REFERENCE_METHODS):
             filled = TARGET.clone()
             for z in range(3):
                 brain = torch.stack([TARGET[z, k] > -1 for k in given]).any(dim=0)
@@ -165,10 +167,13 @@ def test_dice_of_every_scenario_equals_a_literal_loop(tmp_path: Path) -> None:
 
 
 def test_missing_truth_reaches_no_score_of_a_scenario(tmp_path: Path) -> None:
-    # a floor that would read the missing contrasts too
-    floors = {**FLOORS, "sum": lambda images, available: images.sum(dim=1, keepdim=True).expand_as(images)}
-    scores = scored(tmp_path / "s.pt", floors=floors)
-    hidden = DownstreamScores(Segmenter(), tmp_path / "s.pt", floors)
+    # a reference_method that would read the missing contrasts too
+    reference_methods = {
+        **REFERENCE_METHODS,
+        "sum": lambda images, available: images.sum(dim=1, keepdim=True).expand_as(images),
+    }
+    scores = scored(tmp_path / "s.pt", reference_methods=reference_methods)
+    hidden = DownstreamScores(Segmenter(), tmp_path / "s.pt", reference_methods)
     hidden.studies.append("s")  # as if the real contrasts were already scored
     for k, scenario in enumerate(SCENARIOS):
         available = torch.tensor(scenario, dtype=torch.bool).expand(3, -1)
@@ -194,8 +199,8 @@ def test_the_batch_size_changes_nothing_and_background_has_no_tumor(tmp_path: Pa
 
 def test_facts_name_the_segmenter_and_the_studies_with_a_region(tmp_path: Path) -> None:
     scores = scored(tmp_path / "s.pt")
-    (convention,) = scores.conventions
-    assert hashlib.sha256(b"weights").hexdigest() in convention.definitions()["downstream"]
+    (protocol,) = scores.protocols
+    assert hashlib.sha256(b"weights").hexdigest() in protocol.definitions()["downstream"]
     assert scores.regions == {"WT": 1, "TC": 1} and scores.studies == ["s"]
 
 
@@ -275,10 +280,10 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
         rows = list(csv.DictReader(file))
     methods = {"real", "network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert {row["method"] for row in rows} == methods and len(rows) == (1 + 14 * 4) * 3
-    assert {(row["convention"], row["score"]) for row in rows} == {("downstream", "dice")}
+    assert {(row["protocol"], row["score"]) for row in rows} == {("downstream", "dice")}
     facts = report["facts"]
     assert facts["studies"] == json.loads((tmp_path / "split.json").read_text())["test"]
-    assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in facts["conventions"]["downstream"]
+    assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in facts["protocols"]["downstream"]
     overall = {e["method"]: e["mean"] for e in report["summary"] if (e["group"], e["of"]) == ("all", "all")}
     assert set(overall) == methods
     mean = sum(float(r["value"]) for r in rows if r["method"] == "network") / 42

@@ -28,8 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, scenario_name, scenario_table
-from scripts.conventions import RobustConvention, StudyTruth, region_dice
-from scripts.evaluator import (
+from scripts.evaluation.bootstrap import COLUMNS, read_scores
+from scripts.evaluation.evaluator import (
     ScenarioEvaluator,
     ScenarioSlices,
     SliceEvaluator,
@@ -38,9 +38,9 @@ from scripts.evaluator import (
     StudyVolumes,
     UnseenPatients,
 )
-from scripts.metrics import ScenarioScores, fill_background, mean_of_available, zero_filling
-from scripts.network import SSCFNet, network_input, read_availability
-from scripts.statistics import COLUMNS, read_scores
+from scripts.evaluation.metrics import ScenarioScores, fill_background, mean_of_available, zero_filling
+from scripts.evaluation.protocols import StudyTruth, VolumeProtocol, region_dice
+from scripts.networks.sscf import SSCFNet, network_input, read_availability
 
 SIZE = (32, 32)
 
@@ -193,7 +193,7 @@ class Cached(Dataset):
 
 
 class Chosen:
-    """The slices of the choice ``paper``."""
+    """The slices of the choice ``largest_tumor``."""
 
     def __init__(self, data: Cached) -> None:
         self.slice_ids = data.slice_ids[[0, 1, 3]]
@@ -214,14 +214,14 @@ def test_study_is_its_slices_in_order() -> None:
     assert (item["study"], item["patient"], item["first"]) == ("a", "patient a", 4)
     for key in ("target", "label"):
         assert torch.equal(item[key], torch.stack([data[i][key] for i in (4, 2, 0)]))
-    assert item["paper"].tolist() == [False, False, True]
+    assert item["largest_tumor"].tolist() == [False, False, True]
     assert studies[1]["has_contrast"].tolist() == [True, False, True, True]
     assert bool(studies[1]["has_mask"]) and not bool(studies[2]["has_mask"])
 
 
 def test_slice_without_brain_between_others_is_background_in_a_whole_study() -> None:
     data, item = Cached(), volumes()[0]
-    assert item["target"].shape == (4, 4, *SIZE) and item["paper"].tolist() == [False, False, False, True]
+    assert item["target"].shape == (4, 4, *SIZE) and item["largest_tumor"].tolist() == [False, False, False, True]
     for z, row in ((0, 4), (1, 2), (3, 0)):
         assert torch.equal(item["target"][z], data[row]["target"])
         assert torch.equal(item["label"][z], data[row]["label"])
@@ -293,7 +293,7 @@ def filled_in(scenario: str, index: int = 0) -> dict[str, Any]:
 
 
 def test_rows_are_the_scores_of_the_network_and_the_floors_on_one_background() -> None:
-    scores = StudyScores([RobustConvention()], {"mean_of_available": mean_of_available, "zero_filling": zero_filling})
+    scores = StudyScores([VolumeProtocol()], {"mean_of_available": mean_of_available, "zero_filling": zero_filling})
     outputs = [filled_in("FLAIR+T2"), filled_in("T1"), filled_in("FLAIR+T2", index=1)]
     for output in outputs:
         scores.update(output)
@@ -310,21 +310,21 @@ def test_rows_are_the_scores_of_the_network_and_the_floors_on_one_background() -
     ]
     output, t1ce = outputs[0], CONTRASTS.index("T1ce")
     target, available = output["target"], output["available"]
-    truth = StudyTruth((target + 1) / 2, (target > -1).any(1), output["label"][:, 0] > 0, output["paper"])
-    convention = RobustConvention()
-    convention.start(truth)
-    guesses = {
+    truth = StudyTruth((target + 1) / 2, (target > -1).any(1), output["label"][:, 0] > 0, output["largest_tumor"])
+    protocol = VolumeProtocol()
+    protocol.start(truth)
+    predictions = {
         "network": output["pred"][:, :4],
         "mean_of_available": ((target[:, 0] + target[:, 3]) / 2).unsqueeze(1).expand_as(target),
         "zero_filling": torch.full_like(target, -1.0),
     }
-    for method, guess in guesses.items():
-        filled = (fill_background(guess, target, available)[:, t1ce] + 1) / 2
+    for method, prediction in predictions.items():
+        filled = (fill_background(prediction, target, available)[:, t1ce] + 1) / 2
         part = frame[(frame["study"] == "a") & (frame["scenario"] == "FLAIR+T2") & (frame["of"] == "T1ce")]
         part = part[part["method"] == method].set_index(["region", "score"])["value"]
-        for key, value in convention.score(t1ce, filled)["robust"].items():
+        for key, value in protocol.score(t1ce, filled)["volume"].items():
             assert part[key] == pytest.approx(float(value)), (method, key)
-    dice = frame[frame["convention"] == "segmentation"]
+    dice = frame[frame["protocol"] == "segmentation"]
     assert set(dice["method"]) == {"network"} and len(dice) == 3 * 3
     expected = region_dice(output["pred"][:, 4:], output["label"]).tolist()
     assert dice["value"].tolist()[:3] == pytest.approx(expected) and dice["of"].tolist()[:3] == list(REGIONS)
@@ -333,11 +333,11 @@ def test_rows_are_the_scores_of_the_network_and_the_floors_on_one_background() -
 def test_missing_contrasts_reach_no_floor_and_no_mask_gives_no_region() -> None:
     seen = []
 
-    def floor(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    def reference_method(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
         seen.append(target.clone())
         return zero_filling(target, available)
 
-    scores = StudyScores([RobustConvention()], {"floor": floor})
+    scores = StudyScores([VolumeProtocol()], {"reference_method": reference_method})
     output = filled_in("T1ce+T2", index=2)
     scores.update(output)
     assert bool((seen[0][:, :2] == -1).all()) and torch.equal(seen[0][:, 2:], output["target"][:, 2:])
@@ -390,10 +390,10 @@ def test_evaluation_of_a_bundle_writes_all_conventions_and_floors(
 ) -> None:
     evaluate_bundle(phantom_cohort, tmp_path, scenarios=["FLAIR+T1+T2", "T1ce"])
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
-    assert set(frame["convention"]) == {"paper", "robust", "brasyn", "brasyn_reference", "segmentation"}
+    assert set(frame["protocol"]) == {"per_slice", "volume", "brasyn", "brasyn_reference", "segmentation"}
     assert set(frame["method"]) == {"network", "mean_of_available", "nearest_contrast", "zero_filling"}
-    assert set(frame.loc[frame["convention"] == "brasyn", "scenario"]) == {"FLAIR+T1+T2"}
-    assert set(frame.loc[frame["convention"] == "robust", "scenario"]) == {"FLAIR+T1+T2", "T1ce"}
+    assert set(frame.loc[frame["protocol"] == "brasyn", "scenario"]) == {"FLAIR+T1+T2"}
+    assert set(frame.loc[frame["protocol"] == "volume", "scenario"]) == {"FLAIR+T1+T2", "T1ce"}
     assert np.isfinite(frame["value"]).all() and "lpips" not in set(frame["score"])
     report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     facts = report["facts"]
@@ -402,13 +402,13 @@ def test_evaluation_of_a_bundle_writes_all_conventions_and_floors(
     assert facts["studies"] == split["test"]
     names = json.dumps({part: sorted(split[part]) for part in ("test", "training", "validation")})
     assert facts["split"] == hashlib.sha256(names.encode()).hexdigest() and facts["amp"] is False
-    psnr = frame[(frame["method"] == "network") & (frame["convention"] == "robust") & (frame["region"] == "whole")]
+    psnr = frame[(frame["method"] == "network") & (frame["protocol"] == "volume") & (frame["region"] == "whole")]
     psnr = psnr[psnr["score"] == "psnr"].groupby("scenario")["value"].mean().mean()
     (entry,) = [
         e
         for e in report["summary"]
-        if (e["method"], e["convention"], e["region"], e["score"], e["group"])
-        == ("network", "robust", "whole", "psnr", "all")
+        if (e["method"], e["protocol"], e["region"], e["score"], e["group"])
+        == ("network", "volume", "whole", "psnr", "all")
     ]
     assert entry["mean"] == pytest.approx(psnr)
 
@@ -417,14 +417,14 @@ def test_conventions_of_whole_volumes_are_left_out_where_there_are_none(
     phantom_cohort: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    changes = {"scenarios": ["T1"], "floors": ["zero_filling"]}
-    evaluate_bundle(phantom_cohort, tmp_path, evaluated_slices="paper", slice_count=3, **changes)
-    robust = {"conventions": ["robust"], "report_dir": str(tmp_path / "robust")}
+    changes = {"scenarios": ["T1"], "reference_methods": ["zero_filling"]}
+    evaluate_bundle(phantom_cohort, tmp_path, evaluated_slices="largest_tumor", slice_count=3, **changes)
+    robust = {"protocols": ["volume"], "report_dir": str(tmp_path / "volume")}
     evaluate_bundle(phantom_cohort, tmp_path, **changes, **robust)
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
-    assert set(frame["convention"]) == {"paper", "segmentation"}
+    assert set(frame["protocol"]) == {"per_slice", "segmentation"}
     assert set(frame["method"]) == {"network", "zero_filling"}
-    assert set(read_scores(tmp_path / "robust" / "scores.csv")["convention"]) == {"robust", "segmentation"}
+    assert set(read_scores(tmp_path / "volume" / "scores.csv")["protocol"]) == {"volume", "segmentation"}
     # a network that makes no images
-    evaluate_bundle(phantom_cohort, tmp_path, **changes, conventions=[], report_dir=str(tmp_path / "mask"))
-    assert set(read_scores(tmp_path / "mask" / "scores.csv")["convention"]) == {"segmentation"}
+    evaluate_bundle(phantom_cohort, tmp_path, **changes, protocols=[], report_dir=str(tmp_path / "mask"))
+    assert set(read_scores(tmp_path / "mask" / "scores.csv")["protocol"]) == {"segmentation"}

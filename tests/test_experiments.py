@@ -26,12 +26,12 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from test_tables import FACTS, make_scores
 
-import scripts.stages
+import scripts.training.stages
 from scripts.contrasts import StudyError
-from scripts.datalist import PARTS, cross_validation_splits
-from scripts.experiments import Experiments
-from scripts.stages import TimeLimit, with_shared_weights
-from scripts.tables import KINDS
+from scripts.data.datalist import PARTS, cross_validation_splits
+from scripts.research.experiments import Experiments
+from scripts.research.tables import KINDS
+from scripts.training.stages import TimeLimit, with_shared_weights
 
 CONFIG = json.loads((BUNDLE_ROOT / "configs" / "experiments.json").read_text())
 ABLATIONS = sorted(path.stem for path in (BUNDLE_ROOT / "configs" / "ablations").glob("*.json"))
@@ -254,14 +254,16 @@ def test_bank_larger_than_the_training_slices_is_not_run(data: Path) -> None:
 
 
 def test_what_only_an_evaluation_reads_does_not_belong_to_the_training(data: Path) -> None:
-    rows = {"first": {"evaluation_overrides": {"floors": []}}}
-    evaluations = {"evaluation": {**CONFIG["evaluations"]["evaluation"], "overrides": {"floors": ["zero_filling"]}}}
+    rows = {"first": {"evaluation_overrides": {"reference_methods": []}}}
+    evaluations = {
+        "evaluation": {**CONFIG["evaluations"]["evaluation"], "overrides": {"reference_methods": ["zero_filling"]}}
+    }
     runner = experiments(data, experiments=rows, names="first", seeds=[0], folds=None, evaluations=evaluations)
     runner.run()
     folder = runner.directory("first", 0, 0)
-    assert "floors" not in json.loads((folder / "training.told.json").read_text())
-    assert json.loads((folder / "evaluation.told.json").read_text())["floors"] == []
-    # so that other floors are only evaluated anew
+    assert "reference_methods" not in json.loads((folder / "training.told.json").read_text())
+    assert json.loads((folder / "evaluation.told.json").read_text())["reference_methods"] == []
+    # so that other reference_methods are only evaluated anew
     again = experiments(data, experiments={"first": {}}, names="first", seeds=[0], folds=None, evaluations=evaluations)
     again.run()
     assert [command[0] for command in again.commands] == ["evaluating"]
@@ -272,7 +274,7 @@ def test_minutes_replace_the_end_of_the_epochs(data: Path) -> None:
     runner.run()
     told = json.loads((runner.directory("first", 0, 0) / "training.told.json").read_text())
     # the share of the experiment is one half
-    assert told["train"]["handlers"][-1] == {"_target_": "scripts.stages.TimeLimit", "minutes": 1.5}
+    assert told["train"]["handlers"][-1] == {"_target_": "scripts.training.stages.TimeLimit", "minutes": 1.5}
     assert told["resume"] is False
 
 
@@ -355,7 +357,7 @@ def test_experiments_name_configs_and_tables_name_experiments() -> None:
     assert all((BUNDLE_ROOT / "configs" / f"{config}.json").is_file() for config in named)
     assert {f"ablations/{name}" for name in ABLATIONS} <= named
     for one in CONFIG["tables"].values():
-        assert set(one["rows"]) <= set(known) and one["kind"] in {*KINDS, "conventions"}
+        assert set(one["rows"]) <= set(known) and one["kind"] in {*KINDS, "protocols"}
         assert one.get("reference", "sscf") in known
     assert {name for names in CONFIG["sets"].values() for name in names} <= set(known)
     assert not set(CONFIG["sets"]) & set(known)  # a name is of one or the other
@@ -384,7 +386,7 @@ def test_ablation_changes_the_training_and_its_network_runs(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- stages
 def test_training_ends_when_its_minutes_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(scripts.stages.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scripts.training.stages.time, "monotonic", lambda: now[0])
     completed: list[int] = []
 
     def step(*_: object) -> None:

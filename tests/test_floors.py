@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Histogram matching against scikit-image, the order of similarity, and what the floor may read."""
+"""Histogram matching against scikit-image, the order of similarity, and what the reference_method may read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from builders import generator
 from skimage.exposure import match_histograms
 
 from scripts.contrasts import CONTRASTS
-from scripts.floors import LEVELS, SIMILARITY, NearestContrast, brain_histogram, matching_table, mean_histograms
+from scripts.evaluation.reference_methods import (
+    LEVELS,
+    SIMILARITY,
+    NearestContrast,
+    brain_histogram,
+    matching_table,
+    mean_histograms,
+)
 
 
 def on_levels(shape: tuple[int, ...], seed: int, power: float = 1.0) -> torch.Tensor:

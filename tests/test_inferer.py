@@ -28,24 +28,24 @@ from monai.data import DataLoader, ITKWriter, MetaTensor
 from monai.data.utils import no_collation
 from torch import nn
 
-from scripts import inferer as module
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
-from scripts.inferer import (
+from scripts.data.randomness import stable_hash
+from scripts.inference import inferer as module
+from scripts.inference.inferer import (
     BrainSliceInferer,
     FindStudyd,
     FinishPredictiond,
     StudyDataset,
     StudyEvaluator,
     StudyWriter,
-    fill_in,
+    exit_on_user_error,
     inference_transforms,
     list_studies,
-    or_exit,
     prediction_transforms,
+    synthesize_study,
 )
-from scripts.network import SSCFNet
-from scripts.randomness import stable_hash
-from scripts.weights import DEFAULT_SETTINGS, load_weights, save_weights
+from scripts.networks.sscf import SSCFNet
+from scripts.networks.weights import DEFAULT_SETTINGS, load_weights, save_weights
 
 SHAPE = (40, 36, 6)
 TINY = {"channels": [4, 8, 8, 8, 8], "bank_size": 5}
@@ -110,7 +110,7 @@ class CopyNet(nn.Module):
 
 def fill_with(network, paths, output_dir, **options):
     options = {"preprocessing": inference_transforms(image_size=48), **options}
-    return fill_in(**paths, output_dir=output_dir, network=network, device="cpu", **options)
+    return synthesize_study(**paths, output_dir=output_dir, network=network, device="cpu", **options)
 
 
 def evaluate(items, output_dir, network=None, writer=None, num_workers=0, **options) -> StudyEvaluator:
@@ -719,7 +719,7 @@ def test_what_to_fill_in(tmp_path):
         with pytest.raises(StudyError, match=words):
             list_studies(**arguments)
         with pytest.raises(SystemExit, match=words):
-            or_exit(lambda arguments=arguments: list_studies(**arguments))
+            exit_on_user_error(lambda arguments=arguments: list_studies(**arguments))
     paths = write_study(tmp_path / "in", ["t1"])
     (item,) = list_studies(tmp_path / "nowhere", **paths, study=12)
     assert item["study"] == "12" and item["t1"] == paths["t1"]
@@ -731,7 +731,9 @@ def test_fill_in_raises_one_sentence(tmp_path):
     with pytest.raises(StudyError, match="cannot be read"):
         fill_with(CopyNet(), paths, tmp_path / "out")
     with pytest.raises(StudyError, match="train first"):
-        fill_in(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt", settings=DEFAULT_SETTINGS | TINY)
+        synthesize_study(
+            **paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt", settings=DEFAULT_SETTINGS | TINY
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -739,5 +741,5 @@ def test_fill_in_takes_the_settings_beside_the_weights(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"], "GOOD")
     torch.manual_seed(0)
     save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {**TINY, "image_size": 48})
-    written = fill_in(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    written = synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
     assert sorted(written) == ["flair", "seg", "t1ce"]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders import generator
 
-from scripts.layers import Decoder, Encoder, channel_statistics, masked_mean
+from scripts.networks.blocks import Decoder, Encoder, channel_statistics, masked_mean
 
 CHANNELS = (4, 8, 8, 8, 16)
 

@@ -30,9 +30,11 @@ from builders import (
 )
 from monai.networks.nets import PatchDiscriminator
 
-from scripts.citim import PredictionHead
 from scripts.contrasts import scenario_table
-from scripts.losses import (
+from scripts.data.randomness import hash_uniform
+from scripts.networks.citim import PredictionHead
+from scripts.networks.memory_bank import BankEntries, MemoryBank
+from scripts.training.losses import (
     DiscriminatorLoss,
     Discriminators,
     Draw,
@@ -42,8 +44,6 @@ from scripts.losses import (
     draw_entries,
     set_mean,
 )
-from scripts.memory_bank import BankEntries, MemoryBank
-from scripts.randomness import hash_uniform
 
 K, CLASSES = 4, 4
 

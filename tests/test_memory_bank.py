@@ -20,8 +20,8 @@ import pytest
 import torch
 from builders import random_entries
 
-from scripts.memory_bank import BankEntries, MemoryBank
-from scripts.network import SSCFNet
+from scripts.networks.memory_bank import BankEntries, MemoryBank
+from scripts.networks.sscf import SSCFNet
 
 FLOAT_FIELDS = ("key", "mean", "std", "prototype", "class_map")
 

@@ -20,14 +20,13 @@ import torch
 from builders import generator
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, scenario_name
-from scripts.metrics import (
+from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, label_map, scenario_name
+from scripts.evaluation.metrics import (
     MAX_PSNR,
     ScenarioScores,
     fill_background,
-    floor_output,
-    label_map,
     mean_of_available,
+    reference_output,
     zero_filling,
 )
 
@@ -89,10 +88,10 @@ def as_slice(image: torch.Tensor) -> np.ndarray:
     return np.clip((image.double().numpy() + 1) / 2, 0, 1)
 
 
-def literal_ssim(guess: np.ndarray, truth: np.ndarray) -> float:
+def literal_ssim(prediction: np.ndarray, truth: np.ndarray) -> float:
     """The mean over the windows that lie in the slice (scikit-image's full map also has those that are padded)."""
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    _, full = structural_similarity(guess, truth, full=True, **options)
+    _, full = structural_similarity(prediction, truth, full=True, **options)
     return float(full[5:-5, 5:-5].mean())
 
 
@@ -104,10 +103,10 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     tables = score(batch).tables()
     for i in range(3):
         for k in range(2):
-            guess, truth = as_slice(batch["pred"][i, k]), as_slice(batch["target"][i, k])
-            expected = peak_signal_noise_ratio(truth, guess, data_range=1.0)
+            prediction, truth = as_slice(batch["pred"][i, k]), as_slice(batch["target"][i, k])
+            expected = peak_signal_noise_ratio(truth, prediction, data_range=1.0)
             assert float(tables["psnr"][i, T1CE_T2, k]) == pytest.approx(expected, abs=1e-4)
-            assert float(tables["ssim"][i, T1CE_T2, k]) == pytest.approx(literal_ssim(guess, truth), abs=2e-5)
+            assert float(tables["ssim"][i, T1CE_T2, k]) == pytest.approx(literal_ssim(prediction, truth), abs=2e-5)
     assert tables["psnr"][:, T1CE_T2, 2:].isnan().all() and tables["ssim"][:, T1CE_T2, 2:].isnan().all()
     assert int((~tables["psnr"].isnan()).sum()) == 6
 
@@ -206,8 +205,8 @@ def literal_scores(batch: dict[str, torch.Tensor]) -> dict[str, float]:
         for k in range(4):
             if k not in given and bool(batch["has_contrast"][i, k]):
                 truth = as_slice(batch["target"][i, k])
-                guess = np.where(brain, as_slice(batch["pred"][i, k]), 0.0)
-                pair = (peak_signal_noise_ratio(truth, guess, data_range=1.0), literal_ssim(guess, truth))
+                prediction = np.where(brain, as_slice(batch["pred"][i, k]), 0.0)
+                pair = (peak_signal_noise_ratio(truth, prediction, data_range=1.0), literal_ssim(prediction, truth))
                 images[scenario, k, study].append(pair)
         if bool(batch["has_mask"][i]):
             classes = batch["pred"][i, 4:].numpy()
@@ -324,7 +323,7 @@ def test_floors() -> None:
 def test_floor_takes_the_place_of_the_images_and_has_no_mask() -> None:
     batch = make_batch(5)
     before = batch["pred"].clone()
-    output = floor_output(mean_of_available)(batch)
+    output = reference_output(mean_of_available)(batch)
     assert torch.equal(output["pred"][:, :4], mean_of_available(batch["target"], batch["available"]))
     assert float(output["pred"][:, 4:].abs().sum()) == 0 and torch.equal(batch["pred"], before)
     assert all(output[key] is batch[key] for key in batch if key != "pred")

@@ -28,17 +28,11 @@ from builders import (
     tiny_step,
 )
 
-from scripts.citim import CITIM
 from scripts.contrasts import scenario_table
-from scripts.memory_bank import BankEntries, CompiledBank
-from scripts.network import (
-    PRESETS,
-    SSCFNet,
-    SSCFTrainingStep,
-    cell_labels,
-    network_input,
-    read_availability,
-)
+from scripts.networks.citim import CITIM
+from scripts.networks.memory_bank import BankEntries, CompiledBank
+from scripts.networks.sscf import PRESETS, SSCFNet, network_input, read_availability
+from scripts.training.step import SSCFTrainingStep, cell_labels
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 

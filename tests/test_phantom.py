@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from scripts import phantom
 from scripts.contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
-from scripts.phantom import (
+from scripts.demo import phantom
+from scripts.demo.phantom import (
     FULL_SHAPE,
     LABEL_ED,
     LABEL_ET,

@@ -17,7 +17,7 @@ import hashlib
 import pytest
 import torch
 
-from scripts.randomness import hash_uniform, stable_hash
+from scripts.data.randomness import hash_uniform, stable_hash
 
 _WORD = (1 << 64) - 1
 

@@ -30,10 +30,11 @@ from test_metrics import complete_batch
 from test_slices import write_study
 from test_tables import make_scores, write_scores
 
-import scripts.report
-from scripts.network import network_input
-from scripts.page import write_report
-from scripts.pictures import (
+import scripts.evaluation.panels
+from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
+from scripts.networks.sscf import network_input
+from scripts.networks.weights import save_weights
+from scripts.research.figures import (
     compare_study,
     demo_picture,
     difference_plot,
@@ -41,10 +42,8 @@ from scripts.pictures import (
     patient_plot,
     predict_one_missing,
     runs_panel,
-    scenario_panel,
 )
-from scripts.report import ScenarioPanels, ScoreLog
-from scripts.weights import save_weights
+from scripts.research.report import write_report
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -118,7 +117,7 @@ def test_panels_show_the_first_batch_of_each_run(batches: int, tmp_path: Path, m
         shown.append(float(output["pred"][0, 0, 0, 0]))
         return scenario_panel(output)
 
-    monkeypatch.setattr(scripts.report, "scenario_panel", watched)
+    monkeypatch.setattr(scripts.evaluation.panels, "scenario_panel", watched)
     batch = complete_batch(4)
     engine = Engine(lambda _, number: batch | {"pred": torch.full_like(batch["pred"], number)})
     ScenarioPanels(tmp_path, rows=2).attach(engine)
@@ -146,8 +145,10 @@ def test_perfect_copy_of_a_study_has_the_largest_scores(scale: float, tmp_path: 
     truth = write_study(tmp_path, "Case_1")
     result = {key: write_result(truth, tmp_path / "out", key, scale) for key in ("flair", "t2")}
     scores = compare_study(truth, result, tmp_path / "picture.png", scale)
-    floors = ("", "mean_of_available_", "zero_filling_")
-    assert set(scores) == {f"{f}{key}_{s}" for f in floors for key in ("flair", "t2") for s in ("psnr", "ssim")}
+    reference_methods = ("", "mean_of_available_", "zero_filling_")
+    assert set(scores) == {
+        f"{f}{key}_{s}" for f in reference_methods for key in ("flair", "t2") for s in ("psnr", "ssim")
+    }
     for key in ("flair", "t2"):
         assert scores[f"{key}_psnr"] == 100.0 and scores[f"{key}_ssim"] == pytest.approx(1.0, abs=1e-6)
         assert scores[f"zero_filling_{key}_psnr"] < scores[f"mean_of_available_{key}_psnr"] < 20
@@ -281,7 +282,7 @@ class Page(HTMLParser):
 
 
 def test_page_holds_tables_figures_and_facts_and_loads_nothing(tmp_path: Path) -> None:
-    facts = {"image_size": 96, "conventions": {"paper": "2-D <slices>"}}
+    facts = {"image_size": 96, "protocols": {"per_slice": "2-D <slices>"}}
     runs = {
         "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **facts)),
         "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **facts)),

@@ -36,7 +36,7 @@ EPOCHS, BATCHES = 4, 4
 KILLER = """
 import io, os, runpy, signal, sys
 import torch
-from scripts.memory_bank import MemoryBank
+from scripts.networks.memory_bank import MemoryBank
 
 where, at = sys.argv.pop(1).split(":")
 calls = 0
@@ -173,9 +173,11 @@ def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
     newest.write_bytes(newest.read_bytes()[:remaining])
     for model in ("model.pt", "model_last.pt"):
         (copy / model).unlink()
-    with caplog.at_level(logging.INFO, logger="scripts.checkpoint"):
+    with caplog.at_level(logging.INFO, logger="scripts.training.checkpoint"):
         train_in_process(config_files("train"), tiny_run(phantom_cohort, copy))
-    warnings = [r.getMessage() for r in caplog.records if r.name == "scripts.checkpoint" and r.levelname == "WARNING"]
+    warnings = [
+        r.getMessage() for r in caplog.records if r.name == "scripts.training.checkpoint" and r.levelname == "WARNING"
+    ]
     assert len(warnings) == 1 and str(newest) in warnings[0]
     assert f"going on after epoch {EPOCHS - 1}" in caplog.text
     if not (copy / "model.pt").is_file():

@@ -22,9 +22,9 @@ from monai.data import DataLoader
 from monai.engines import Workflow
 
 from scripts.contrasts import CONTRAST_KEYS, StudyError
-from scripts.randomness import stable_hash
-from scripts.slices import EpochSampler, SliceDataset, describe_transform, prepare_slices, select_slices
-from scripts.transforms import study_transforms
+from scripts.data.randomness import stable_hash
+from scripts.data.slices import EpochSampler, SliceDataset, describe_transform, prepare_slices, select_slices
+from scripts.data.transforms import study_transforms
 
 SHAPE = (24, 20, 8)
 TRANSFORM = study_transforms(32)
@@ -99,7 +99,7 @@ def test_cache_is_used_again_until_a_file_or_a_parameter_changes(items, tmp_path
     os.utime(items[1]["t1"], ns=(1, 1))
     touched = run()
     assert calls == ["P2a"] and touched[1] != first[1] and touched[::2] == first[::2]
-    for changed in ({"percentile": 99.0}, {"scaling": "paper"}, {"mask_values": {"ED": 2, "ET": 4}}):
+    for changed in ({"percentile": 99.0}, {"scaling": "per_slice"}, {"mask_values": {"ED": 2, "ET": 4}}):
         assert not set(run(**changed)) & {*first, *touched}
         assert len(calls) == 3
 
@@ -147,10 +147,10 @@ def test_other_errors_are_not_hidden(items, tmp_path):
 
 def test_choice_of_slices():
     info = {"tumor_area": [0, 0, 5, 9, 2, 0], "brain_fraction": [0.01, 0.2, 0.4, 0.5, 0.3, 0.1]}
-    assert select_slices(info, "paper", count=2) == [2, 3]
-    assert select_slices(info, "paper", count=4) == [1, 2, 3, 4]
-    assert select_slices({**info, "tumor_area": [0] * 6}, "paper", count=3) == [2, 3, 4]
-    assert select_slices(info, "paper", count=50) == [0, 1, 2, 3, 4, 5]
+    assert select_slices(info, "largest_tumor", count=2) == [2, 3]
+    assert select_slices(info, "largest_tumor", count=4) == [1, 2, 3, 4]
+    assert select_slices({**info, "tumor_area": [0] * 6}, "largest_tumor", count=3) == [2, 3, 4]
+    assert select_slices(info, "largest_tumor", count=50) == [0, 1, 2, 3, 4, 5]
     assert select_slices(info, "tumor") == [2, 3, 4]
     assert select_slices(info, "brain") == [1, 2, 3, 4, 5]
     assert select_slices(info, "brain", min_brain=0.25) == [2, 3, 4]
@@ -186,7 +186,7 @@ def test_dataset_items(items, tmp_path):
 
 def test_choices_of_the_dataset(items, tmp_path):
     prepared = prepare(items, tmp_path)
-    paper = SliceDataset(prepared, "paper", count=2)
+    paper = SliceDataset(prepared, "largest_tumor", count=2)
     assert len(paper) == 6 and paper.index[:2].tolist() == [[0, 3], [0, 4]] and paper.weights.unique().tolist() == [1]
     tumor = SliceDataset(prepared, "tumor")
     assert tumor.studies == ["P1a", "P1b"] and [f["study"] for f in tumor.failures] == ["P2a"]

@@ -27,10 +27,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
-from scripts.conventions import RobustConvention
-from scripts.evaluator import StudyScores
-from scripts.network import SSCFNet
-from scripts.statistics import (
+from scripts.evaluation.bootstrap import (
     COLUMNS,
     EvaluationTables,
     overview,
@@ -41,6 +38,9 @@ from scripts.statistics import (
     sign_flip_p_value,
     summarize,
 )
+from scripts.evaluation.evaluator import StudyScores
+from scripts.evaluation.protocols import VolumeProtocol
+from scripts.networks.sscf import SSCFNet
 
 
 def make_frame(
@@ -57,7 +57,7 @@ def make_frame(
                         value = patient + 3 * sum(scenario) + CONTRASTS.index(of if of in CONTRASTS else "T1")
                         row = (f"s{patient}_{study}", f"p{patient}", scenario_name(scenario), sum(scenario), of)
                         if rng.random() < keep:
-                            kind = ("segmentation", "whole") if score == "dice" else ("robust", "whole")
+                            kind = ("segmentation", "whole") if score == "dice" else ("volume", "whole")
                             rows.append((*row, "network", *kind, score, value + rng.normal()))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -191,7 +191,7 @@ def test_difference_needs_one_method_each_and_common_scores() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- files
 def write(directory: Path, frame: pd.DataFrame, weights: Path, network: nn.Module | None = None) -> None:
-    scores = StudyScores([RobustConvention()], {"zero_filling": lambda target, available: target})
+    scores = StudyScores([VolumeProtocol()], {"zero_filling": lambda target, available: target})
     scores.rows = frame.to_dict("records")
     scores.regions.update({"WT": 3, "ET": 2})
     scores.seconds.update({name: 2.0 for name in set(frame["study"])})
@@ -210,7 +210,7 @@ def test_files_have_all_rows_the_summary_and_the_facts(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read_scores(tmp_path / "out" / "scores.csv"), frame, check_dtype=False)
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["summary"] == summarize(frame, draws=20)
-    names = {"method", "convention", "region", "score", "group", "of", "mean", "low", "high"}
+    names = {"method", "protocol", "region", "score", "group", "of", "mean", "low", "high"}
     assert set(report["summary"][0]) == names | {"patients", "studies", "values"}
     facts = report["facts"]
     assert facts["sha256"] == hashlib.sha256(b"weights").hexdigest() and facts["part"] == "test"
@@ -218,7 +218,7 @@ def test_files_have_all_rows_the_summary_and_the_facts(tmp_path: Path) -> None:
     assert facts["studies_with_region"] == {"WT": 3, "ET": 2}
     assert facts["seconds_per_study"] == {"network": 0.5, "scoring": 2.0}
     assert facts["methods"] == ["network", "zero_filling"] and facts["lpips_sha256"] is None
-    assert list(facts["conventions"]) == ["robust", "segmentation"] and facts["versions"]["monai"]
+    assert list(facts["protocols"]) == ["volume", "segmentation"] and facts["versions"]["monai"]
 
 
 def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> N
     net.bank_std.uniform_(0.5, 1.5, generator=draw)
     net.bank_present[:5] = True
     net.bank_present[2, 1] = False
-    dice = make_frame().assign(convention="segmentation", score="dice")
+    dice = make_frame().assign(protocol="segmentation", score="dice")
     write(tmp_path / "bank", dice, weights, net)
     facts = json.loads((tmp_path / "bank" / "metrics.json").read_text())["facts"]
-    assert facts["bank_entries"] == 5 and "both empty 1" in facts["conventions"]["segmentation"]
+    assert facts["bank_entries"] == 5 and "both empty 1" in facts["protocols"]["segmentation"]
     for name, values in (("mean", net.bank_mean.numpy()), ("std", net.bank_std.numpy())):
         relative = []
         for contrast, channel in itertools.product(range(4), range(20)):
@@ -264,4 +264,4 @@ def test_scores_that_are_none_are_refused_by_a_sentence(tmp_path: Path) -> None:
 
 def test_overview_has_a_line_for_each_method_convention_and_region() -> None:
     lines = overview(summarize(make_frame(scores=("psnr", "ssim")), draws=20))
-    assert len(lines) == 1 and lines[0].startswith("robust, whole, network: psnr ") and ", ssim " in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("volume, whole, network: psnr ") and ", ssim " in lines[0]

@@ -22,7 +22,15 @@ import pandas as pd
 import pytest
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
-from scripts.tables import Runs, Table, build_table, protocol_differences, read_runs, standard_tables, write_tables
+from scripts.research.tables import (
+    Runs,
+    Table,
+    build_table,
+    protocol_differences,
+    read_runs,
+    standard_tables,
+    write_tables,
+)
 
 FACTS = {
     "cohort": "Phantom_8",
@@ -30,14 +38,14 @@ FACTS = {
     "split": "fedcba9876543210",
     "seed": 3,
     "sha256": "0123456789abcdef",
-    "conventions": {"paper": "2-D"},
+    "protocols": {"per_slice": "2-D"},
 }
 #: Two studies of the first patient, one of each other.
 STUDIES = {"Case_1a": "Case_1", "Case_1b": "Case_1", "Case_2": "Case_2", "Case_3": "Case_3"}
 
 
 def make_scores(seed: int, shift: float = 0.0, studies: Mapping[str, str] = STUDIES) -> pd.DataFrame:
-    """Random scores of a network and a floor in the form of ``scores.csv``; ``shift`` makes the network's larger."""
+    """Random scores of a network and a reference method as in ``scores.csv``; ``shift`` makes the network's larger."""
     draw = np.random.default_rng(seed)
     rows = []
     for study, patient in studies.items():
@@ -46,11 +54,11 @@ def make_scores(seed: int, shift: float = 0.0, studies: Mapping[str, str] = STUD
             for name, given in zip(CONTRASTS, scenario, strict=True):
                 for method, better in (("network", shift), ("zero_filling", -1.0)):
                     if not given:
-                        rows.append((*place, name, method, "paper", "whole", "psnr", 20 + better + draw.normal()))
-                        rows.append((*place, name, method, "paper", "whole", "lpips", 0.2 + 0.01 * draw.normal()))
+                        rows.append((*place, name, method, "per_slice", "whole", "psnr", 20 + better + draw.normal()))
+                        rows.append((*place, name, method, "per_slice", "whole", "lpips", 0.2 + 0.01 * draw.normal()))
             for region in REGIONS:
                 rows.append((*place, region, "network", "segmentation", "whole", "dice", draw.uniform()))
-    columns = ["study", "patient", "scenario", "available", "of", "method", "convention", "region", "score", "value"]
+    columns = ["study", "patient", "scenario", "available", "of", "method", "protocol", "region", "score", "value"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -152,7 +160,7 @@ def test_caption_of_dice_tells_how_many_studies_have_the_region(tmp_path: Path) 
 def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -> None:
     table = build_table(runs, "t", "title", "scores", reference="unet")
     expected = literal_mean(make_scores(1, 3.0), "psnr") - literal_mean(make_scores(0), "psnr")
-    found = runs.difference("sscf", "unet", "paper", "whole", "psnr")
+    found = runs.difference("sscf", "unet", "per_slice", "whole", "psnr")
     assert found["mean"] == pytest.approx(expected) and found["low"] < expected < found["high"]
     psnr, _ = table.remarks["sscf"].split("; ")
     assert psnr.startswith(f"PSNR {expected:+.2f} [") and "noise" not in psnr
@@ -167,13 +175,13 @@ def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -
     seeds = {s: write_scores(tmp_path / f"seed{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     reference = {s: write_scores(tmp_path / f"reference{s}", make_scores(0)) for s in (0, 1)}
     noisy = read_runs({"reference": reference, "sscf": seeds}, 100, min_patients=3)
-    found = noisy.difference("sscf", "reference", "paper", "whole", "psnr")
+    found = noisy.difference("sscf", "reference", "per_slice", "whole", "psnr")
     assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
 
 
 def test_few_patients_tell_no_difference(tmp_path: Path) -> None:
     folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate("ab")}
-    found = read_runs(folders, 50).difference("b", "a", "paper", "whole", "psnr")
+    found = read_runs(folders, 50).difference("b", "a", "per_slice", "whole", "psnr")
     assert found["low"] > 0 and found["noise"] == "3 patients"
 
 
@@ -192,7 +200,7 @@ def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
     reference = {s: write_scores(tmp_path / f"r{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     once = {1: write_scores(tmp_path / "once", make_scores(1, 11.0), seed=1)}
     runs = read_runs({"sscf": reference, "once": once}, 50, min_patients=3)
-    found = runs.difference("once", "sscf", "paper", "whole", "psnr")
+    found = runs.difference("once", "sscf", "per_slice", "whole", "psnr")
     expected = literal_mean(make_scores(1, 11.0), "psnr") - literal_mean(make_scores(0, 8.0), "psnr")
     assert found["mean"] == pytest.approx(expected)
     # the seeds of the reference lie 8 apart
@@ -200,7 +208,7 @@ def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
     caption = build_table(runs, "t", "title", "scores", reference="sscf").caption
     assert "once 1 alone, their differences being of the seeds that both have" in caption
     apart = read_runs({"sscf": {0: reference[0]}, "once": once}, 50)
-    assert apart.difference("once", "sscf", "paper", "whole", "psnr") is None
+    assert apart.difference("once", "sscf", "per_slice", "whole", "psnr") is None
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -219,7 +227,7 @@ def test_texts_have_the_numbers_the_best_and_the_caption(runs: Runs) -> None:
         assert rule in latex
     for text in (markdown, latex):
         assert "Cohort Phantom" in text and "test part of the split fedcba98, 3 patients (4 studies)" in text
-        assert "; convention paper (2-D); seed 3" in text
+        assert "; protocol per_slice (2-D); seed 3" in text.replace("\\_", "_")
         assert "01234567" in text
     # nothing that LaTeX would read as a command or comment is left
     body = re.sub(r"\\[A-Za-z]+\{|\\[&%$#_{}]", "", latex)
@@ -230,7 +238,7 @@ def test_texts_have_the_numbers_the_best_and_the_caption(runs: Runs) -> None:
 
 def test_real_contrasts_bound_the_downstream_task_and_are_never_the_best(tmp_path: Path) -> None:
     frame = make_scores(0)
-    frame = frame[frame["score"] == "dice"].assign(convention="downstream")
+    frame = frame[frame["score"] == "dice"].assign(protocol="downstream")
     real = frame[frame["scenario"] == "FLAIR"].assign(scenario="+".join(CONTRASTS), method="real", value=0.99)
     folder = write_scores(tmp_path / "a", pd.concat([frame, real]))
     table = build_table(read_runs({"SSCF": folder}, 20), "t", "title", "downstream")

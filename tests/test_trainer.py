@@ -29,13 +29,13 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-import scripts.trainer
+import scripts.training.trainer
 from scripts.contrasts import NUM_CONTRASTS, SCENARIOS, scenario_table
-from scripts.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
-from scripts.memory_bank import BankEntries
-from scripts.network import SSCFTrainingStep
-from scripts.slices import EpochSampler
-from scripts.trainer import (
+from scripts.data.slices import EpochSampler
+from scripts.networks.memory_bank import BankEntries
+from scripts.training.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
+from scripts.training.step import SSCFTrainingStep
+from scripts.training.trainer import (
     BATCH_KEYS,
     Curriculum,
     MovingAverage,
@@ -98,7 +98,7 @@ def test_scenario_of_an_incomplete_study_is_one_that_leaves_something(has: list[
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
 def test_extreme_random_numbers_give_a_scenario_too(extreme: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.trainer, "hash_uniform", lambda i, *_: torch.full((*i.shape, 1), extreme))
+    monkeypatch.setattr(scripts.training.trainer, "hash_uniform", lambda i, *_: torch.full((*i.shape, 1), extreme))
     drawn = draw_scenarios(ids(15), subsets(), 0, 0)
     assert bool(drawn.any(dim=1).all()) and not bool((drawn & ~subsets()).any())
     place = 0 if extreme == 0 else -1

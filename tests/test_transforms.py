@@ -26,7 +26,7 @@ from monai.inferers import SliceInferer
 from monai.transforms import Invertd
 
 from scripts.contrasts import CONTRAST_KEYS, StudyError
-from scripts.transforms import (
+from scripts.data.transforms import (
     AddAvailabilityd,
     BrainMaskd,
     CropBraind,
@@ -227,7 +227,7 @@ def test_scaling_leaves_its_input_alone(study):
     assert torch.equal(loaded["image"], before)
 
 
-@pytest.mark.parametrize("scaling", ["brain", "paper"])
+@pytest.mark.parametrize("scaling", ["brain", "per_slice"])
 def test_whole_preprocessing(study, scaling):
     out = study_transforms(32, scaling=scaling)(study)
     assert out["image"].shape == (4, 32, 32, 6) and out["image"].dtype == torch.float32
@@ -347,7 +347,7 @@ def test_declarative_use(study):
     own = ("StudyCompose", "LoadStudyd", "BrainMaskd", "ScaleBraind", "CropBraind")
     for node in (config["preprocessing"], *config["preprocessing"]["transforms"]):
         if node["_target_"] in own:
-            node["_target_"] = f"scripts.transforms.{node['_target_']}"
+            node["_target_"] = f"scripts.data.transforms.{node['_target_']}"
     out = ConfigParser(config).get_parsed_content("preprocessing")(study)
     assert torch.equal(out["image"], study_transforms(32)(study)["image"])
 

@@ -78,3 +78,16 @@ def region_masks(classes: torch.Tensor) -> torch.Tensor:
     """
     index = {name: k for k, name in enumerate(TUMOR_CLASSES)}
     return torch.stack([classes[:, [index[n] for n in names]].any(dim=1) for names in REGIONS.values()], dim=1)
+
+
+def label_map(probabilities: torch.Tensor) -> torch.Tensor:
+    """Class of each voxel: background if the largest probability is below 0.5, else the largest.
+
+    Args:
+        probabilities: B x 3 x spatial of ED, ET, NET.
+
+    Returns:
+        B x 1 x spatial uint8: 0 background, 1 ED, 2 ET, 3 NET.
+    """
+    value, index = probabilities.max(dim=1, keepdim=True)
+    return torch.where(value < 0.5, 0, index + 1).to(torch.uint8)

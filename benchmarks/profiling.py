@@ -1,0 +1,207 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Shares of the parts of a training iteration and of inference: measured time, and counted work with a roofline."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+
+from scripts.networks.sscf import ScenarioNetwork, SSCFNet
+from scripts.training.trainer import SSCFTrainer
+
+from .inference import filled_network, network_case, scenario
+from .measure import H100, PartClock, Parts, Work, WorkCounter, precision, work_of_batch
+from .training import build_trainer
+
+#: Contrasts that are missing where inference is profiled.
+MISSING = 2
+
+
+def watch_network(parts: Parts, net: SSCFNet) -> None:
+    """Names the parts of both branches."""
+    parts.watch_method(net, "encode", "encoders, pass 1", "encoders, pass 2")
+    parts.watch_method(net, "segment", "fusion of the contrasts")
+    parts.watch_method(net, "decode_mask", "fusion of the contrasts")
+    parts.watch_module(net.citim, "CITIM")
+    parts.watch_module(net.citim.head, "CITIM")
+    parts.watch_method(net, "compile_bank", "CITIM")
+    parts.watch_module(net.segmentation_decoder, "segmentation decoder")
+    parts.watch_method(net, "synthesize", "stacking and retrieval")
+    for scale, ccp in enumerate(net.ccp, start=1):
+        parts.watch_module(ccp, f"CCP, scale {scale}")
+        parts.watch_method(ccp, "predict", f"CCP, scale {scale}")
+    for decoder in net.synthesis_decoders:
+        parts.watch_module(decoder, "synthesis decoders")
+
+
+def watch_scenario(parts: Parts, network: ScenarioNetwork) -> None:
+    """Names the parts of the network for one scenario."""
+    watch_network(parts, network.net)
+    parts.watch_method(network, "_encode", "encoders, pass 1", "encoders, pass 2")
+    parts.watch_method(network, "_synthesize", "stacking and retrieval")
+
+
+def watch_trainer(parts: Parts, trainer: SSCFTrainer) -> None:
+    """Names the parts of an iteration; autograd runs as one."""
+    watch_network(parts, trainer.training_step.net)
+    for event, label in (
+        (Events.ITERATION_STARTED, "rest of the forward pass"),
+        (IterationEvents.FORWARD_COMPLETED, "losses"),
+        (IterationEvents.LOSS_COMPLETED, "backward"),
+        (IterationEvents.BACKWARD_COMPLETED, "discriminators"),
+    ):
+        trainer.add_event_handler(event, partial(_begin, parts, label))
+    parts.watch_module(trainer.discriminators, "discriminators")
+    parts.watch_method(trainer.loss, "sampled_ctdl", "dependency loss")
+    for optimizer in (trainer.optimizer, trainer.discriminator_optimizer):
+        parts.watch_method(optimizer, "step", "optimizers")
+    parts.watch_method(trainer.average, "update", "moving average")
+    parts.watch_method(trainer.bank, "enqueue", "bank")
+
+
+def _start(counter: WorkCounter) -> None:
+    counter.__enter__()
+
+
+def _begin(parts: Parts, label: str) -> None:
+    parts.become(label)
+
+
+def training_parts(device: str = "cpu", warmup: int = 2, threads: int | None = None, **case: Any) -> dict[str, float]:
+    """Seconds of each part of one training iteration.
+
+    Args:
+        device: where to train.
+        warmup: iterations before the measured one.
+        threads: of torch.
+        case: of ``build_trainer``.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    trainer, _ = build_trainer(device, iterations=warmup + 1, **case)
+    parts = Parts()
+    clock = PartClock(parts, torch.device(device))
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=warmup + 1), lambda: clock.start())
+    watch_trainer(parts, trainer)
+    seconds: dict[str, float] = {}
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=warmup + 1), lambda: seconds.update(clock.stop()))
+    trainer.run()
+    return seconds
+
+
+def inference_parts(
+    device: str = "cpu",
+    width: str = "base",
+    batch_size: int = 1,
+    dtype: str = "float32",
+    bank_size: int = 300,
+    image_size: int = 192,
+    warmup: int = 2,
+    threads: int | None = None,
+) -> dict[str, float]:
+    """Seconds of each part of one call of ``SSCFNet.for_scenario`` with two contrasts missing."""
+    if threads:
+        torch.set_num_threads(threads)
+    where = torch.device(device)
+    net = filled_network(where, width, bank_size).for_scenario(scenario(MISSING))
+    image = network_case(batch_size, image_size, MISSING, where)
+    parts = Parts()
+    watch_scenario(parts, net)
+    clock = PartClock(parts, where)
+    with torch.inference_mode(), precision(dtype, where):
+        for _ in range(warmup):
+            net(image)
+        clock.start()
+        net(image)
+        return clock.stop()
+
+
+#: Batches that are run to count the work of a larger one.
+COUNTED_BATCHES = (2, 3)
+
+
+def training_work(batch_size: int, threads: int | None = None, **case: Any) -> dict[str, Work]:
+    """Work of each part of one training iteration.
+
+    Args:
+        batch_size: slices in a batch.
+        threads: of torch.
+        case: of ``build_trainer``.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    counted = []
+    for size in COUNTED_BATCHES:
+        trainer, _ = build_trainer("cpu", iterations=2, batch_size=size, **case)
+        parts = Parts()
+        watch_trainer(parts, trainer)
+        counter = WorkCounter(parts)
+        # the first iteration makes the state of the optimizers, and the end of the epoch is no part of an iteration
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), partial(_start, counter))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), partial(counter.__exit__, None, None, None))
+        trainer.run()
+        counted.append(counter.operations)
+    return work_of_batch(counted, COUNTED_BATCHES, batch_size)
+
+
+def inference_work(
+    width: str = "base",
+    batch_size: int = 16,
+    dtype: str = "bfloat16",
+    bank_size: int = 300,
+    image_size: int = 192,
+    threads: int | None = None,
+) -> dict[str, Work]:
+    """Work of each part of one call of ``SSCFNet.for_scenario`` with two contrasts missing."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    net = filled_network(device, width, bank_size).for_scenario(scenario(MISSING))
+    parts = Parts()
+    watch_scenario(parts, net)
+    counted = []
+    for size in COUNTED_BATCHES:
+        image = network_case(size, image_size, MISSING, device)
+        counter = WorkCounter(parts)
+        # under inference_mode a dispatch mode would see composite operations
+        with torch.no_grad(), precision(dtype, device), counter:
+            net(image)
+        counted.append(counter.operations)
+    return work_of_batch(counted, COUNTED_BATCHES, batch_size)
+
+
+def time_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Parts with their times and shares, the longest first."""
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    rows = [{"part": label, "ms": 1000 * value, "share %": 100 * value / total} for label, value in ordered]
+    return [*rows, {"part": "all", "ms": 1000 * total, "share %": 100.0}]
+
+
+def work_rows(work: dict[str, Work], batch_size: int) -> list[dict[str, Any]]:
+    """Parts with their work for each sample and the estimate of a whole batch, the longest first."""
+    total = Work(*map(sum, zip(*work.values(), strict=True)))
+    ordered = [*sorted(work.items(), key=lambda item: -item[1].seconds), ("all", total)]
+    return [
+        {
+            "part": label,
+            "GFLOP/sample": one.flops / 1e9 / batch_size,
+            "MB/sample": one.traffic / 1e6 / batch_size,
+            "kernels": one.kernels,
+            f"estimated ms on {H100.name}": 1000 * one.seconds,
+            "share %": 100 * one.seconds / total.seconds,
+        }
+        for label, one in ordered
+    ]

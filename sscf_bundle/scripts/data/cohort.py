@@ -1,0 +1,132 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The cohort of a run: studies found, split by patient and prepared in the slice cache, as configs use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+
+from ..contrasts import StudyError
+from .datalist import find_studies, split_patients, write_split
+from .slices import PreparedSlices, SliceDataset, prepare_slices
+
+logger = logging.getLogger(__name__)
+
+
+class Cohort:
+    """Finds, splits and prepares the studies of a run, and remembers those that could not be used.
+
+    A user's mistake ends the program with one sentence instead of a traceback.
+
+    Args:
+        dataset_dir: folder with the studies, see ``find_studies``.
+        transform: preprocessing of one study, see ``study_transforms``.
+        cache_dir: folder of the slice cache.
+        output_dir: gets ``split.json`` and, if studies failed, ``failures.json``.
+        fractions: shares of training, validation and test patients.
+        seed: of the split.
+        split_file: a split to use instead. Where it is None and ``output_dir`` holds a split of an earlier start of
+            this run, that one is used, so that a resumed run never moves a patient.
+        pattern: file names, see ``find_studies``.
+        patient_pattern: see ``find_studies``.
+        num_workers: threads for preparing.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: str,
+        transform: Callable,
+        cache_dir: str,
+        output_dir: str,
+        fractions: Sequence[float] = (0.7, 0.1, 0.2),
+        seed: int = 0,
+        split_file: str | None = None,
+        pattern: Mapping[str, str] | None = None,
+        patient_pattern: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self.transform, self.cache_dir, self.num_workers = transform, cache_dir, num_workers
+        self.output_dir = Path(output_dir)
+        self.failures: list[dict[str, str]] = []
+        self._prepared: dict[str, PreparedSlices] = {}
+        earlier = self.output_dir / "split.json"
+        if split_file is None and earlier.is_file():
+            split_file = str(earlier)
+            logger.info(f"using the split of {earlier}")
+        try:
+            items = find_studies(dataset_dir, pattern, patient_pattern)
+            self.parts = split_patients(items, fractions, seed, split_file)
+        except StudyError as error:
+            raise SystemExit(str(error)) from error
+        if idist.get_rank() == 0:
+            write_split(self.parts, earlier)
+        sizes = ", ".join(f"{len(studies)} {part}" for part, studies in self.parts.items())
+        logger.info(f"{len(items)} studies in {dataset_dir}: {sizes}")
+
+    def slices(self, part: str, **options: Any) -> SliceDataset:
+        """Slices of one part of the split.
+
+        Args:
+            part: ``training``, ``validation`` or ``test``.
+            options: of ``SliceDataset``: ``choice``, ``count``, ``min_brain``, ``tumor_weight``.
+
+        Raises:
+            SystemExit: with one sentence, if the part has no usable study.
+        """
+        try:
+            if not self.parts[part]:
+                raise StudyError(
+                    f"The {part} part of the split has no study: give more studies, other fractions or a split_file."
+                )
+            if part not in self._prepared:
+                self._prepared[part] = prepare_slices(
+                    self.parts[part], self.transform, self.cache_dir, self.num_workers, progress=idist.get_rank() == 0
+                )
+            dataset = SliceDataset(self._prepared[part], **options)
+        except StudyError as error:
+            raise SystemExit(str(error)) from error
+        known = {(f["study"], f["reason"]) for f in self.failures}
+        self.failures += [f for f in dataset.failures if (f["study"], f["reason"]) not in known]
+        return dataset
+
+    def split_hash(self) -> str:
+        """SHA-256 of who is in which part; equal for the same studies, wherever their files lie."""
+        names = {part: sorted(item["study"] for item in items) for part, items in self.parts.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+
+    def finish(self) -> None:
+        """Ends a run: a study that could not be used shows in the exit status and in ``failures.json``.
+
+        Raises:
+            SystemExit: if a study failed.
+        """
+        report = self.output_dir / "failures.json"
+        if not self.failures:
+            report.unlink(missing_ok=True)
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(self.failures, indent=1) + "\n")
+        total = sum(len(studies) for studies in self.parts.values())
+        raise SystemExit(
+            f"The run is complete, but {len(self.failures)} of {total} studies could not be used: {report} says why."
+        )
+
+
+def cohort_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
+    """``data.slices(part, **options)``, in the form that a config's ``dataset`` with its ``data`` takes."""
+    return data.slices(part, **options)

@@ -1,0 +1,511 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Datalists: which files make up a study, whose study it is, and the split of the patients."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.data import partition_dataset
+
+from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
+
+#: Parts of a split, in the order of the fractions.
+PARTS = ("training", "validation", "test")
+
+_SYNTHESIZED = r"(?:[_-]?synth\w*)?"
+#: What a file name ends with (any case, after ``_``, ``-``, ``.`` or at its start): key, expression, precedence. The
+#: precedence chooses between two files of one key, lower first; two files of the same precedence are an error.
+_ENDINGS = (
+    ("flair", rf"(?:flair|t2f|t2w?[_-]?flair){_SYNTHESIZED}", 0),
+    # BIDS marks a contrast agent by an entity, before other entities or at once: sub-01_ce-gadolinium_run-1_T1w
+    ("t1ce", rf"ce-[a-z0-9]+(?:_[a-z]+-[a-z0-9]+)*_t1w{_SYNTHESIZED}", 0),
+    ("t1ce", rf"t1w?[_-]?(?:ce|c|gd|post|km)(?:[_-]?contrast)?{_SYNTHESIZED}", 0),
+    ("t1", rf"t1(?:w|n|[_-]?pre|[_-]?native)?{_SYNTHESIZED}", 0),
+    ("t2", rf"t2w?{_SYNTHESIZED}", 0),
+    # UCSF-BMSR and UCSD-PTGBM have a mask in the BraTS coding beside or instead of a binary one
+    ("seg", r"brats[_-](?:tumor[_-])?seg", 0),
+    ("seg", r"label-lesion_(?:mask|dseg)", 0),
+    ("seg", r"(?:dseg|segm?|tumor_segmentation|gold_standard)", 1),
+)
+_NIFTI = re.compile(r"^(?P<stem>.+)\.nii(?:\.gz)?$", re.IGNORECASE)
+_BUILT_IN = tuple(
+    (key, re.compile(rf"^(?:(?P<prefix>.*?)[_.\- ])?(?P<ending>{ending})$", re.IGNORECASE), precedence)
+    for key, ending, precedence in _ENDINGS
+)
+_BIDS = re.compile(r"^(?P<patient>sub-[a-z0-9]+)(?:_(?P<session>ses-[a-z0-9]+))?(?=_|$)", re.IGNORECASE)
+#: An examination of UCSF-BMSR: six digits of the patient and a letter.
+_UCSF_BMSR = re.compile(r"^(\d{6})[A-Z]$", re.IGNORECASE)
+#: BraTS 2023 and later: task, patient, time point.
+_BRATS_TIME_POINT = re.compile(r"^(BraTS-[A-Za-z]+-\d+)-\d+$", re.IGNORECASE)
+
+_KNOWN_NAMES = (
+    "X_flair, X_t1, X_t1ce, X_t2 and X_seg (BraTS to 2021), X-t2f, X-t1n, X-t1c, X-t2w and X-seg (BraTS from 2023), "
+    "X_FLAIR, X_T1pre, X_T1post and X_T2Synth (UCSF-BMSR) or BIDS names, each .nii or .nii.gz"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Match(NamedTuple):
+    """What a file name says: key of the datalist item, study prefix, precedence, made by a machine or not."""
+
+    key: str
+    prefix: str
+    precedence: int
+    synthesized: bool
+
+
+def find_studies(
+    dataset_dir: str | os.PathLike[str],
+    pattern: Mapping[str, str] | None = None,
+    patient_pattern: str | None = None,
+) -> list[dict[str, Any]]:
+    """Find the studies below a folder by the names of their files.
+
+    A study is one folder with contrast files, or, where a folder holds several studies, the files that share what
+    stands before the contrast in their names. Files whose common prefix holds a number are one study wherever they
+    lie, so that masks may be kept in another folder. A mask in the BraTS coding is preferred to a binary one, and an
+    acquired series to a synthesized one; the binary masks of UCSF-BMSR are not taken at all, since they do not tell
+    the tumor classes apart. Hidden files are skipped.
+
+    Args:
+        dataset_dir: folder to search at any depth.
+        pattern: for other names, one glob for each key (``flair``, ``t1``, ``t1ce``, ``t2``, ``seg``), matched with
+            the file name without regard to case; what its first ``*`` stands for is the study's prefix. For example
+            ``{"flair": "*_dark.nii.gz", "t1": "*_mprage.nii.gz"}``. Replaces the built-in names entirely.
+        patient_pattern: regular expression searched in ``<folder below dataset_dir>/<study>``, whose first group is the
+            patient. Needed where the patient cannot be told from a BIDS, BraTS or UCSF-BMSR name: else every study
+            counts as a patient of its own.
+
+    Returns:
+        Items sorted by study name: ``study``, ``patient``, a path for each of the keys that exist, and
+        ``synthesized`` (list of contrast keys) if a file name says that its series was synthesized. A study that has
+        a mask only is an item too; loading it says what is wrong.
+
+    Raises:
+        StudyError: when nothing is found, a contrast has two files, or ``pattern`` or ``patient_pattern`` is wrong.
+    """
+    root = Path(dataset_dir).expanduser()
+    if not root.is_dir():
+        raise StudyError(f"The folder {root} does not exist: set dataset_dir to the folder that holds the studies.")
+    globs = None if pattern is None else _compile_globs(pattern)
+    try:
+        patient_expression = re.compile(patient_pattern) if patient_pattern else None
+    except re.error as error:
+        raise StudyError(f"The patient_pattern {patient_pattern} is no regular expression ({error}).") from error
+
+    groups: dict[tuple[str, str], list[tuple[Path, _Match]]] = defaultdict(list)
+    prefixes: dict[str, set[str]] = defaultdict(set)
+    for path in _files(root):
+        match = _match_built_in(path.name) if globs is None else _match_globs(path.name, globs)
+        if match is not None:
+            folder = path.parent.relative_to(root).as_posix()
+            # a prefix with a number names a study in the whole data set, others ("brain_T1") only in their folder
+            groups["" if _is_identity(match.prefix) else folder, match.prefix].append((path, match))
+            prefixes[folder].add(match.prefix)
+    if not groups:
+        wanted = _KNOWN_NAMES if pattern is None else ", ".join(pattern.values())
+        raise StudyError(
+            f"No study was found in {root} or below it: expected are {wanted}; correct dataset_dir or give your own "
+            "file names as pattern."
+        )
+
+    _adopt_masks(groups, prefixes)
+
+    folders_called = defaultdict(set)
+    for folder in prefixes:
+        folders_called[Path(folder).name or root.resolve().name].add(folder)
+    items = []
+    for (folder, prefix), files in groups.items():
+        if prefix and (_is_identity(prefix) or len(prefixes[folder]) > 1):
+            study = prefix
+        else:
+            study = Path(folder).name or root.resolve().name
+            if len(folders_called[study]) > 1:
+                study = folder.replace("/", "_")
+        items.append(_item(study, files, root, patient_expression))
+    items.sort(key=lambda item: item["study"])
+    for one, other in itertools.pairwise(items):
+        if one["study"] == other["study"]:
+            raise StudyError(
+                f"Two studies are named {one['study']} ({_any_path(one)} and {_any_path(other)}): rename one of them."
+            )
+    return items
+
+
+def split_patients(
+    items: Sequence[Mapping[str, Any]],
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    split_file: str | os.PathLike[str] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Split studies into training, validation and test, all studies of a patient into one part.
+
+    Args:
+        items: datalist items with ``study`` and ``patient``.
+        fractions: share of the patients for training, validation and test, at least 0; 0 leaves the part empty, any
+            other part gets at least one of three or more patients.
+        seed: decides which patients go where; the order of ``items`` does not matter.
+        split_file: JSON file ``{"training": [...], "validation": [...], "test": [...]}`` of study or patient names,
+            used instead of ``fractions`` and ``seed``. Studies that it does not name are left out.
+
+    Returns:
+        Items of each part, sorted by study name.
+
+    Raises:
+        StudyError: when ``split_file`` cannot be read, names something unknown or puts a patient into two parts.
+        ValueError: when ``fractions`` are not three numbers >= 0 with a positive sum.
+    """
+    ordered = sorted((dict(item) for item in items), key=lambda item: item["study"])
+    if split_file is not None:
+        part_of = _read_split(ordered, Path(split_file).expanduser())
+    else:
+        patients = sorted({item["patient"] for item in ordered})
+        # with counts as ratios the rounding of partition_dataset has nothing left to decide
+        counts = _part_sizes(len(patients), fractions)
+        parts = partition_dataset(patients, ratios=counts, shuffle=True, seed=seed) if patients else [[], [], []]
+        patient_part = {patient: part for part, names in zip(PARTS, parts, strict=True) for patient in names}
+        part_of = {item["study"]: patient_part[item["patient"]] for item in ordered}
+    return {part: [item for item in ordered if part_of.get(item["study"]) == part] for part in PARTS}
+
+
+def cross_validation_splits(
+    items: Sequence[Mapping[str, Any]],
+    folds: int = 5,
+    validation_fraction: float = 0.1,
+    held_out: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, list[dict[str, Any]]]]:
+    """Splits for cross-validation by patient: every patient is tested in exactly one fold.
+
+    Args:
+        items: datalist items with ``study`` and ``patient``.
+        folds: number of folds, at least 2.
+        validation_fraction: share of the patients who are not tested in a fold that its validation part takes, 0 to
+            below 1; a share above 0 gives at least one patient.
+        held_out: names of studies or patients that stay out of every part of every fold, all studies of each patient.
+        seed: decides who is in which fold and part; the order of ``items`` does not matter.
+
+    Returns:
+        One split for each fold, as ``split_patients`` returns it; test parts differ by at most one patient.
+
+    Raises:
+        StudyError: when ``held_out`` names something unknown or fewer patients than ``folds`` are left.
+        ValueError: when ``folds`` is below 2 or ``validation_fraction`` outside [0, 1).
+    """
+    if folds < 2 or not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"folds must be at least 2 and validation_fraction in [0, 1), got {folds} and {validation_fraction}."
+        )
+    known = {name for item in items for name in (item["study"], item["patient"])}
+    unknown = sorted(set(held_out) - known)
+    if unknown:
+        raise StudyError(
+            f"The held-out part names {unknown[0]}, which is no study and no patient of the data set: correct or "
+            "remove it."
+        )
+    untouched = {item["patient"] for item in items if {item["study"], item["patient"]} & set(held_out)}
+    ordered = sorted((dict(item) for item in items if item["patient"] not in untouched), key=lambda item: item["study"])
+    patients = sorted({item["patient"] for item in ordered})
+    if len(patients) < folds:
+        raise StudyError(f"{len(patients)} patients cannot make {folds} folds: give more patients or fewer folds.")
+    tested = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed, even_divisible=False)
+    splits = []
+    for fold, test in enumerate(tested):
+        rest = [patient for patient in patients if patient not in set(test)]
+        count = math.ceil(validation_fraction * len(rest))
+        validation, training = partition_dataset(
+            rest, ratios=[count, len(rest) - count], shuffle=True, seed=seed + fold + 1
+        )
+        part_of = {
+            name: part for part, names in zip(PARTS, (training, validation, test), strict=True) for name in names
+        }
+        splits.append({part: [item for item in ordered if part_of[item["patient"]] == part] for part in PARTS})
+    return splits
+
+
+def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> None:
+    """Write a split as a file that ``split_patients`` reads back.
+
+    The file is complete or absent: it is written under another name and renamed.
+
+    Args:
+        parts: result of ``split_patients``.
+        path: JSON file to write; its folder is made if needed.
+    """
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    names = {part: [item["study"] for item in items] for part, items in parts.items()}
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            json.dump(names, file, indent=2)
+            file.write("\n")
+            file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is readable by its owner alone
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def single_study(
+    flair: str | os.PathLike[str] | None = None,
+    t1: str | os.PathLike[str] | None = None,
+    t1ce: str | os.PathLike[str] | None = None,
+    t2: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+) -> list[dict[str, Any]]:
+    """Datalist of one study from loose files, whatever their names.
+
+    Args:
+        flair: path of the FLAIR volume, ``None`` if it is missing; likewise ``t1``, ``t1ce`` and ``t2``.
+        t1: see ``flair``.
+        t1ce: see ``flair``.
+        t2: see ``flair``.
+        name: name of the study; by default what the file names have in common, else the name of the folder.
+
+    Returns:
+        A list of one item.
+
+    Raises:
+        StudyError: when no file is given or one does not exist.
+    """
+    given = zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True)
+    paths = {key: Path(path).expanduser() for key, path in given if path}
+    if not paths:
+        raise StudyError(f"No file is given: give at least one of {', '.join(CONTRAST_KEYS)}.")
+    for key, path in paths.items():
+        if not path.exists():
+            raise StudyError(f"The {key} file {path} does not exist: correct the path or leave it out.")
+    study = name or _common_name(list(paths.values()))
+    return [{"study": study, "patient": patient_of(study), **{key: str(path) for key, path in paths.items()}}]
+
+
+def patient_of(study: str) -> str:
+    """Patient of a study, from the study's name.
+
+    Args:
+        study: name as ``find_studies`` gives it.
+
+    Returns:
+        ``sub-01`` for BIDS, the name without the time point for BraTS from 2023 on, without the letter for UCSF-BMSR,
+        else the study's name.
+    """
+    bids = _BIDS.match(study)
+    if bids:
+        return bids["patient"]
+    for expression in (_UCSF_BMSR, _BRATS_TIME_POINT):
+        match = expression.match(study)
+        if match:
+            return match[1]
+    return study
+
+
+def _files(root: Path) -> list[Path]:
+    """All files below ``root`` without hidden ones, sorted, linked folders included but each folder only once."""
+    found = []
+    visited = set()
+    for folder, children, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            children.clear()
+            continue
+        visited.add(real)
+        children[:] = sorted(child for child in children if not child.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _match_built_in(name: str) -> _Match | None:
+    nifti = _NIFTI.match(name)
+    if nifti is None:
+        return None
+    for key, expression, precedence in _BUILT_IN:
+        match = expression.match(nifti["stem"])
+        if match is None:
+            continue
+        prefix = match["prefix"] or ""
+        # "X_T1pre_seg" and "X_seg_t1post" are derived from another file of X, but "sub-01_space-T1w_dseg" is BIDS
+        bids = _BIDS.match(prefix)
+        if bids and all("-" in entity for entity in prefix.split("_")):
+            prefix = "_".join(entity for entity in bids.groups() if entity)
+        elif any(other.match(prefix) for _, other, _ in _BUILT_IN):
+            return None
+        if key == MASK_KEY and _UCSF_BMSR.match(prefix) and match["ending"].lower() == "seg":
+            return None
+        synthesized = "synth" in match["ending"].lower()
+        # an acquired series comes before a synthesized one
+        return _Match(key, prefix, precedence + synthesized, synthesized)
+    return None
+
+
+def _compile_globs(pattern: Mapping[str, str]) -> list[tuple[str, re.Pattern[str]]]:
+    """Expressions from globs, the part matched by the first ``*`` as group ``prefix``."""
+    unknown = set(pattern) - {*CONTRAST_KEYS, MASK_KEY}
+    if unknown or not set(pattern) & set(CONTRAST_KEYS):
+        raise StudyError(
+            f"The pattern has the keys {', '.join(map(str, pattern)) or '(none)'}: give a file name glob for some of "
+            f"{', '.join((*CONTRAST_KEYS, MASK_KEY))}."
+        )
+    globs = []
+    for key, glob in pattern.items():
+        expression = re.escape(glob).replace(r"\*", "(?P<prefix>.*?)", 1).replace(r"\*", ".*").replace(r"\?", ".")
+        globs.append((key, re.compile(f"^{expression}$", re.IGNORECASE)))
+    return globs
+
+
+def _match_globs(name: str, globs: list[tuple[str, re.Pattern[str]]]) -> _Match | None:
+    for key, expression in globs:
+        match = expression.match(name)
+        if match is not None:
+            prefix = (match.groupdict().get("prefix") or "").rstrip("_-. ")
+            return _Match(key, prefix, 0, "synth" in name.lower())
+    return None
+
+
+def _adopt_masks(groups: dict[tuple[str, str], list[tuple[Path, _Match]]], prefixes: dict[str, set[str]]) -> None:
+    """Give a mask with a name of its own to the one study of its folder, if that has no mask.
+
+    BraTS 2020 has such a mask: W39_1998.09.19_Segm.nii in the folder BraTS20_Training_355.
+    """
+    for folder, names in prefixes.items():
+        for prefix in sorted(names) if len(names) == 2 else ():
+            (other,) = names - {prefix}
+            key = ("" if _is_identity(prefix) else folder, prefix)
+            other_key = ("" if _is_identity(other) else folder, other)
+            named_as_folder = other == Path(folder).name or not _is_identity(other)
+            only_mask = len(groups[key]) == 1 and groups[key][0][1].key == MASK_KEY
+            has_mask = any(match.key == MASK_KEY for _, match in groups[other_key])
+            if named_as_folder and only_mask and not has_mask:
+                groups[other_key] += groups.pop(key)
+                names.discard(prefix)
+                break
+
+
+def _is_identity(prefix: str) -> bool:
+    """Whether a prefix names a study in a whole data set, as ``BraTS20_Training_001`` does and ``brain`` does not."""
+    return any(character.isdigit() for character in prefix) or _BIDS.match(prefix) is not None
+
+
+def _item(
+    study: str, files: Sequence[tuple[Path, _Match]], root: Path, patient_expression: re.Pattern[str] | None
+) -> dict[str, Any]:
+    """Datalist item of one group of files."""
+    chosen: dict[str, tuple[Path, _Match]] = {}
+    for key in (*CONTRAST_KEYS, MASK_KEY):
+        candidates = sorted((f for f in files if f[1].key == key), key=lambda f: f[1].precedence)
+        if len(candidates) > 1 and candidates[0][1].precedence == candidates[1][1].precedence:
+            raise StudyError(
+                f"Study {study} has two files for {key}, {candidates[0][0]} and {candidates[1][0]}: remove or rename "
+                "one of them, or give your own file names as pattern."
+            )
+        if candidates:
+            chosen[key] = candidates[0]
+    item: dict[str, Any] = {"study": study, "patient": patient_of(study)}
+    item.update({key: str(path) for key, (path, _) in chosen.items()})
+    synthesized = [key for key, (_, match) in chosen.items() if match.synthesized and key != MASK_KEY]
+    if synthesized:
+        item["synthesized"] = synthesized
+    if patient_expression is not None:
+        folder = Path(_any_path(item)).parent.relative_to(root).as_posix()
+        match = patient_expression.search(f"{folder}/{study}")
+        if match is None or not match.groups() or not match[1]:
+            raise StudyError(
+                f"The patient_pattern {patient_expression.pattern} finds no patient in {folder}/{study}: give an "
+                "expression whose first group is the patient."
+            )
+        item["patient"] = match[1]
+    return item
+
+
+def _any_path(item: Mapping[str, Any]) -> str:
+    return next(item[key] for key in (*CONTRAST_KEYS, MASK_KEY) if key in item)
+
+
+def _common_name(paths: Sequence[Path]) -> str:
+    """What the names of loose files have in common, without the contrast; the folder's name if that is nothing."""
+    matches = [_match_built_in(path.name) for path in paths]
+    prefixes = {match.prefix if match else None for match in matches}
+    if len(prefixes) == 1 and None not in prefixes:
+        common = prefixes.pop()
+    else:
+        stems = [nifti["stem"] if (nifti := _NIFTI.match(path.name)) else path.stem for path in paths]
+        equal = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*stems, strict=False))
+        common = "".join(characters[0] for characters in equal).rstrip("_-. ")
+    return common or paths[0].resolve().parent.name or "study"
+
+
+def _part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
+    """Whole numbers of patients: the largest remainders, and one for each wanted part where there are enough."""
+    if len(fractions) != len(PARTS) or min(fractions) < 0 or sum(fractions) <= 0:
+        raise ValueError(f"fractions must be {len(PARTS)} numbers >= 0 with a positive sum, got {list(fractions)}.")
+    exact = [fraction / sum(fractions) * count for fraction in fractions]
+    sizes = [int(share) for share in exact]
+    for index in sorted(range(len(PARTS)), key=lambda i: sizes[i] - exact[i])[: count - sum(sizes)]:
+        sizes[index] += 1
+    if count >= len(PARTS):
+        for index, fraction in enumerate(fractions):
+            if fraction > 0 and sizes[index] == 0:
+                sizes[sizes.index(max(sizes))] -= 1
+                sizes[index] = 1
+    return sizes
+
+
+def _read_split(items: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Part of each study that a split file names."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"The split file {path} cannot be read as JSON ({error}): correct or rewrite it.") from error
+    if (
+        not isinstance(content, dict)
+        or not content
+        or set(content) - set(PARTS)
+        or not all(isinstance(names, list) for names in content.values())
+    ):
+        raise StudyError(
+            f"The split file {path} must hold an object with lists of names for {', '.join(PARTS)}: correct its keys."
+        )
+    studies: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for item in items:
+        for name in {item["study"], item["patient"]}:
+            studies[name].append(item)
+    part_of: dict[str, str] = {}
+    part_of_patient: dict[str, str] = {}
+    for part, names in content.items():
+        for name in map(str, names):
+            if name not in studies:
+                raise StudyError(
+                    f"The split file {path} names {name}, which is no study and no patient of the data set: correct "
+                    "the name or remove it."
+                )
+            for item in studies[name]:
+                patient = item["patient"]
+                if part_of_patient.setdefault(patient, part) != part:
+                    raise StudyError(
+                        f"The split file {path} has patient {patient} in {part_of_patient[patient]} and in {part}: "
+                        "keep all studies of a patient in one part."
+                    )
+                part_of[item["study"]] = part
+    left_out = [item["study"] for item in items if item["study"] not in part_of]
+    if left_out:
+        logger.warning("%d studies are in no part of %s and left out, %s first.", len(left_out), path, left_out[0])
+    return part_of

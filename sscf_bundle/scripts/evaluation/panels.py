@@ -1,0 +1,132 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run writes for a person to look at: the log of validation scores and TensorBoard panels."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from ..contrasts import CONTRASTS, NUM_CONTRASTS, SCENARIOS, label_map, scenario_name
+from .metrics import fill_background
+
+#: RGBA of the classes 1 ED, 2 ET, 3 NET over a gray image.
+_CLASS_COLORS = np.array([[0, 0, 0, 0], [0.2, 0.8, 0.3, 0.45], [1.0, 0.8, 0.1, 0.6], [0.9, 0.15, 0.15, 0.6]])
+
+
+def scenario_panel(output: Mapping[str, torch.Tensor]) -> Figure:
+    """One row for each sample: the four true contrasts with the mask, then what the network gives.
+
+    Args:
+        output: ``pred`` R x 7 x H x W, ``target`` R x 4 x H x W, ``label`` R x 1 x H x W, ``available`` R x 4,
+            ``scenario`` R.
+    """
+    images = fill_background(output["pred"][:, :NUM_CONTRASTS], output["target"], output["available"])
+    classes = label_map(output["pred"][:, NUM_CONTRASTS:])
+    count = images.shape[0]
+    figure = Figure(figsize=(15, 1.6 * count), facecolor="black", layout="tight")
+    axes = figure.subplots(count, 10, squeeze=False)
+    for r in range(count):
+        available = output["available"][r].tolist()
+        for k, name in enumerate(CONTRASTS):
+            show_slice(axes[r, k], output["target"][r, k], name)
+            state = "input" if available[k] else "synthetic"
+            show_slice(axes[r, 5 + k], output["target"][r, k] if available[k] else images[r, k], f"{name} ({state})")
+        show_slice(axes[r, 4], output["target"][r, 0], "true mask", output["label"][r, 0])
+        show_slice(
+            axes[r, 9], output["target"][r, 0], scenario_name(SCENARIOS[int(output["scenario"][r])]), classes[r, 0]
+        )
+    return figure
+
+
+def show_slice(
+    axis, image: torch.Tensor | np.ndarray, title: str, classes: torch.Tensor | np.ndarray | None = None, **options
+) -> None:
+    """A slice as radiologists see it (first array axis to the right), with an optional class map over it."""
+    options = {"cmap": "gray", "vmin": -1, "vmax": 1} | options
+    axis.imshow(np.asarray(image).T, origin="lower", **options)
+    if classes is not None:
+        axis.imshow(_CLASS_COLORS[np.asarray(classes).astype(int)].transpose(1, 0, 2), origin="lower")
+    axis.set_title(title, color="white", fontsize=8)
+    axis.axis("off")
+
+
+class ScoreLog:
+    """Writes the scalar scores of every run of an evaluator to the log, a CSV file and TensorBoard.
+
+    Args:
+        path: CSV file, one row for each epoch; a row of the same epoch is replaced.
+        log_dir: of TensorBoard; None writes none.
+    """
+
+    def __init__(self, path: str | Path, log_dir: str | Path | None = None) -> None:
+        self.path, self.log_dir = Path(path), log_dir
+
+    def attach(self, engine: Engine) -> None:
+        """Writes at ``COMPLETED``."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        scores = {
+            k: float(v)
+            for k, v in engine.state.metrics.items()
+            if not isinstance(v, Mapping) and not k.startswith("key_")
+        }
+        rows: dict[int, dict[str, str | float]] = {}
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
+        rows[epoch] = {"epoch": epoch, **scores}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=["epoch", *scores], extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(rows[k] for k in sorted(rows))
+        engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        if self.log_dir is not None:
+            with SummaryWriter(str(self.log_dir)) as board:
+                for name, value in scores.items():
+                    board.add_scalar(f"validation/{name}", value, epoch)
+
+
+class ScenarioPanels:
+    """Shows the first batch of every evaluation in TensorBoard: truth, prediction and mask under its scenarios.
+
+    Args:
+        log_dir: of TensorBoard.
+        rows: how many samples.
+    """
+
+    def __init__(self, log_dir: str | Path, rows: int = 6) -> None:
+        self.log_dir, self.rows = log_dir, rows
+
+    def attach(self, engine: Engine) -> None:
+        """Draws after the first iteration."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length != 1 % engine.state.epoch_length:
+            return
+        output = engine.state.output
+        picked = torch.linspace(0, output["pred"].shape[0] - 1, min(self.rows, output["pred"].shape[0])).long().tolist()
+        figure = scenario_panel(
+            {k: output[k][picked].cpu() for k in ("pred", "target", "label", "available", "scenario")}
+        )
+        with SummaryWriter(str(self.log_dir)) as board:
+            board.add_figure("validation/panel", figure, engine.state.epoch)

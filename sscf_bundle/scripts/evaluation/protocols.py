@@ -1,0 +1,616 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a score means: the protocols under which a synthesized contrast is compared with the true one.
+
+Every protocol takes images in [0, 1], the scaling of the slice cache mapped from [-1, 1], and gives one value for
+each study, contrast, region and score. ``docs/evaluation.md`` has the definitions in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lpips
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..contrasts import NUM_TUMOR_CLASSES, StudyError, label_map, region_masks
+from .metrics import MAX_PSNR
+
+#: Gaussian window of SSIM, as in Wang et al. (2004).
+WINDOW, SIGMA = 11, 1.5
+#: What the window reaches beyond its center.
+REACH = WINDOW // 2
+
+#: One value, a tensor without dimensions, for each region and score; NaN where it is not defined.
+Scores = dict[tuple[str, str], torch.Tensor]
+
+
+class StudyTruth(NamedTuple):
+    """What a prediction for one study is compared with.
+
+    Args:
+        images: Z x K x H x W in [0, 1], background 0; Z are the evaluated slices.
+        brain: Z x H x W boolean, union of the true contrasts above background.
+        tumor: Z x H x W boolean, whole tumor; all False without a mask.
+        largest_tumor: Z boolean, the slices of the ``largest_tumor`` choice.
+        first: position of the first slice in the volume.
+    """
+
+    images: torch.Tensor
+    brain: torch.Tensor
+    tumor: torch.Tensor
+    largest_tumor: torch.Tensor
+    first: int = 0
+
+
+# -------------------------------------------------------------------------------------------------- building blocks
+def psnr(mean_square: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of a mean square error at data range 1, at most ``MAX_PSNR``."""
+    return (-10 * torch.log10(mean_square)).clamp(max=MAX_PSNR)
+
+
+def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | Sequence[int]) -> torch.Tensor:
+    """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
+
+    Args:
+        values: any shape; what is outside the mask may be NaN.
+        mask: boolean, of a shape that broadcasts to that of ``values``.
+        dims: dimensions to average over.
+    """
+    mask = mask.expand(values.shape)
+    return torch.where(mask, values, 0.0).sum(dims) / mask.sum(dims)
+
+
+def gaussian_window_mean(images: torch.Tensor, spatial_dims: int) -> torch.Tensor:
+    """Mean under SSIM's Gaussian window, at every position where the window lies inside the image.
+
+    The window is separable, and a sum of shifted copies along one axis after the other is some fifty times as fast on
+    a CPU as a dense 3-D convolution.
+
+    Args:
+        images: any leading dimensions, then the spatial ones, each at least 11.
+        spatial_dims: 2 or 3, number of spatial dimensions.
+
+    Returns:
+        The same with every spatial side shorter by 10.
+    """
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - REACH
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = (weights / weights.sum()).tolist()
+    for axis in range(-spatial_dims, 0):
+        length = images.shape[axis] - WINDOW + 1
+        mean = images.narrow(axis, 0, length) * weights[0]
+        for shift, weight in enumerate(weights[1:], start=1):
+            mean.add_(images.narrow(axis, shift, length), alpha=weight)
+        images = mean
+    return images
+
+
+def ssim_map(
+    prediction: torch.Tensor,
+    truth: torch.Tensor,
+    spatial_dims: int,
+    margin: int | Sequence[int] = 0,
+    data_range: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Structural similarity at every window position: Gaussian 11 window, sigma 1.5, K1 = 0.01, K2 = 0.03.
+
+    Args:
+        prediction: any leading dimensions, then the spatial ones.
+        truth: the same shape.
+        spatial_dims: 2 or 3.
+        margin: background (0) added on every side; 5 gives a value for every pixel, 0 one for each window in the image.
+            A sequence is for each side, in the order of ``torch.nn.functional.pad``.
+        data_range: of the intensities.
+
+    Returns:
+        The map, every spatial side longer by what was added less 10.
+    """
+    padding = [margin] * (2 * spatial_dims) if isinstance(margin, int) else list(margin)
+    prediction, truth = (F.pad(image, padding) for image in (prediction, truth))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_g, mean_t, squares, product = (
+        gaussian_window_mean(image, spatial_dims)
+        for image in (prediction, truth, prediction**2 + truth**2, prediction * truth)
+    )
+    means_product, means_squares = mean_g * mean_t, mean_g**2 + mean_t**2
+    luminance = (2 * means_product + c1) / (means_squares + c1)
+    return luminance * (2 * (product - means_product) + c2) / (squares - means_squares + c2)
+
+
+def bounding_box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, ...]:
+    """Smallest box around a mask.
+
+    Args:
+        mask: boolean, any number of dimensions, not empty.
+        margin: pixels added on every side where the mask's array has them.
+    """
+    box = []
+    for axis in range(mask.dim()):
+        others = [d for d in range(mask.dim()) if d != axis]
+        hit = mask.any(dim=others) if others else mask
+        inside = hit.nonzero().flatten()
+        box.append(slice(max(0, int(inside[0]) - margin), min(mask.shape[axis], int(inside[-1]) + 1 + margin)))
+    return tuple(box)
+
+
+def quantile_with_background(values: torch.Tensor, fraction: float, total: int) -> torch.Tensor:
+    """Quantile of values >= 0 among which there are zeros that the tensor does not hold.
+
+    Args:
+        values: any shape, >= 0.
+        fraction: 0 to 1; linear interpolation between order statistics, as ``numpy.quantile``.
+        total: number of values with the zeros, at least that of ``values``.
+
+    Returns:
+        A tensor without dimensions.
+    """
+    flat = values.flatten()
+    position = fraction * (total - 1)
+    low = int(position)
+    zeros = total - flat.numel()
+
+    def order_statistic(rank: int) -> torch.Tensor:
+        return flat.kthvalue(rank - zeros + 1).values if rank >= zeros else flat.new_zeros(())
+
+    lower = order_statistic(low)
+    return lower + (position - low) * (order_statistic(min(low + 1, total - 1)) - lower)
+
+
+def region_dice(probabilities: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Dice of WT, TC and ET over all given slices together; both empty = 1, one empty = 0.
+
+    Args:
+        probabilities: Z x 3 x spatial of ED, ET, NET.
+        label: Z x 1 x spatial classes.
+
+    Returns:
+        3 values, in the order of ``REGIONS``.
+    """
+    ours, theirs = (
+        region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).transpose(0, 1).flatten(1)
+        for c in (label_map(probabilities), label)
+    )
+    both = ours.sum(1) + theirs.sum(1)
+    return torch.where(both > 0, 2 * (ours & theirs).sum(1) / both, 1.0)
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet) of gray images, with the features of each image computed once.
+
+    Equal to ``lpips.LPIPS(net="alex")`` of images in [-1, 1] with three equal channels. Sides of at least 31 pixels.
+
+    Args:
+        weights: file with the AlexNet of torchvision, a whole checkpoint or its ``features.N.weight`` and ``.bias``
+            alone; None lets ``lpips`` download it.
+
+    Raises:
+        StudyError: if the weights cannot be had, or do not fit.
+    """
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torchvision's, about how lpips asks for its AlexNet
+                self.model = lpips.LPIPS(net="alex", pnet_rand=weights is not None, verbose=False)
+        except OSError as error:  # urllib's errors are of this kind
+            raise StudyError(
+                "LPIPS needs AlexNet, which could not be downloaded: give a file of torchvision's alexnet as "
+                "lpips_weights, or leave LPIPS out with lpips False."
+            ) from error
+        if weights is not None:
+            self._load(Path(weights).expanduser())
+        self.requires_grad_(False).eval()
+
+    def _load(self, path: Path) -> None:
+        if not path.is_file():
+            raise StudyError(f"There is no file {path}: correct lpips_weights, or leave LPIPS out with lpips False.")
+        try:
+            given = torch.load(path, map_location="cpu", weights_only=True)
+            # slice2.3.weight of the package is features.3.weight of torchvision
+            names = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
+            self.model.net.load_state_dict({name: given[source] for name, source in names.items()})
+        except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
+            raise StudyError(f"{path} does not hold torchvision's AlexNet: give its alexnet weights.") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights in use, however they were obtained."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Normalized features of five layers.
+
+        Args:
+            images: B x H x W in [0, 1].
+        """
+        scaled = self.model.scaling_layer((2 * images - 1).unsqueeze(1).expand(-1, 3, -1, -1))
+        return [lpips.normalize_tensor(layer) for layer in self.model.net(scaled)]
+
+    @torch.no_grad()
+    def forward(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
+        """Distances of B pairs from their features; 0 means equal."""
+        parts = [lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in zip(self.model.lins, ours, theirs, strict=True)]
+        return torch.stack(parts).sum(dim=0)
+
+
+def perceptual_distance(
+    enabled: bool = True, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> PerceptualDistance | None:
+    """``PerceptualDistance`` on a device, or None, for configs.
+
+    Args:
+        enabled: False gives None.
+        weights: see ``PerceptualDistance``.
+        device: where it computes.
+
+    Raises:
+        SystemExit: with one sentence, where ``PerceptualDistance`` refuses.
+    """
+    if not enabled:
+        return None
+    try:
+        return PerceptualDistance(weights).to(device)
+    except StudyError as error:
+        raise SystemExit(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------ protocols
+class Protocol(ABC):
+    """A way to compare a synthesized contrast with the true one.
+
+    ``start`` takes the truth of a study, once; ``score`` then compares any number of predictions with it.
+
+    Args:
+        available: numbers of available contrasts of the scenarios in which the protocol is defined.
+    """
+
+    #: Value of the column ``protocol``.
+    name: str
+    #: One line for the facts of an evaluation.
+    definition: str
+
+    def __init__(self, available: Sequence[int] = (1, 2, 3)) -> None:
+        self.available = tuple(available)
+
+    @abstractmethod
+    def start(self, truth: StudyTruth) -> None:
+        """Prepares what depends on the truth alone."""
+
+    @abstractmethod
+    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+        """Scores of one prediction.
+
+        Args:
+            target: index of the contrast.
+            prediction: Z x H x W in [0, 1], background filled.
+
+        Returns:
+            For each protocol name its scores.
+        """
+
+    def definitions(self) -> dict[str, str]:
+        """One line for each name that ``score`` gives."""
+        return {self.name: self.definition}
+
+
+class PerSliceProtocol(Protocol):
+    """The published protocol: 2-D slices with the largest tumor, each scaled by its own range.
+
+    Truth and prediction are both scaled by the minimum and maximum of the true slice in the evaluated frame; the data
+    range is 1. PSNR, SSIM (windows inside the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the
+    scaled truth) are of slices, then averaged over slices; a slice where the truth is constant is left out. Regions,
+    over the slices with tumor: ``tumor_box`` is the crop to the bounding box of the whole tumor, each side rounded up
+    to a multiple of ``box_step``, at least ``min_box``, moved into the frame; ``tumor`` is inside the mask (PSNR and
+    NMSE from the errors inside, the SSIM map averaged inside, LPIPS of the box with everything outside the mask 0).
+
+    Args:
+        lpips: the perceptual distance; None leaves it out.
+        min_box: smallest side of a box, in pixels; AlexNet needs 31, the window of SSIM 11.
+        box_step: sides of boxes are multiples of this, so that boxes of many slices have one size and form one batch.
+        available: see ``Protocol``.
+    """
+
+    name = "per_slice"
+    definition = (
+        "2-D slices with the largest tumor, truth and prediction scaled by the true slice's minimum and maximum, data "
+        "range 1, mean over slices"
+    )
+
+    def __init__(
+        self,
+        lpips: PerceptualDistance | None = None,
+        min_box: int = 32,
+        box_step: int = 16,
+        available: Sequence[int] = (1, 2, 3),
+    ) -> None:
+        super().__init__(available)
+        self.lpips, self.min_box, self.box_step = lpips, min_box, box_step
+
+    def start(self, truth: StudyTruth) -> None:
+        """See ``Protocol``."""
+        self.rows = truth.largest_tumor
+        images, self.tumor = truth.images[self.rows].transpose(0, 1), truth.tumor[self.rows]  # K x R x H x W, R x H x W
+        self.low = images.amin(dim=(2, 3), keepdim=True)
+        span = images.amax(dim=(2, 3), keepdim=True) - self.low
+        self.valid = (span > 0)[..., 0, 0]
+        self.span = torch.where(span > 0, span, 1.0)
+        self.images = (images - self.low) / self.span
+        self.has_tumor = self.tumor.any(dim=(1, 2))
+        first, size = tumor_boxes(self.tumor, self.min_box, self.box_step)
+        self.box = _rectangles(first, size, self.tumor.shape)
+        # the windows that lie in the box, by their centers
+        self.inner_box = _rectangles(first + REACH, size - 2 * REACH, self.tumor.shape)
+        # boxes of one size form one batch: the slices they are of, the pixels of their rows and of their columns
+        self.crops: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for shape in size[self.has_tumor].unique(dim=0):
+            members = (self.has_tumor & (size == shape).all(dim=1)).nonzero().flatten()
+            y, x = (torch.arange(n, device=first.device) for n in shape.tolist())
+            rows, columns = first[members].unbind(dim=1)
+            self.crops.append((members, rows.view(-1, 1, 1) + y.view(1, -1, 1), columns.view(-1, 1, 1) + x))
+        self._features: dict[int, list[list[torch.Tensor]]] = {}
+
+    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+        """See ``Protocol``."""
+        truth, valid = self.images[target], self.valid[target]
+        prediction = (prediction[self.rows] - self.low[target]) / self.span[target]
+        error, power = (prediction - truth) ** 2, truth**2
+        similarity = ssim_map(prediction, truth, 2, margin=REACH)
+        everywhere = torch.ones_like(self.box)
+        # values of slices, and of which slices
+        per_slice: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        for region, mask, rows in (
+            ("whole", everywhere, valid),
+            ("tumor_box", self.box, valid & self.has_tumor),
+            ("tumor", self.tumor, valid & self.has_tumor),
+        ):
+            per_slice[region, "psnr"] = psnr(masked_average(error, mask, (1, 2))), rows
+            share = torch.where(mask, error, 0.0).sum((1, 2)) / torch.where(mask, power, 0.0).sum((1, 2))
+            per_slice[region, "nmse"] = share, rows & share.isfinite()
+        inner = everywhere.clone()
+        inner[:, :REACH], inner[:, -REACH:], inner[:, :, :REACH], inner[:, :, -REACH:] = False, False, False, False
+        for region, mask in (("whole", inner), ("tumor_box", self.inner_box), ("tumor", self.tumor)):
+            per_slice[region, "ssim"] = masked_average(similarity, mask, (1, 2)), per_slice[region, "psnr"][1]
+        if self.lpips is not None:
+            if target not in self._features:
+                self._features[target] = self._perceive(truth)
+            distances = [
+                self.lpips(ours, theirs)
+                for ours, theirs in zip(self._perceive(prediction), self._features[target], strict=True)
+            ]
+            per_slice["whole", "lpips"] = distances[0], valid
+            for region, parts in (("tumor_box", distances[1::2]), ("tumor", distances[2::2])):
+                joined = torch.full_like(distances[0], float("nan"))
+                for (members, *_), values in zip(self.crops, parts, strict=True):
+                    joined[members] = values
+                per_slice[region, "lpips"] = joined, valid & self.has_tumor
+        return {self.name: {key: masked_average(value, rows, 0) for key, (value, rows) in per_slice.items()}}
+
+    def _perceive(self, images: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Features of R x H x W: of whole slices, then of each batch of boxes as they are and with the tumor alone."""
+        found = [self.lpips.features(images)]
+        for members, rows, columns in self.crops:
+            index = members.view(-1, 1, 1), rows, columns
+            found.append(self.lpips.features(images[index]))
+            found.append(self.lpips.features(torch.where(self.tumor[index], images[index], 0.0)))
+        return found
+
+
+def tumor_boxes(tumor: torch.Tensor, min_box: int, box_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes around the tumor of slices: sides rounded up, centered on the bounding box, moved into the frame.
+
+    Args:
+        tumor: R x H x W boolean; the box of a slice without tumor means nothing.
+        min_box: smallest side, in pixels.
+        box_step: a side is a multiple of this, or that of the frame if this is smaller.
+
+    Returns:
+        First pixel and side, each R x 2 int64.
+    """
+    first, size = [], []
+    for axis in (1, 2):
+        length = tumor.shape[axis]
+        hit = tumor.any(dim=3 - axis).to(torch.uint8)
+        start = hit.argmax(dim=1)
+        stop = length - hit.flip(1).argmax(dim=1)
+        side = torch.ceil((stop - start) / box_step).long() * box_step
+        side = side.clamp(min=min_box).clamp(max=length)
+        size.append(side)
+        first.append(((start + stop - side) // 2).clamp(min=0).minimum(length - side))
+    return torch.stack(first, dim=1), torch.stack(size, dim=1)
+
+
+def _rectangles(first: torch.Tensor, size: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Masks R x H x W of rectangles, from first pixels and sides R x 2."""
+    inside = []
+    for axis in (0, 1):
+        pixel = torch.arange(shape[axis + 1], device=first.device)
+        start = first[:, axis : axis + 1]
+        inside.append((pixel >= start) & (pixel < start + size[:, axis : axis + 1]))
+    return inside[0].unsqueeze(2) & inside[1].unsqueeze(1)
+
+
+class VolumeProtocol(Protocol):
+    """The whole 3-D study in the scaling of its volumes, inside the brain.
+
+    1 is the 99.5th percentile of the true volume's brain, the data range is 1. PSNR is of the squared error pooled over
+    the brain (union of the true contrasts above background), NMSE the sum of squared errors / the sum of squares of
+    the truth in it, SSIM the 3-D map (outside the frame is background) averaged over it. Region ``tumor``: the same
+    inside the whole tumor.
+    """
+
+    name = "volume"
+    definition = (
+        "3-D study, 99.5th percentile of the true volume's brain = 1, data range 1, pooled over the brain mask (union "
+        "of the true contrasts) or the tumor mask"
+    )
+
+    def start(self, truth: StudyTruth) -> None:
+        """See ``Protocol``."""
+        self.crop = bounding_box(truth.brain | truth.tumor)
+        self.images = truth.images.transpose(0, 1)[(slice(None), *self.crop)]
+        self.masks = {"whole": truth.brain[self.crop], "tumor": truth.tumor[self.crop]}
+
+    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+        """See ``Protocol``."""
+        truth, prediction = self.images[target], prediction[self.crop]
+        error, power = (prediction - truth) ** 2, truth**2
+        similarity = ssim_map(prediction, truth, 3, margin=REACH)
+        scores: Scores = {}
+        for region, mask in self.masks.items():
+            mean_error = masked_average(error, mask, (0, 1, 2))
+            scores[region, "psnr"] = psnr(mean_error)
+            scores[region, "nmse"] = mean_error / masked_average(power, mask, (0, 1, 2))
+            scores[region, "ssim"] = masked_average(similarity, mask, (0, 1, 2))
+        return {self.name: scores}
+
+
+class BraSynProtocol(Protocol):
+    """The metrics of the BraSyn challenge, which has one contrast missing; studies with tumor only.
+
+    ``brasyn``: truth and prediction are each clipped to their own 0.5th and 99.5th percentile of the whole cuboid and
+    scaled to [0, 1]; regions ``tumor`` and ``healthy`` are the mean 3-D SSIM over the cuboid of both images multiplied
+    by the tumor mask or by its complement, with the larger intensity range of the two products as data range. The
+    zeros dominate both: a prediction without any tumor has a ``tumor`` SSIM near 1.
+
+    ``brasyn_reference``: both are clipped and scaled by the 0.5th and 99.5th percentile of the true brain outside the
+    tumor; SSIM map averaged inside the tumor, MSE and PSNR inside the tumor, data range 1.
+
+    Args:
+        cuboid: shape (x, y, z) of the whole volume, in which the evaluated frame lies in the middle of x and y, with
+            background around; z is known. None takes the evaluated slices themselves.
+        available: see ``Protocol``.
+    """
+
+    name = "brasyn"
+    definition = (
+        "3-D, each volume scaled by its own 0.5th and 99.5th percentile of the cuboid, mean SSIM over the cuboid of "
+        "the images times the tumor mask (tumor) or its complement (healthy)"
+    )
+    reference_name = "brasyn_reference"
+    reference_definition = (
+        "3-D, both volumes scaled by the 0.5th and 99.5th percentile of the true brain outside the tumor, data range "
+        "1, SSIM map, MSE and PSNR inside the tumor mask"
+    )
+    fractions = (0.005, 0.995)
+
+    def __init__(self, cuboid: Sequence[int] | None = None, available: Sequence[int] = (3,)) -> None:
+        super().__init__(available)
+        self.cuboid = None if cuboid is None else tuple(cuboid)
+
+    def definitions(self) -> dict[str, str]:
+        """See ``Protocol``."""
+        return {**super().definitions(), self.reference_name: self.reference_definition}
+
+    def start(self, truth: StudyTruth) -> None:
+        """See ``Protocol``."""
+        self.has_tumor = bool(truth.tumor.any())
+        if not self.has_tumor:
+            return
+        frame = tuple(truth.tumor.shape)
+        if self.cuboid is None:
+            offset, shape = (0, 0, 0), frame
+        else:
+            x, y, z = self.cuboid
+            shape = (max(z, truth.first + frame[0]), max(x, frame[1]), max(y, frame[2]))
+            offset = (truth.first, (shape[1] - frame[1]) // 2, (shape[2] - frame[2]) // 2)
+        self.voxels = math.prod(shape)
+        self.windows = math.prod(n - 2 * REACH for n in shape)
+        self.crop = bounding_box(truth.brain | truth.tumor)
+        self.images = truth.images.transpose(0, 1)[(slice(None), *self.crop)]
+        self.tumor = truth.tumor[self.crop]
+        self.inner = bounding_box(self.tumor)
+        # background between these boxes and the border of the cuboid, as far as a window that sees the box reaches
+        self.room, self.inner_room = [], []
+        for axis in (2, 1, 0):  # the order of padding
+            start, inner = offset[axis] + self.crop[axis].start, self.inner[axis]
+            for room, first, stop in (
+                (self.room, start, start + self.tumor.shape[axis]),
+                (self.inner_room, start + inner.start, start + inner.stop),
+            ):
+                room += [min(2 * REACH, first), min(2 * REACH, shape[axis] - stop)]
+        # what the windows of tumor voxels reach
+        self.around = bounding_box(self.tumor, REACH)
+
+    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+        """See ``Protocol``."""
+        if not self.has_tumor:
+            return {}
+        truth, prediction = self.images[target], prediction[self.crop]
+        ours, theirs = (self._own_scale(image) for image in (prediction, truth))
+        scores: Scores = {("healthy", "ssim"): self._cuboid_ssim(ours, theirs, ~self.tumor, self.room)}
+        scores["tumor", "ssim"] = self._cuboid_ssim(
+            ours[self.inner], theirs[self.inner], self.tumor[self.inner], self.inner_room
+        )
+
+        tissue = truth[(truth > 0) & ~self.tumor]
+        if not tissue.numel():
+            return {self.name: scores}
+        low, high = (quantile_with_background(tissue, fraction, tissue.numel()) for fraction in self.fractions)
+        ours, theirs = (((image[self.around] - low) / (high - low)).clamp(0, 1) for image in (prediction, truth))
+        mask = self.tumor[self.around]
+        # what is put around the box is seen only where the brain ends there, and then it is background
+        similarity = ssim_map(ours, theirs, 3, margin=REACH)
+        error = masked_average((ours - theirs) ** 2, mask, (0, 1, 2))
+        reference: Scores = {
+            ("tumor", "ssim"): masked_average(similarity, mask, (0, 1, 2)),
+            ("tumor", "mse"): error,
+            ("tumor", "psnr"): psnr(error),
+        }
+        return {self.name: scores, self.reference_name: reference}
+
+    def _own_scale(self, image: torch.Tensor) -> torch.Tensor:
+        low, high = (quantile_with_background(image, fraction, self.voxels) for fraction in self.fractions)
+        return torch.where(high > low, ((image - low) / (high - low)).clamp(0, 1), 0.0)
+
+    def _cuboid_ssim(
+        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, room: list[int]
+    ) -> torch.Tensor:
+        """Mean over the windows of the cuboid, of which those that see nothing but zeros have an SSIM of 1."""
+        ours, theirs = ours * mask, theirs * mask
+        data_range = torch.maximum(ours.amax() - ours.amin(), theirs.amax() - theirs.amin())
+        similarity = ssim_map(ours, theirs, 3, margin=room, data_range=data_range)
+        return 1 - (1 - similarity).sum() / self.windows
+
+
+def volume_scores(
+    protocols: Sequence[Protocol], target: int, prediction: torch.Tensor, available: int
+) -> dict[tuple[str, str, str], torch.Tensor]:
+    """Scores of one prediction under all protocols that are defined for its scenario.
+
+    Args:
+        protocols: started with the truth of the study.
+        target: index of the contrast.
+        prediction: Z x H x W in [0, 1], background filled.
+        available: number of available contrasts.
+
+    Returns:
+        A value for each (protocol, region, score).
+    """
+    return {
+        (name, *key): value
+        for protocol in protocols
+        if available in protocol.available
+        for name, scores in protocol.score(target, prediction).items()
+        for key, value in scores.items()
+    }

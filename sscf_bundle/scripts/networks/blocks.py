@@ -1,0 +1,267 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Encoder and decoder of one contrast, and the small helpers that every network part shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import Convolution, UpSample
+from monai.networks.layers.factories import Conv
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
+from torch import nn
+
+#: Normalization of all blocks: its statistics span one image and one contrast, never the batch.
+DEFAULT_NORM = ("group", {"num_groups": 4})
+DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
+
+
+def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the contrasts that a mask names; what it leaves out may hold NaN.
+
+    Args:
+        features: B x K x ... tensor.
+        mask: B x K boolean tensor.
+
+    Returns:
+        B x ... tensor; zero where the mask names no contrast.
+    """
+    shape = mask.shape + (1,) * (features.dim() - 2)
+    kept = torch.where(mask.view(shape), features, torch.zeros((), dtype=features.dtype, device=features.device))
+    return kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1).to(features.dtype).view((-1,) + (1,) * (features.dim() - 2))
+
+
+def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation over space, in float32 (the mu and sigma of eq. 8).
+
+    Args:
+        features: B x K x C x spatial tensor.
+        eps: added to the variance.
+
+    Returns:
+        Two B x K x C tensors.
+    """
+    flat = features.flatten(3).float()
+    mean = flat.mean(dim=3)
+    # on a CPU ten times as fast as var_mean, with the same two passes
+    spread = torch.linalg.vector_norm(flat - mean.unsqueeze(3), dim=3)
+    return mean, torch.sqrt(spread.square() / flat.shape[3] + eps)
+
+
+def expand_dims_like(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Values with trailing dimensions of size 1, up to the number of dimensions of ``maps``."""
+    return values.reshape(values.shape + (1,) * (maps.dim() - values.dim()))
+
+
+def stack_contrasts(maps: list[torch.Tensor]) -> torch.Tensor:
+    """Stacks the feature maps of several contrasts, contrast after contrast in memory.
+
+    The memory layout of a map (channels first or last) is kept, and ``result[:, i]`` is as dense as ``maps[i]``, so
+    that a decoder that reads one contrast needs no copy.
+
+    Args:
+        maps: R tensors B x C x spatial.
+
+    Returns:
+        B x R x C x spatial.
+    """
+    if channels_are_last(maps[0]):
+        return torch.stack([m.movedim(1, -1) for m in maps]).movedim(-1, 2).transpose(0, 1)
+    return torch.stack(maps).transpose(0, 1)
+
+
+def channels_are_last(maps: torch.Tensor) -> bool:
+    """Whether the channels of B x C x spatial maps lie together in memory."""
+    return maps.shape[1] > 1 and maps.stride(1) == 1
+
+
+def gather_maps(maps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Rows of a table of feature maps in their own memory layout.
+
+    Args:
+        maps: R x C x spatial.
+        row: M int64.
+
+    Returns:
+        M x C x spatial.
+    """
+    if channels_are_last(maps):
+        return maps.movedim(1, -1).index_select(0, row).movedim(-1, 1)
+    return maps.index_select(0, row)
+
+
+def mix_channels(weight: torch.Tensor, maps: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution with weights of its own for each map, added to a base, in the memory layout of the maps.
+
+    Args:
+        weight: M x O x C.
+        maps: M x C x spatial.
+        base: M x O x spatial, or of size 1 in any of these.
+
+    Returns:
+        M x O x spatial.
+    """
+    flat, space, start = maps.flatten(2), maps.shape[2:], base.flatten(2)
+    if channels_are_last(maps):
+        mixed = torch.baddbmm(start.transpose(1, 2), flat.transpose(1, 2), weight.transpose(1, 2))
+        return mixed.transpose(1, 2).unflatten(2, space)
+    return torch.baddbmm(start, weight, flat).unflatten(2, space)
+
+
+class EncoderStage(nn.Module):
+    """One scale of an encoder: two 3-wide convolutions whose last output, before any normalization, is F^j.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the input.
+        out_channels: channels of F^j.
+        stride: 2 to halve the resolution, 1 at scale 1.
+        pre_activation: normalize and activate the input first (it is the raw F^(j-1)).
+        norm: MONAI normalization spec.
+        act: MONAI activation spec.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        pre_activation: bool,
+        norm: str | tuple,
+        act: str | tuple,
+    ) -> None:
+        super().__init__()
+        self.pre = (
+            nn.Sequential(get_norm_layer(norm, spatial_dims, in_channels), get_act_layer(act))
+            if pre_activation
+            else nn.Identity()
+        )
+        self.conv1 = Convolution(
+            spatial_dims, in_channels, out_channels, strides=stride, norm=norm, act=act, bias=False, adn_ordering="NA"
+        )
+        self.conv2 = Convolution(spatial_dims, out_channels, out_channels, conv_only=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.conv1(self.pre(x)))
+
+
+class Encoder(nn.Module):
+    """Encoder E^i of one contrast.
+
+    F^j is tapped before normalization: behind a per-image normalization its channel statistics, which AdaIN and
+    retrieval live on, would be almost the same for every slice.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the input (the contrast and the mask channels).
+        channels: channels of F^1..F^5.
+        norm: MONAI normalization spec.
+        act: MONAI activation spec.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        channels: Sequence[int],
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *channels]
+        self.stages = nn.ModuleList(
+            EncoderStage(spatial_dims, widths[j], widths[j + 1], 1 if j == 0 else 2, j > 0, norm, act)
+            for j in range(len(channels))
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Args: x: B x in_channels x spatial. Returns: F^1..F^5, each B x C_j x spatial / 2^(j-1)."""
+        features: list[torch.Tensor] = []
+        for stage in self.stages:
+            # the next stage activates in place, so it must not be given the tapped tensor where it starts with an
+            # activation; it starts with a normalization, which makes a new tensor
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class DecoderStage(nn.Module):
+    """Upsample, join the skip feature, two 3-wide convolutions.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the coarser input.
+        out_channels: channels of the skip feature and of the result.
+        norm: MONAI normalization spec.
+        act: MONAI activation spec.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, norm: str | tuple, act: str | tuple
+    ) -> None:
+        super().__init__()
+        self.up = UpSample(spatial_dims, in_channels, out_channels, scale_factor=2, mode="deconv")
+        self.skip_act = get_act_layer(_out_of_place(act))
+        self.convs = nn.Sequential(
+            Convolution(
+                spatial_dims, 2 * out_channels, out_channels, norm=norm, act=act, bias=False, adn_ordering="NA"
+            ),
+            Convolution(spatial_dims, out_channels, out_channels, norm=norm, act=act, bias=False, adn_ordering="NA"),
+        )
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.convs(torch.cat([self.up(x), self.skip_act(skip)], dim=1))
+
+
+class Decoder(nn.Module):
+    """U-Net decoder D^i (or D_seg) over raw features F^1..F^5.
+
+    The features enter without a normalization of their own, since that would undo the statistics that AdaIN gives.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels of F^1..F^5.
+        out_channels: channels of the result (no final activation).
+        norm: MONAI normalization spec.
+        act: MONAI activation spec.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: Sequence[int],
+        out_channels: int,
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+    ) -> None:
+        super().__init__()
+        self.bottom_act = get_act_layer(_out_of_place(act))
+        self.stages = nn.ModuleList(
+            DecoderStage(spatial_dims, channels[j + 1], channels[j], norm, act)
+            for j in reversed(range(len(channels) - 1))
+        )
+        self.head = Conv[Conv.CONV, spatial_dims](channels[0], out_channels, kernel_size=1)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Args: features: F^1..F^5. Returns: B x out_channels x spatial of F^1."""
+        x = self.bottom_act(features[-1])
+        for k, stage in enumerate(self.stages):
+            x = stage(x, features[len(features) - 2 - k])
+        return self.head(x)
+
+
+def _out_of_place(act: str | tuple) -> str | tuple:
+    """The same activation without ``inplace``: features are read again by other branches."""
+    if isinstance(act, str):
+        return act
+    return act[0], {k: v for k, v in act[1].items() if k != "inplace"}

@@ -1,0 +1,589 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""SSCFNet: any available contrasts in, all four contrasts and the tumor classes out (Figure 1 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from monai.networks.layers.factories import Conv
+from torch import nn
+
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from .blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, channel_statistics, masked_mean, stack_contrasts
+from .ccp import CCP
+from .citim import CITIM
+from .memory_bank import BankEntries, CompiledBank, MemoryBank
+from .retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
+
+#: Channels of F^1..F^5; ``paper`` is the width of the published code.
+PRESETS = {
+    "tiny": (8, 16, 24, 32, 48),
+    "small": (16, 32, 64, 128, 256),
+    "base": (32, 64, 128, 256, 512),
+    "paper": (64, 128, 256, 512, 1024),
+}
+#: Probability of a tumor class at the start of training.
+PRIOR_PROBABILITY = 0.02
+
+
+class BranchOutputs(NamedTuple):
+    """What both branches compute of one batch.
+
+    Args:
+        logits: B x 3 x spatial, logits of ED, ET, NET; -inf without a segmentation branch.
+        images: B x K x spatial in [-1, 1]; -1 without a synthesis branch.
+        class_map: B x c' x N, W of the fused feature; zero without CITIM.
+        first: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
+        second: F_i^1..F_i^5 of the second pass (predicted mask).
+        statistics: of the second pass by scale, mean and standard deviation, each B x K x C_j.
+        predicted: by scale F_CCP^j of the missing contrasts and F_i^j of the available, B x K x C_j x spatial; empty
+            without a synthesis branch.
+    """
+
+    logits: torch.Tensor
+    images: torch.Tensor
+    class_map: torch.Tensor
+    first: list[torch.Tensor]
+    second: list[torch.Tensor]
+    statistics: list[tuple[torch.Tensor, torch.Tensor]]
+    predicted: list[torch.Tensor]
+
+
+class SSCFNet(nn.Module):
+    """Segmentation-assisted synthesis network with a compiled memory bank.
+
+    ``forward`` takes one tensor and returns one tensor. The compiled bank is part of its state; an empty bank (a
+    network that was never given one) works: F_CITIM is zero and AdaIN keeps the statistics of the source.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels of F^1..F^5, or a name in ``PRESETS``.
+        bank_size: number of bank entries L.
+        key_size: retrieval keys are F_i^5 pooled to ``key_size`` cells along each axis.
+        prototype: ``sum`` or ``mean``, see ``CITIM``.
+        aggregation: ``attention`` or ``concat``, see ``CITIM``.
+        norm: MONAI normalization spec; must not use statistics of the batch.
+        act: MONAI activation spec.
+        segmentation: ``citim``, the branch of the paper; ``plain``, one without CITIM; ``none``, no branch: the
+            probabilities are 0 and there is one pass. All but the first are ablations, as the next four.
+        synthesis: False leaves the segmentation branch alone: all images are -1.
+        prediction: ``ccp``; or ``mean``, which predicts F^j of a missing contrast as the mean over the available ones.
+        closed_loop: False detaches the mask that the second pass sees.
+        retrieval: ``nearest``; the controls are ``random``, any usable entry, and ``mean``, the mean of all.
+
+    Raises:
+        ValueError: for an unknown preset or variant, or a batch normalization.
+    """
+
+    # constants, so that TorchScript leaves out what a variant does not have
+    __constants__ = ["closed_loop", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        channels: Sequence[int] | str = "base",
+        bank_size: int = 300,
+        key_size: int = 3,
+        prototype: str = "sum",
+        aggregation: str = "attention",
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+        segmentation: str = "citim",
+        synthesis: bool = True,
+        prediction: str = "ccp",
+        closed_loop: bool = True,
+        retrieval: str = "nearest",
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("segmentation", segmentation, ("citim", "plain", "none")),
+            ("prediction", prediction, ("ccp", "mean")),
+            ("retrieval", retrieval, ("nearest", "random", "mean")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        if segmentation == "none" and not synthesis:
+            raise ValueError("a network without segmentation and without synthesis computes nothing.")
+        self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
+        self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
+        self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
+        if isinstance(channels, str):
+            if channels not in PRESETS:
+                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
+            channels = PRESETS[channels]
+        if "batch" in str(norm).lower():
+            raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
+        norm, act = _as_spec(norm), _as_spec(act)
+        self.spatial_dims, self.channels, self.bank_size, self.key_size = (
+            spatial_dims,
+            tuple(channels),
+            bank_size,
+            key_size,
+        )
+        self.feature_channels = sum(channels)
+        self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
+        k, c, classes = NUM_CONTRASTS, channels[-1], NUM_TUMOR_CLASSES + 1
+        conv = Conv[Conv.CONV, spatial_dims]
+        self.encoders = nn.ModuleList(
+            Encoder(spatial_dims, 1 + NUM_TUMOR_CLASSES, channels, norm, act) for _ in range(k)
+        )
+        if self.with_segmentation:
+            self.fuse_bottleneck = conv(k * c, c, kernel_size=1)
+            self.segmentation_decoder = Decoder(spatial_dims, channels, NUM_TUMOR_CLASSES, norm, act)
+            # a class holds some percent of a slice: starting at 0.5, hundreds of steps would go to learning that alone
+            bias = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
+            nn.init.constant_(self.segmentation_decoder.head.bias, bias)
+        if self.with_citim:
+            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
+            self.join_citim = conv(2 * c, c, kernel_size=1)
+        if self.with_ccp:
+            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
+        if self.synthesis:
+            self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
+
+        key_dim = c * key_size**spatial_dims
+        self.register_buffer("bank_key", torch.zeros(bank_size, k, key_dim))
+        self.register_buffer("bank_key_square", torch.zeros(bank_size, k))
+        self.register_buffer("bank_mean", torch.zeros(bank_size, k, self.feature_channels))
+        self.register_buffer("bank_std", torch.ones(bank_size, k, self.feature_channels))
+        self.register_buffer("bank_value", torch.zeros(bank_size, k, classes, c))
+        self.register_buffer("bank_gram", torch.zeros(bank_size, k, classes, classes))
+        self.register_buffer("bank_present", torch.zeros(bank_size, k, dtype=torch.bool))
+        self.register_buffer("bank_patient", torch.zeros(bank_size, dtype=torch.int64))
+
+    # ------------------------------------------------------------------------------------------------------- banks
+    def new_bank(self, image_size: Sequence[int]) -> MemoryBank:
+        """An empty training bank for this network.
+
+        Args:
+            image_size: spatial size of the training slices, multiples of 16.
+        """
+        cells = 1
+        for size in image_size:
+            cells *= size // 2 ** (len(self.channels) - 1)
+        return MemoryBank(
+            self.bank_size,
+            NUM_CONTRASTS,
+            self.channels[-1] * self.key_size**self.spatial_dims,
+            self.feature_channels,
+            self.channels[-1],
+            NUM_TUMOR_CLASSES + 1,
+            cells,
+        )
+
+    @property
+    def uses_bank(self) -> bool:
+        """Whether any branch reads the bank."""
+        return self.with_citim or self.with_ccp
+
+    def compile_bank(self, entries: BankEntries) -> CompiledBank:
+        """Folds entries with the present weights of CITIM; differentiable with respect to these."""
+        if self.with_citim:
+            value, gram = self.citim.fold(entries.prototype, entries.present)
+        else:
+            value, gram = torch.zeros_like(self.bank_value), torch.zeros_like(self.bank_gram)
+        square = entries.key.float().square().sum(dim=2)
+        return CompiledBank(
+            entries.key, square, entries.mean, entries.std, value, gram, entries.present, entries.patient
+        )
+
+    @torch.no_grad()
+    def load_bank(self, bank: CompiledBank) -> None:
+        """Stores a compiled bank of L slots in the state of the network."""
+        for name, tensor in zip(CompiledBank._fields, bank, strict=True):
+            getattr(self, f"bank_{name}").copy_(tensor)
+
+    def stored_bank(self) -> CompiledBank:
+        """The compiled bank in the state of the network."""
+        return CompiledBank(
+            self.bank_key,
+            self.bank_key_square,
+            self.bank_mean,
+            self.bank_std,
+            self.bank_value,
+            self.bank_gram,
+            self.bank_present,
+            self.bank_patient,
+        )
+
+    # ---------------------------------------------------------------------------------------------------- branches
+    def encode(self, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Runs the four encoders.
+
+        Args:
+            images: B x K x spatial.
+            mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
+
+        Returns:
+            F_i^1..F_i^5, each B x K x C_j x spatial / 2^(j-1), see ``stack_contrasts``.
+        """
+        per_contrast: list[list[torch.Tensor]] = []
+        for i, encoder in enumerate(self.encoders):
+            per_contrast.append(encoder(torch.cat([images[:, i : i + 1], mask], dim=1)))
+        features: list[torch.Tensor] = []
+        for j in range(len(per_contrast[0])):
+            features.append(stack_contrasts([f[j] for f in per_contrast]))
+        return features
+
+    def contrast_maps(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """W^i of each contrast's own bottleneck feature.
+
+        Args:
+            bottleneck: B x K x C x spatial, F_i^5 of the first pass.
+
+        Returns:
+            B x K x c' x N float32; zero without CITIM.
+        """
+        b, k = bottleneck.shape[:2]
+        if not self.with_citim:
+            cells = bottleneck.flatten(3).shape[3]
+            return torch.zeros(b, k, self.num_tumor_classes + 1, cells, device=bottleneck.device)
+        return self.citim.head(bottleneck.flatten(0, 1)).unflatten(0, (b, k))
+
+    def segment(
+        self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segmentation branch (section 2.1).
+
+        Args:
+            features: of the first pass.
+            available: B x K boolean, with at least one contrast for a meaningful result.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            logits, B x 3 x spatial; W, B x c' x N.
+        """
+        fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
+        bottleneck = features[-1]
+        shape = available.shape + (1,) * (bottleneck.dim() - 2)
+        kept = torch.where(
+            available.view(shape), bottleneck, torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
+        )
+        count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
+        scale = (available.shape[1] / count).view((-1,) + (1,) * (bottleneck.dim() - 2))
+        return self.decode_mask(fused, kept.flatten(1, 2) * scale, bank, allowed)
+
+    def decode_mask(
+        self, fused: list[torch.Tensor], concatenated: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """CITIM and the decoder of the segmentation branch.
+
+        Args:
+            fused: by scale the mean over the available contrasts, B x C_j x spatial.
+            concatenated: B x (K C) x spatial, the zero-filled F_i^5, scaled by K / |S|.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            logits, B x 3 x spatial; W, B x c' x N.
+        """
+        f5 = self.fuse_bottleneck(concatenated)
+        if self.with_citim:
+            class_map = self.citim.head(f5)
+            if torch.jit.is_scripting():
+                context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
+            else:
+                with torch.autocast(f5.device.type, enabled=False):
+                    context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
+            fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+        else:
+            class_map = torch.zeros(f5.shape[0], self.num_tumor_classes + 1, f5.flatten(2).shape[2], device=f5.device)
+            fused[-1] = f5
+        return self.segmentation_decoder(fused), class_map
+
+    def retrieval_key(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """Keys of eq. 8's l*: F_i^5 pooled to a coarse grid.
+
+        Args:
+            bottleneck: B x R x C x spatial.
+
+        Returns:
+            B x R x D float32, D = C * key_size^spatial_dims.
+        """
+        flat = bottleneck.flatten(0, 1).float()
+        if self.spatial_dims == 2:
+            pooled = F.adaptive_avg_pool2d(flat, [self.key_size, self.key_size])
+        else:
+            pooled = F.adaptive_avg_pool3d(flat, [self.key_size, self.key_size, self.key_size])
+        return pooled.reshape(bottleneck.shape[0], bottleneck.shape[1], -1)
+
+    def prototypes(
+        self,
+        distance: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        target: torch.Tensor,
+        source: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the retrieved prototype of each pair (eq. 8).
+
+        Args:
+            distance: B x P x L distances of the source's keys.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+            target: B x P.
+            source: B x P.
+
+        Returns:
+            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: B x P.
+        """
+        usable = usable_for_pairs(bank, allowed, target, source)
+        if self.retrieval == "mean":
+            mean, std = mean_prototype(bank.mean, usable, target), mean_prototype(bank.std, usable, target)
+            return mean, std, usable.any(dim=2)
+        index, found = retrieve(distance, usable, self.retrieval)
+        return bank.mean[index, target], bank.std[index, target], found
+
+    def synthesize(
+        self,
+        features: list[torch.Tensor],
+        statistics: list[tuple[torch.Tensor, torch.Tensor]],
+        available: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The synthesis branch (section 2.2): missing contrasts from F_CCP, available ones from their own features.
+
+        Args:
+            features: of the second pass.
+            statistics: their means and standard deviations by scale.
+            available: B x K boolean.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+
+        Returns:
+            images, B x K x spatial in [-1, 1]; what the decoders read by scale, see ``BranchOutputs.predicted``.
+        """
+        predicted: list[torch.Tensor] = []
+        if self.with_ccp:
+            target, source, active = active_pairs(available)
+            key = self.retrieval_key(features[-1].detach())
+            if torch.jit.is_scripting():
+                distance = self._distances(key, bank)
+            else:
+                with torch.autocast(key.device.type, enabled=False):
+                    distance = self._distances(key, bank)
+            place = source.unsqueeze(2).expand(-1, -1, distance.shape[2])
+            mean, std, found = self.prototypes(distance.gather(1, place), bank, allowed, target, source)
+            start = 0
+            for j, ccp in enumerate(self.ccp):
+                stop = start + features[j].shape[2]
+                center, own_std = statistics[j]
+                predicted.append(
+                    ccp(
+                        features[j],
+                        center,
+                        own_std,
+                        available,
+                        target,
+                        source,
+                        active,
+                        found,
+                        mean[..., start:stop],
+                        std[..., start:stop],
+                    )
+                )
+                start = stop
+        else:
+            for f in features:
+                own = available.view(available.shape + (1,) * (f.dim() - 2))
+                predicted.append(torch.where(own, f, masked_mean(f, available).unsqueeze(1)))
+        images: list[torch.Tensor] = []
+        for i, decoder in enumerate(self.synthesis_decoders):
+            images.append(decoder([f[:, i] for f in predicted]))
+        return torch.tanh(torch.cat(images, dim=1).float()), predicted
+
+    def _distances(self, key: torch.Tensor, bank: CompiledBank) -> torch.Tensor:
+        """Distances of all contrasts' keys. Args: key: B x K x D. Returns: B x K x L."""
+        return torch.stack([key_distances(key[:, i], bank, i) for i in range(key.shape[1])], dim=1)
+
+    def run_branches(
+        self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
+    ) -> BranchOutputs:
+        """Both branches, closed into a loop by the soft mask.
+
+        Args:
+            images: B x K x spatial in [-1, 1], finite; rows that ``available`` leaves out are encoded for the bank and
+                the feature loss, and reach neither ``logits`` nor ``images`` of the result.
+            available: B x K boolean.
+            bank: compiled bank of L slots.
+            allowed: B x L, entries that the sample may use.
+        """
+        empty = torch.zeros_like(images[:, : self.num_tumor_classes])
+        first = self.encode(images, empty)
+        second = first
+        if self.with_segmentation:
+            logits, class_map = self.segment(first, available, bank, allowed)
+            if self.synthesis:
+                mask = torch.sigmoid(logits).to(images.dtype)
+                second = self.encode(images, mask if self.closed_loop else mask.detach())
+        else:
+            logits = torch.full_like(empty, -float("inf"))
+            class_map = torch.zeros(
+                images.shape[0], self.num_tumor_classes + 1, first[-1].flatten(3).shape[3], device=images.device
+            )
+        statistics = [channel_statistics(f) for f in second]
+        predicted: list[torch.Tensor] = []
+        if self.synthesis:
+            synthetic, predicted = self.synthesize(second, statistics, available, bank, allowed)
+        else:
+            synthetic = torch.full_like(images, -1.0).float()
+        return BranchOutputs(logits.float(), synthetic, class_map, first, second, statistics, predicted)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Fills in the missing contrasts and segments the tumor.
+
+        Args:
+            image: B x 8 x spatial (multiples of 16): the contrasts in the order FLAIR, T1, T1ce, T2 in [-1, 1] (missing
+                ones -1), then four planes of 0/1 availability, read as their maximum over space > 0.5.
+
+        Returns:
+            B x 7 x spatial: four contrasts in [-1, 1], then probabilities of ED, ET, NET. Available contrasts are
+            reconstructed.
+        """
+        available = read_availability(image)
+        bank = self.stored_bank()
+        allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
+        images = image[:, : self.num_contrasts]
+        # what stands in a missing contrast is not read, and no NaN may enter the features
+        images = torch.where(over_space(available, images), images, -1.0)
+        out = self.run_branches(images, available, bank, allowed)
+        return torch.cat([out.images, torch.sigmoid(out.logits)], dim=1)
+
+    def for_scenario(self, available: Sequence[bool]) -> ScenarioNetwork:
+        """The same network for samples that all have one scenario; only what it needs is computed.
+
+        Args:
+            available: which of the K contrasts are available.
+        """
+        return ScenarioNetwork(self, available)
+
+
+class ScenarioNetwork(nn.Module):
+    """``SSCFNet`` for samples of one scenario: encoders of the available, decoders of the missing contrasts alone.
+
+    It shares the weights and the bank of the network. Missing contrasts and probabilities are those of
+    ``SSCFNet.forward``; available contrasts come back as they are given.
+
+    Args:
+        net: the network.
+        available: which of the K contrasts are available, at least one.
+
+    Raises:
+        ValueError: unless ``available`` names K contrasts, at least one of them available.
+    """
+
+    def __init__(self, net: SSCFNet, available: Sequence[bool]) -> None:
+        super().__init__()
+        if len(available) != net.num_contrasts or not any(available):
+            raise ValueError(f"a scenario needs {net.num_contrasts} truth values, one of them true: {available}.")
+        self.net = net
+        self.sources = [i for i, given in enumerate(available) if given]
+        self.targets = [i for i, given in enumerate(available) if not given]
+        device = net.bank_present.device
+        self.register_buffer("source_index", torch.tensor(self.sources, device=device), persistent=False)
+        self.register_buffer(
+            "target_index", torch.tensor(self.targets, device=device, dtype=torch.int64), persistent=False
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Args: image: B x 8 x spatial, its availability is not read. Returns: B x 7 x spatial."""
+        net, bank = self.net, self.net.stored_bank()
+        allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
+        given = [image[:, i : i + 1] for i in self.sources]
+        mask = torch.zeros_like(image[:, : net.num_tumor_classes])
+        maps = self._encode(given, mask)
+        if net.with_segmentation:
+            f5 = torch.zeros_like(maps[-1][0])
+            kept = [f5] * net.num_contrasts
+            for i, f in zip(self.sources, maps[-1], strict=True):
+                kept[i] = f * (net.num_contrasts / len(self.sources))
+            fused = [torch.stack(f).mean(dim=0) if len(f) > 1 else f[0] for f in maps]
+            logits, _ = net.decode_mask(fused, torch.cat(kept, dim=1), bank, allowed)
+            mask = torch.sigmoid(logits.float())
+            if self.targets and net.synthesis:
+                maps = self._encode(given, mask.to(image.dtype))
+        images = [image[:, i : i + 1].float() for i in range(net.num_contrasts)]
+        for i, made in zip(self.targets, self._synthesize(maps, bank, allowed, image), strict=True):
+            images[i] = made
+        return torch.cat([*images, mask.float()], dim=1)
+
+    def _encode(self, given: list[torch.Tensor], mask: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Features by scale, then by available contrast."""
+        runs = [self.net.encoders[i](torch.cat([x, mask], dim=1)) for i, x in zip(self.sources, given, strict=True)]
+        return [list(scale) for scale in zip(*runs, strict=True)]
+
+    def _synthesize(
+        self, maps: list[list[torch.Tensor]], bank: CompiledBank, allowed: torch.Tensor, image: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The missing contrasts, each B x 1 x spatial in [-1, 1]."""
+        net, sources, targets = self.net, self.source_index, self.target_index
+        if not self.targets:
+            return []
+        if not net.synthesis:
+            return [torch.full_like(image[:, :1], -1.0).float()] * len(self.targets)
+        if not net.with_ccp:
+            mean = [torch.stack(f).mean(dim=0) for f in maps]
+            predicted = [mean] * len(self.targets)
+        else:
+            b, num_sources, num_targets = image.shape[0], len(self.sources), len(self.targets)
+            with torch.autocast(image.device.type, enabled=False):
+                key = net.retrieval_key(torch.stack(maps[-1], dim=1))
+                distance = torch.stack(
+                    [key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1
+                )
+            # pairs in the order target, source
+            target = targets.repeat_interleave(num_sources).expand(b, -1)
+            source = sources.repeat(num_targets).expand(b, -1)
+            retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
+            mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
+            by_scale: list[list[torch.Tensor]] = []
+            start = 0
+            for f, ccp in zip(maps, net.ccp, strict=True):
+                part = slice(start, start + f[0].shape[1])
+                by_scale.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
+                start = part.stop
+            predicted = [list(scale) for scale in zip(*by_scale, strict=True)]
+        return [torch.tanh(net.synthesis_decoders[i](f).float()) for i, f in zip(self.targets, predicted, strict=True)]
+
+
+def read_availability(image: torch.Tensor) -> torch.Tensor:
+    """Availability of each contrast: B x 8 x spatial network input to B x K boolean."""
+    return image[:, image.shape[1] // 2 :].flatten(2).amax(dim=2) > 0.5
+
+
+def network_input(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    """Network input from complete contrasts and a scenario.
+
+    Args:
+        target: B x K x spatial in [-1, 1].
+        available: B x K boolean.
+
+    Returns:
+        B x 2K x spatial: the available contrasts (missing ones -1) and the availability planes.
+    """
+    mask = over_space(available, target)
+    return torch.cat([torch.where(mask, target, -1.0), mask.expand(target.shape).to(target.dtype)], dim=1)
+
+
+def over_space(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return mask.view(mask.shape + (1,) * (like.dim() - 2))
+
+
+def _as_spec(spec: str | tuple | list) -> str | tuple:
+    """A layer spec as MONAI's factories take it (JSON has lists only)."""
+    return spec if isinstance(spec, str) else tuple(spec)

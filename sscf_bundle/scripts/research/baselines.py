@@ -1,0 +1,265 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Networks to compare SSCF with, behind the same interface: a plain U-Net and MM-GAN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution
+from monai.networks.nets import PatchDiscriminator
+from torch import nn
+
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder
+from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
+from ..training.losses import set_mean
+from ..training.trainer import SynthesisTrainer
+
+
+class PlainUNet(nn.Module):
+    """One encoder and one decoder of SSCF's blocks: what SSCF is without its branches, banks and four-fold paths.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels of the five scales, or a name in ``network.PRESETS``.
+        norm: MONAI normalization spec; must not use statistics of the batch.
+        act: MONAI activation spec.
+
+    Raises:
+        ValueError: for an unknown preset or a batch normalization.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        channels: Sequence[int] | str = "base",
+        norm: str | tuple = DEFAULT_NORM,
+        act: str | tuple = DEFAULT_ACT,
+    ) -> None:
+        super().__init__()
+        if isinstance(channels, str):
+            if channels not in PRESETS:
+                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
+            channels = PRESETS[channels]
+        if "batch" in str(norm).lower():
+            raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
+        self.num_contrasts = NUM_CONTRASTS
+        self.spatial_dims, self.channels = spatial_dims, tuple(channels)
+        self.encoder = Encoder(spatial_dims, 2 * NUM_CONTRASTS, channels, norm, act)
+        self.decoder = Decoder(spatial_dims, channels, NUM_CONTRASTS + NUM_TUMOR_CLASSES, norm, act)
+        with torch.no_grad():
+            # as in SSCFNet: a class holds some percent of a slice
+            self.decoder.head.bias[NUM_CONTRASTS:] = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
+
+    def run(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args: image: as for ``forward``. Returns: images, B x 4 x spatial in [-1, 1]; logits, B x 3 x spatial."""
+        # written anew, so that neither a stray value of a missing contrast nor a padded plane reaches the encoder
+        clean = network_input(image[:, : self.num_contrasts], read_availability(image))
+        out = self.decoder(self.encoder(clean)).float()
+        return torch.tanh(out[:, : self.num_contrasts]), out[:, self.num_contrasts :]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Fills in the missing contrasts and segments the tumor.
+
+        Args:
+            image: B x 8 x spatial (multiples of 16), as for ``SSCFNet.forward``.
+
+        Returns:
+            B x 7 x spatial: four contrasts in [-1, 1], then probabilities of ED, ET, NET.
+        """
+        images, logits = self.run(image)
+        return torch.cat([images, torch.sigmoid(logits)], dim=1)
+
+
+class PlainTrainingStep(nn.Module):
+    """Training forward pass of a network that has no bank.
+
+    Args:
+        net: B x 8 x spatial to B x 7 x spatial. Where it has ``run``, that gives images and logits, and the
+            segmentation losses apply; else the network has no mask to train.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        target: torch.Tensor,
+        label: torch.Tensor,
+        has_contrast: torch.Tensor,
+        has_mask: torch.Tensor,
+        patient: torch.Tensor,
+        slice_id: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Runs the network; only ``image`` reaches it, the other arguments are those of ``SSCFTrainingStep``.
+
+        Returns:
+            ``pred``: B x 7 x spatial; ``available``: B x 4; ``logits``: B x 3 x spatial, if the network gives them.
+        """
+        available = read_availability(image) & has_contrast
+        if not hasattr(self.net, "run"):
+            return {"pred": self.net(image), "available": available}
+        images, logits = self.net.run(image)
+        return {
+            "pred": torch.cat([images, torch.sigmoid(logits)], dim=1),
+            "logits": logits,
+            "available": available,
+        }
+
+
+class MMGANGenerator(nn.Module):
+    """Generator of MM-GAN (Sharma and Hamarneh, IEEE TMI 2020): a pix2pix U-Net that sees the contrasts alone.
+
+    Imputation with zeros: a missing contrast holds the background, -1 here. There are no availability planes; a blank
+    contrast is a missing one. Implicit conditioning: available contrasts of the result are those of the input. Every
+    level halves the resolution; sides that are no multiple of 2 ** levels (256 with the published eight) are padded
+    with background and cropped again, so a slice of 192 is computed at 256, as the published code computes all.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: of the levels, at least two; the defaults are pix2pix's.
+        dropout: of the three innermost decoder levels (fewer where there are fewer), as in pix2pix.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        channels: Sequence[int] = (64, 128, 256, 512, 512, 512, 512, 512),
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
+        self.spatial_dims, self.channels, self.factor = spatial_dims, tuple(channels), 2 ** len(channels)
+        widths = [NUM_CONTRASTS, *channels]
+        last = len(channels) - 1
+        halve = {"kernel_size": 4, "strides": 2, "padding": 1, "act": ("leakyrelu", {"negative_slope": 0.2})}
+        double = {"kernel_size": 4, "strides": 2, "padding": 1, "output_padding": 0, "is_transposed": True}
+        self.down = nn.ModuleList(
+            # neither the image nor a bottleneck of one voxel is normalized
+            Convolution(spatial_dims, widths[k], widths[k + 1], norm=None if k in (0, last) else "INSTANCE", **halve)
+            for k in range(len(channels))
+        )
+        self.up = nn.ModuleList(
+            Convolution(
+                spatial_dims,
+                channels[k] if k == last else 2 * channels[k],
+                channels[k - 1],
+                norm="INSTANCE",
+                act="RELU",
+                dropout=dropout if k > last - 3 else None,
+                **double,
+            )
+            for k in range(last, 0, -1)
+        )
+        self.head = Convolution(spatial_dims, 2 * channels[0], NUM_CONTRASTS, conv_only=True, **double)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Fills in the missing contrasts.
+
+        Args:
+            image: B x 8 x spatial, as for ``SSCFNet.forward``; any size.
+
+        Returns:
+            B x 7 x spatial: four contrasts in [-1, 1], the available ones as given, then zeros, since MM-GAN has no
+            mask.
+        """
+        available = read_availability(image)
+        given = network_input(image[:, : self.num_contrasts], available)[:, : self.num_contrasts]
+        margins: list[int] = []
+        for size in given.shape[:1:-1]:
+            extra = -size % self.factor
+            margins += [extra // 2, extra - extra // 2]
+        x = F.pad(given, margins, value=-1.0)
+        skips: list[torch.Tensor] = []
+        for stage in self.down:
+            x = stage(x)
+            skips.append(x)
+        for k, stage in enumerate(self.up):
+            x = torch.cat([stage(x), skips[len(skips) - 2 - k]], dim=1)
+        made = torch.tanh(F.pad(self.head(x), [-m for m in margins]).float())
+        kept = available.view(available.shape + (1,) * self.spatial_dims)
+        images = torch.where(kept, given.float(), made)
+        return torch.cat([images, torch.zeros_like(images[:, : self.num_tumor_classes])], dim=1)
+
+
+class MMGANDiscriminator(nn.Module):
+    """Discriminator of MM-GAN: one PatchGAN that judges every contrast of a stack, given the real stack.
+
+    It is pix2pix's (MONAI's ``PatchDiscriminator``, three layers); the published code halves once more.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: of the first layer.
+    """
+
+    def __init__(self, spatial_dims: int = 2, channels: int = 64) -> None:
+        super().__init__()
+        self.net = PatchDiscriminator(
+            spatial_dims, channels, 2 * NUM_CONTRASTS, NUM_CONTRASTS, num_layers_d=3, norm="INSTANCE"
+        )
+
+    def forward(self, shown: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Args: shown, real: B x 4 x spatial. Returns: B x 4 x patches, the scores of each shown contrast."""
+        return self.net(torch.cat([shown, real], dim=1))[-1].flatten(2)
+
+
+class MMGANDiscriminatorLoss(nn.Module):
+    """Least squares with a label for each contrast: L_D = (|D(x, x) - 1|^2 + |D(f, x) - a|^2) / 2.
+
+    x is the real stack, f the same with its missing contrasts synthesized, and a is 0 for these and 1 for the others.
+    A mean over the patches, then the contrasts that the study has, then the samples.
+    """
+
+    def forward(
+        self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor, has_contrast: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: real, fake: B x 4 x patches, scores of x and f; missing, has_contrast: B x 4. Returns: scalar."""
+        on_real = (real.float() - 1).square().mean(dim=2)
+        on_fake = (fake.float() - (~missing).unsqueeze(2).float()).square().mean(dim=2)
+        return 0.5 * set_mean(on_real + on_fake, has_contrast)
+
+
+class MMGANTrainer(SynthesisTrainer):
+    """Trains MM-GAN: the discriminator sees whole stacks, in which available contrasts are real.
+
+    Of the generator's loss, ``GeneratorLoss(beta=(0.9, 0, 0, 0, 0.1))`` is L_G = 0.1 |D(f, x) - 1|^2 + 0.9 |f - x|,
+    both over the missing contrasts. The curriculum is the trainer's. Arguments are those of ``SynthesisTrainer`` with
+    an ``MMGANDiscriminator`` and an ``MMGANDiscriminatorLoss``.
+    """
+
+    @staticmethod
+    def stacks(output: dict[str, Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stack f with synthesized missing contrasts and the real stack x, each B x 4 x spatial.
+
+        A contrast that the study lacks is background in both.
+        """
+        target = batch["target"]
+        shape = batch["missing"].shape + (1,) * (target.dim() - 2)
+        real = torch.where(batch["has_contrast"].view(shape), target, -1.0)
+        return torch.where(batch["missing"].view(shape), output["pred"][:, :NUM_CONTRASTS], real), real
+
+    def generator_scores(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Scores of the contrasts of f, B x 4 x patches; None without a discriminator."""
+        return None if self.discriminators is None else self.discriminators(*self.stacks(output, batch))
+
+    def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of the discriminator, without a gradient to the generator."""
+        fake, real = (stack.detach() for stack in self.stacks(output, batch))
+        # one call for both, as DistributedDataParallel wants it
+        on_real, on_fake = self.discriminator_step(torch.cat([real, fake]), torch.cat([real, real])).chunk(2)
+        return self.discriminator_loss(on_real, on_fake, batch["missing"], batch["has_contrast"])

@@ -1,0 +1,248 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Downstream task (section 3.6): a segmenter trained on real contrasts reads synthesized ones in their place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from monai.networks.nets import BasicUNet
+from torch import nn
+
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, label_map, scenario_name
+from ..data.cohort import Cohort
+from ..data.slices import PreparedSlices, SliceDataset
+from ..evaluation.evaluator import StudyScores
+from ..evaluation.metrics import fill_background
+from ..evaluation.protocols import Protocol, StudyTruth, region_dice
+from ..networks.weights import settings_path, with_weights
+
+#: Method of the scores of the real contrasts.
+REAL = "real"
+
+
+def build_segmenter(spatial_dims: int, channels: Sequence[int]) -> BasicUNet:
+    """A standard U-Net from four contrasts to the logits of ED, ET, NET.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: six widths, the ``features`` of ``monai.networks.nets.BasicUNet``. The instance normalization of its
+            coarsest scale needs images of at least 32 voxels along each axis.
+    """
+    norm = ("instance", {"affine": True})
+    return BasicUNet(spatial_dims, NUM_CONTRASTS, NUM_TUMOR_CLASSES, features=tuple(channels), norm=norm)
+
+
+def complete_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
+    """Slices of the studies of one part of the split that have all four contrasts and a mask.
+
+    Args:
+        data: the cohort.
+        part: ``training``, ``validation`` or ``test``.
+        options: of ``SliceDataset``.
+
+    Raises:
+        SystemExit: with one sentence, if the part has no complete study.
+    """
+    dataset = data.slices(part, **options)
+    complete = [s for s in dataset._cached if all(s.info["has_contrast"]) and s.info["has_mask"]]
+    if not complete:
+        raise SystemExit(
+            f"None of {len(dataset.studies)} studies of the {part} part has all four contrasts and a mask, which the "
+            "downstream task needs: give complete studies."
+        )
+    return SliceDataset(PreparedSlices(complete, dataset.failures), **options)
+
+
+def segmentation_batch(
+    batchdata: Mapping[str, torch.Tensor],
+    device: torch.device | str | None = None,
+    non_blocking: bool = False,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``prepare_batch`` of MONAI's engines for slices.
+
+    Args:
+        batchdata: with ``target`` (B x 4 x spatial) and ``label`` (B x 1 x spatial classes).
+        device: where the tensors go.
+        non_blocking: copy asynchronously.
+
+    Returns:
+        Image, B x 4 x spatial, and truth, B x 3 x spatial of 0 and 1: ED, ET, NET.
+    """
+    image = batchdata["target"].to(device, non_blocking=non_blocking)
+    label = batchdata["label"].to(device, non_blocking=non_blocking)
+    return image, torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1).float()
+
+
+class BrainInferer(Inferer):
+    """Runs a segmenter over the slices of a study in batches; where all four contrasts are background, no tumor is.
+
+    Args:
+        batch_size: slices in one call of the network.
+    """
+
+    def __init__(self, batch_size: int = 16) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Args: inputs: Z x 4 x spatial; network: to logits. Returns: Z x 3 x spatial float32 probabilities."""
+        logits = torch.cat([network(images, *args, **kwargs) for images in inputs.split(self.batch_size)])
+        return torch.sigmoid(logits.float()) * (inputs > -1).any(dim=1, keepdim=True)
+
+
+def study_dice(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean Dice of WT, TC and ET of one study, for an Ignite metric.
+
+    Args:
+        output: ``pred``, Z x 3 x spatial probabilities, and ``label``, the truth of ``segmentation_batch``.
+    """
+    return region_dice(output["pred"], label_map(output["label"])).mean()
+
+
+def load_segmenter(
+    path: str | Path, device: torch.device | str, dataset: SliceDataset, preprocessing: Mapping[str, Any]
+) -> nn.Module:
+    """The segmenter from its weights and the settings beside them, in eval mode.
+
+    Args:
+        path: of the weights.
+        device: where it computes.
+        dataset: what it shall be tested on.
+        preprocessing: ``image_size``, ``scaling`` and ``spacing`` of that dataset.
+
+    Raises:
+        SystemExit: with one sentence, if the file is missing or damaged, if it was trained on patients of ``dataset``
+            or with another preprocessing.
+    """
+    path = Path(str(path)).expanduser()
+    settings = settings_path(path)
+    if not path.is_file() or not settings.is_file():
+        raise SystemExit(
+            f"There are no weights of a segmenter at {path} with {settings.name} beside them: train one with "
+            "configs/downstream_train.json first, or give segmenter_path."
+        )
+    known = json.loads(settings.read_text())
+    for name, value in preprocessing.items():
+        if known[name] != value:
+            raise SystemExit(
+                f"{path} was trained with {name} {known[name]!r}, and the network to be tested with {value!r}: train a "
+                "segmenter with the same preprocessing."
+            )
+    shared = set(known["training_patients"]) & set(dataset.patients.tolist())
+    if shared:
+        raise SystemExit(
+            f"{path} was trained on {len(shared)} of the patients that it shall be tested on, so the scores would be "
+            "too good: use the split of its training (its output_dir or split_file)."
+        )
+    segmenter = build_segmenter(known["spatial_dims"], known["channels"])
+    with_weights(segmenter, path)
+    return segmenter.to(device).eval()
+
+
+class DownstreamProtocol(Protocol):
+    """Describes the rows of the downstream task in the facts of an evaluation; it scores no single contrast.
+
+    Args:
+        segmenter_path: file of the segmenter's weights.
+    """
+
+    name = "downstream"
+
+    def __init__(self, segmenter_path: str | Path) -> None:
+        super().__init__()
+        path = Path(str(segmenter_path)).expanduser()
+        self.definition = (
+            "Dice of the evaluated slices of a study together, both empty 1, one empty 0, of a U-Net trained on real "
+            "contrasts that reads the synthesized ones in the place of the missing; method real: all four real; only "
+            f"studies with four contrasts and a mask; segmenter {path.name}, SHA-256 "
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        )
+
+    def start(self, truth: StudyTruth) -> None:
+        """Nothing depends on the truth alone."""
+
+    def score(self, target: int, prediction: torch.Tensor) -> dict[str, dict]:
+        """No score of a single contrast."""
+        return {}
+
+
+class DownstreamScores(StudyScores):
+    """Dice of a segmenter that reads each method's contrasts in the place of the missing ones.
+
+    Rows have the protocol ``downstream``, the score ``dice`` and the methods ``network``, those of the
+    reference methods and ``real``: all four real contrasts, as the scenario ``FLAIR+T1+T1ce+T2``. Every method gets the
+    same background.
+
+    Args:
+        segmenter: images to logits, see ``build_segmenter``.
+        segmenter_path: file of its weights, for the facts.
+        reference_methods: functions of contrasts and availability by their names, see ``reference_methods``.
+        batch_size: slices in one call of the segmenter.
+    """
+
+    def __init__(
+        self,
+        segmenter: nn.Module,
+        segmenter_path: str | Path,
+        reference_methods: Mapping[str, Callable] | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__([DownstreamProtocol(segmenter_path)], reference_methods)
+        self.segmenter, self.inferer = segmenter.eval(), BrainInferer(batch_size)
+
+    @torch.no_grad()
+    def update(self, output: Mapping[str, Any]) -> None:
+        """Takes in one study, complete and with a mask, under one scenario; its scenarios follow each other.
+
+        Args:
+            output: as ``ScenarioEvaluator`` gives it.
+        """
+        started = time.perf_counter()
+        target, available = output["target"], output["available"]
+        if not self.studies or self.studies[-1] != output["study"]:
+            self._start(output)
+            self._add(output, (1,) * NUM_CONTRASTS, {REAL: target})
+        mask = available[..., None, None]
+        known = torch.where(mask, target, -1.0)
+        predictions = {"network": output["pred"][:, :NUM_CONTRASTS]}
+        predictions |= {name: fill(known, available) for name, fill in self.reference_methods.items()}
+        images = {n: torch.where(mask, target, fill_background(g, known, available)) for n, g in predictions.items()}
+        self._add(output, SCENARIOS[output["scenario"]], images)
+        self.seconds[output["study"]] += time.perf_counter() - started
+
+    def _add(self, output: Mapping[str, Any], scenario: Sequence[int], images: Mapping[str, torch.Tensor]) -> None:
+        """Rows of the same study and scenario by several methods."""
+        dice = [region_dice(self.inferer(stack, self.segmenter), output["label"]) for stack in images.values()]
+        for method, values in zip(images, torch.stack(dice).tolist(), strict=True):
+            for region, value in zip(REGIONS, values, strict=True):
+                self.rows.append(
+                    {
+                        "study": output["study"],
+                        "patient": output["patient"],
+                        "scenario": scenario_name(scenario),
+                        "available": sum(scenario),
+                        "of": region,
+                        "method": method,
+                        "protocol": "downstream",
+                        "region": "whole",
+                        "score": "dice",
+                        "value": value,
+                    }
+                )

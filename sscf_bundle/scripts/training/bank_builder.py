@@ -1,0 +1,166 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Builds the frozen bank of a network: chosen training slices, recomputed with the final weights in eval mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.data import Dataset, Subset
+
+from ..data.randomness import hash_uniform
+from ..networks.blocks import channel_statistics
+from ..networks.memory_bank import BankEntries, CompiledBank, usable_entries
+from ..networks.sscf import SSCFNet
+from .step import make_entries
+from .trainer import BATCH_KEYS, draw_scenarios
+
+
+def bank_slices(dataset: Dataset, size: int, seed: int = 0) -> Subset:
+    """Chooses the slices of a frozen bank: every patient in turn gives one, in random order, until the bank is full.
+
+    Args:
+        dataset: a ``SliceDataset`` of training studies; its ``slice_ids`` and ``patients`` are int64 tensors.
+        size: bank size L.
+        seed: of the choice.
+
+    Returns:
+        At most ``size`` slices.
+    """
+    ids, patients = dataset.slice_ids, dataset.patients
+    order = hash_uniform(ids, seed, 0, "bank").squeeze(1).argsort()
+    seen: dict[int, int] = {}
+    rounds = []
+    for i in order.tolist():
+        patient = int(patients[i])
+        seen[patient] = seen.get(patient, -1) + 1
+        rounds.append(seen[patient])
+    ranked = order[torch.tensor(rounds).argsort(stable=True)]
+    return Subset(dataset, ranked[:size].tolist())
+
+
+@torch.no_grad()
+def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: torch.device | str, seed: int = 0) -> int:
+    """Fills the bank of a network from complete training slices and stores it, compiled, in its state.
+
+    Two passes: the first makes G and W_l of all entries, the second makes keys, mu and sigma with the mask that the
+    network predicts under a scenario drawn by seed, when it reads the other patients' part of that bank.
+
+    Args:
+        network: set to eval mode; its stored bank is replaced.
+        batches: of ``SliceDataset`` items, iterated twice, not more than ``network.bank_size`` in all.
+        device: where to compute.
+        seed: of the scenarios.
+
+    Returns:
+        Number of entries; a slice with a non-finite value gives none.
+
+    Raises:
+        ValueError: if there are no slices, or more than the bank holds.
+    """
+    network.eval()
+    entries: list[BankEntries] = []
+    for batch in batches:
+        data = {k: batch[k].to(device) for k in BATCH_KEYS}
+        first = network.encode(data["target"], torch.zeros_like(data["target"][:, : network.num_tumor_classes]))
+        statistics = [channel_statistics(f) for f in first]
+        entries.append(_entries(network, first, first, statistics, data))
+    if not entries:
+        raise ValueError("no slice was given for the memory bank: check that the training split has studies.")
+    bank = _compile(network, entries)
+    second: list[BankEntries] = []
+    for batch in batches:
+        data = {k: batch[k].to(device) for k in BATCH_KEYS}
+        available = draw_scenarios(data["slice_id"], data["has_contrast"], seed, 0)
+        allowed = bank.present.any(dim=1).unsqueeze(0) & (bank.patient.unsqueeze(0) != data["patient"].unsqueeze(1))
+        out = network.run_branches(data["target"], available, bank, allowed)
+        second.append(_entries(network, out.first, out.second, out.statistics, data))
+    bank = _compile(network, second)
+    network.load_bank(bank)
+    return int(bank.present.any(dim=1).sum())
+
+
+def _entries(
+    network: SSCFNet, first: list, second: list, statistics: list, data: dict[str, torch.Tensor]
+) -> BankEntries:
+    return make_entries(
+        network,
+        first,
+        second,
+        statistics,
+        network.contrast_maps(first[-1]),
+        data["label"],
+        data["has_contrast"],
+        data["has_mask"],
+        data["patient"],
+        data["slice_id"],
+    )
+
+
+def _compile(network: SSCFNet, parts: Sequence[BankEntries]) -> CompiledBank:
+    """Joins entries, pads them to L empty slots, folds them."""
+    joined = BankEntries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    usable = usable_entries(joined)
+    joined = BankEntries(*(tensor[usable] for tensor in joined))
+    missing = network.bank_size - joined.slice_id.shape[0]
+    if missing < 0:
+        raise ValueError(f"{joined.slice_id.shape[0]} slices do not fit a bank of {network.bank_size}.")
+    padded = BankEntries(*(torch.cat([t, t.new_zeros((missing, *t.shape[1:]))]) for t in joined))
+    return network.compile_bank(padded)
+
+
+class BankFreezer:
+    """Ignite handler that freezes the bank of an evaluated network before every run of its evaluator.
+
+    Args:
+        network: the network that the evaluator uses; one without a bank is left as it is.
+        data_loader: the bank's slices.
+        device: where to compute.
+        seed: of the scenarios.
+        list_file: JSON file that gets the study and slice of every entry; None writes none.
+    """
+
+    def __init__(
+        self,
+        network: SSCFNet,
+        data_loader: Iterable,
+        device: torch.device | str,
+        seed: int = 0,
+        list_file: str | Path | None = None,
+    ) -> None:
+        self.network, self.data_loader, self.device, self.seed = network, data_loader, device, seed
+        self.list_file = None if list_file is None else Path(list_file)
+
+    def attach(self, engine: Engine) -> None:
+        """Freezes at ``STARTED``."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        if not getattr(self.network, "uses_bank", False):
+            return
+        number = freeze_bank(self.network, self.data_loader, self.device, self.seed)
+        if self.list_file is not None and idist.get_rank() == 0:
+            subset = self.data_loader.dataset
+            dataset = subset.dataset
+            listed = [
+                {"study": dataset.studies[dataset.index[i][0]], "slice": int(dataset.index[i][1])}
+                for i in subset.indices
+            ]
+            self.list_file.parent.mkdir(parents=True, exist_ok=True)
+            self.list_file.write_text(json.dumps(listed, indent=1))
+        if engine is not None:
+            engine.logger.info(f"memory bank frozen: {number} of {self.network.bank_size} entries")

@@ -1,0 +1,345 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""All losses of the paper (section 2.3, eq. 5-7 and 10-15).
+
+Every term is a mean over the pixels of an image, then over the contrasts of its set (T missing, S available, X all) in
+the sample, then over the samples. A contrast without truth and a study without a mask give 0 and still count as a
+sample, so that accumulation over batches or processes equals one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from monai.losses import PatchAdversarialLoss
+from torch import nn
+
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from ..networks.citim import AFFINITY_EPS
+from ..networks.memory_bank import BankEntries
+
+
+def set_mean(values: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Mean over the members of each sample's set, then over samples.
+
+    Args:
+        values: B x K; what is no member may be NaN.
+        members: B x K boolean.
+
+    Returns:
+        Scalar; a sample without members counts as 0.
+    """
+    kept = torch.where(members, values, torch.zeros_like(values)).sum(dim=1)
+    return (kept / members.sum(dim=1).clamp(min=1)).mean()
+
+
+def affinity_cross_entropy(
+    entry_map: torch.Tensor, class_map: torch.Tensor, differ: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum over entries of the mean cross-entropy of P = W_l^T W against M (eq. 6).
+
+    Value and gradient are computed at once in closed form. With q = P where the classes are equal and P - 1 where they
+    differ, the cross-entropy is -log|q| and its derivative by P is -1/q. So no tensor of N_l x N outlives this call,
+    and where it is compiled none exists.
+
+    Args:
+        entry_map: B x K x E x N_l x c', W_l, of which no gradient is taken.
+        class_map: B x K x c' x N or B x 1 x c' x N, W or W^i.
+        differ: B x 1 x E x N_l x N, 1 - M.
+        weight: B x K x E.
+
+    Returns:
+        B tensor; P is clamped away from 0 and 1, and has no gradient beyond the clamp.
+    """
+    b, k, e, cells, classes = entry_map.shape
+    with torch.no_grad():
+        current = class_map.expand(b, k, -1, -1)
+        weighted = entry_map * (weight / (cells * current.shape[-1]))[..., None, None]
+        if torch.compiler.is_compiling():
+            # outer products, which fuse into the sums below, where a matrix product would be written to memory
+            rows = current.unsqueeze(2)
+            q = -differ
+            for c in range(classes):
+                q = q + entry_map[..., c, None] * rows[..., c, None, :]
+        else:
+            q = torch.matmul(entry_map.flatten(2, 3), current).view(b, k, e, cells, -1).sub_(differ)
+        size = q.abs()
+        beyond = (size < AFFINITY_EPS) | (size > 1 - AFFINITY_EPS)
+        slope = q.masked_fill_(beyond, float("inf")).reciprocal_()
+        if torch.compiler.is_compiling():
+            gradient = torch.stack([(weighted[..., c, None] * slope).sum(dim=(2, 3)) for c in range(classes)], dim=2)
+        else:
+            gradient = torch.matmul(weighted.flatten(2, 3).transpose(2, 3), slope.flatten(2, 3))
+        value = size.clamp_(AFFINITY_EPS, 1 - AFFINITY_EPS).log_().mean(dim=(3, 4))
+        value = -(value * weight).sum(dim=(1, 2))
+    # adds 0 to the value and the gradient to the graph
+    return value - (gradient * (class_map - class_map.detach())).sum(dim=(1, 2, 3))
+
+
+def dependency_loss(
+    entries: BankEntries,
+    index: torch.Tensor,
+    usable: torch.Tensor,
+    class_map: torch.Tensor,
+    contrast_maps: torch.Tensor,
+    has_contrast: torch.Tensor,
+    label: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-Image Tumor Dependency Loss (eq. 5-7), on drawn entries.
+
+    The ideal map is M = y_l^T y with one-hot y, background included, memory x current as the affinity P of eq. 1. (Eq.
+    5 as printed is the transpose.) Entries carry no gradient, so the head also has to learn what makes entries: the
+    affinity is taken once with W of the fused feature and once with W^i of the sample's own contrasts.
+
+    Args:
+        entries: all L slots of the bank.
+        index: B x E slots drawn for each sample.
+        usable: B x E, False where the draw found no entry or the entry has no mask.
+        class_map: B x c' x N, W.
+        contrast_maps: B x K x c' x N, W^i.
+        has_contrast: B x K.
+        label: B x N class map y.
+
+    Returns:
+        B tensor, the mean over entries, contrasts and N^2 for each sample; 0 without a usable entry.
+    """
+    entry_map = entries.class_map[index].float().permute(0, 2, 1, 4, 3).contiguous()  # B x K x E x N_l x c'
+    dtype = entry_map.dtype
+    differ = (entries.label[index].unsqueeze(3) != label[:, None, None, :]).unsqueeze(1).to(dtype)
+    present = (entries.present[index] & usable.unsqueeze(2)).transpose(1, 2)  # B x K x E
+
+    def mean_weights(members: torch.Tensor) -> torch.Tensor:
+        """Weights of a mean over the contrasts of an entry, then over the entries that have any."""
+        held = members.sum(dim=1, keepdim=True)
+        return members.to(dtype) / held.clamp(min=1) / (held > 0).sum(dim=2, keepdim=True).clamp(min=1)
+
+    fused = mean_weights(present)
+    own = mean_weights(present & has_contrast.unsqueeze(2))
+    maps = class_map.float().unsqueeze(1), contrast_maps.float()
+    return sum(
+        affinity_cross_entropy(entry_map, w, differ, weight) for w, weight in zip(maps, (fused, own), strict=True)
+    )
+
+
+class Draw(NamedTuple):
+    """Bank entries drawn for the dependency loss of a batch.
+
+    Args:
+        entries: all L slots.
+        index: B x E drawn slots.
+        usable: B x E, False where the draw found no entry.
+    """
+
+    entries: BankEntries
+    index: torch.Tensor
+    usable: torch.Tensor
+
+
+def draw_entries(
+    priority: torch.Tensor, entries: BankEntries, count: torch.Tensor, patient: torch.Tensor, number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws entries of other patients with a mask, without replacement and each with the same probability.
+
+    Args:
+        priority: B x L uniform numbers.
+        entries: all L slots.
+        count: filled slots.
+        patient: B patient hashes.
+        number: how many for each sample.
+
+    Returns:
+        ``index``: B x E; ``usable``: B x E, False where fewer than E entries can be used. E is at most L.
+    """
+    size = priority.shape[1]
+    filled = torch.arange(size, device=priority.device) < count
+    allowed = (filled & entries.has_mask).unsqueeze(0) & (entries.patient.unsqueeze(0) != patient.unsqueeze(1))
+    value, index = torch.topk(torch.where(allowed, priority, -1.0), min(number, size), dim=1)
+    return index, value >= 0
+
+
+class SegmentationLoss(nn.Module):
+    """BCE and Dice of the segmentation branch (eq. 12, 13).
+
+    Args:
+        eps: of eq. 12, in pixels.
+    """
+
+    def __init__(self, eps: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor, has_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Args: logits: B x 3 x spatial; label: B x 1 x spatial classes; has_mask: B. Returns: ``bce`` and ``dice``."""
+        truth = torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1).to(logits.dtype)
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(dim=1)
+        # MONAI's DiceLoss reads a tensor on the host, which breaks the graph of a compiler
+        p, y = torch.sigmoid(logits).flatten(2), truth.flatten(2)
+        overlap = (2 * (p * y).sum(dim=2) + self.eps) / (p.sum(dim=2) + y.sum(dim=2) + self.eps)
+        dice = 1 - overlap.mean(dim=1)
+        zero = torch.zeros_like(bce)
+        return {"bce": torch.where(has_mask, bce, zero).mean(), "dice": torch.where(has_mask, dice, zero).mean()}
+
+
+class GeneratorLoss(nn.Module):
+    """The whole objective of the network: the weighted sum of eq. 11 and eq. 14.
+
+    A term is computed where its weight is not 0 and the training step gives its inputs: ``bce`` and ``dice`` need
+    ``logits``; ``feature`` needs ``predicted`` and ``features``; ``ctdl`` needs ``class_map``, ``contrast_maps``,
+    ``entries`` and drawn bank entries; ``adversarial`` needs scores of discriminators.
+
+    Args:
+        alpha: weight of the dependency loss (eq. 11).
+        beta: weights of synthesis, reconstruction, feature, tumor and adversarial loss (eq. 14).
+        ctdl_entries: bank entries drawn for each sample's dependency loss (eq. 7 averages over all L; the draw is
+            unbiased).
+        dice_eps: of eq. 12.
+        segmentation_weight: of eq. 11 in the sum. The paper does not say how eq. 11 and 14 are joined. The loop is
+            differentiable, so eq. 14 reaches the mask with weights of about 100; added with weight 1, eq. 11 is drowned
+            and the mask is not learned.
+
+    Attributes: ``weights``, the weight of each term in the sum.
+
+    Raises:
+        ValueError: unless ``beta`` has five numbers.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: Sequence[float] = (100.0, 30.0, 50.0, 50.0, 1.0),
+        ctdl_entries: int = 8,
+        dice_eps: float = 1.0,
+        segmentation_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(beta) != 5:
+            raise ValueError(f"beta must have five weights (eq. 14), got {len(beta)}.")
+        names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
+        self.weights = {
+            "ctdl": segmentation_weight * alpha,
+            "bce": segmentation_weight,
+            "dice": segmentation_weight,
+            **dict(zip(names, beta, strict=True)),
+        }
+        self.ctdl_entries = ctdl_entries
+        self.segmentation = SegmentationLoss(dice_eps)
+        self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
+
+    def forward(
+        self,
+        output: dict[str, Any],
+        target: torch.Tensor,
+        label: torch.Tensor,
+        has_contrast: torch.Tensor,
+        has_mask: torch.Tensor,
+        fake_scores: torch.Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Computes the terms.
+
+        Args:
+            output: of the training step.
+            target: B x K x spatial in [-1, 1].
+            label: B x 1 x spatial classes.
+            has_contrast: B x K.
+            has_mask: B.
+            fake_scores: B x K x patches, discriminator outputs for the synthesized images.
+            draw: bank entries for the dependency loss.
+
+        Returns:
+            Scalars, unweighted, those that apply of ``ctdl, bce, dice, synthesis, reconstruction, feature, tumor,
+            adversarial``; and the weighted sum ``loss``.
+        """
+        used = {name for name, weight in self.weights.items() if weight}
+        available = output["available"]
+        missing = ~available & has_contrast
+        terms: dict[str, torch.Tensor] = {}
+        if "ctdl" in used and draw is not None and "class_map" in output:
+            terms["ctdl"] = self.sampled_ctdl(output, draw, has_contrast, has_mask)
+        if "bce" in used and "logits" in output:
+            terms |= self.segmentation(output["logits"].float(), label, has_mask)
+        if used & {"synthesis", "reconstruction", "tumor"}:
+            images = output["pred"][:, :NUM_CONTRASTS].float()
+            known = has_contrast.view(has_contrast.shape + (1,) * (target.dim() - 2))
+            error = torch.where(known, (images - target.float()).abs(), torch.zeros_like(images))
+            absolute = error.flatten(2).mean(dim=2)
+            if "synthesis" in used:
+                terms["synthesis"] = set_mean(absolute, missing)
+            if "reconstruction" in used:
+                terms["reconstruction"] = set_mean(absolute, available)
+            if "tumor" in used:
+                tumor = (error * (label > 0)).flatten(2).mean(dim=2)
+                terms["tumor"] = set_mean(tumor, has_contrast & has_mask.unsqueeze(1))
+        if "feature" in used and "predicted" in output:
+            pairs = zip(output["predicted"], output["features"], strict=True)
+            squares = [(p.float() - f.float()).square().flatten(2).mean(dim=2) for p, f in pairs]
+            terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing)
+        if "adversarial" in used and fake_scores is not None:
+            (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
+            terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+
+    def sampled_ctdl(
+        self, output: dict[str, Any], draw: Draw, has_contrast: torch.Tensor, has_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The dependency loss on drawn entries, the mean over samples.
+
+        Args:
+            output: of ``SSCFTrainingStep``; the class maps y of its new entries are those of the batch.
+            draw: bank entries.
+            has_contrast: B x K.
+            has_mask: B; a sample without a mask counts as 0.
+
+        Returns:
+            Scalar.
+        """
+        values = dependency_loss(
+            *draw, output["class_map"], output["contrast_maps"], has_contrast, output["entries"].label
+        )
+        return torch.where(has_mask, values, torch.zeros_like(values)).mean()
+
+
+class DiscriminatorLoss(nn.Module):
+    """Least-squares loss of the discriminators on the missing contrasts (eq. 15)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
+
+    def forward(self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+        """Args: real, fake: B x K x patches scores; missing: B x K contrasts with truth in T. Returns: scalar."""
+        (on_real,) = self.criterion(real.float(), target_is_real=True, for_discriminator=True)
+        (on_fake,) = self.criterion(fake.float(), target_is_real=False, for_discriminator=True)
+        return set_mean(on_real.mean(dim=2) + on_fake.mean(dim=2), missing)
+
+
+class Discriminators(nn.ModuleList):
+    """One discriminator P_i for each contrast.
+
+    Args:
+        modules: K networks that take B x 1 x spatial and return a list whose last tensor holds the patch scores, as
+            MONAI's ``PatchDiscriminator`` does. Their normalization must not use the batch.
+
+    Raises:
+        ValueError: if a module uses batch normalization.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
+            raise ValueError("batch normalization would mix samples: build PatchDiscriminator with norm='INSTANCE'.")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Args: images: B x K x spatial. Returns: B x K x patches."""
+        return torch.stack([d(images[:, i : i + 1])[-1].flatten(1) for i, d in enumerate(self)], dim=1)

@@ -1,0 +1,454 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The training engine: scenario per sample, network step, discriminator step, moving average, bank update."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.engines import Trainer
+from monai.engines.utils import IterationEvents
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..contrasts import NUM_CONTRASTS, scenario_table
+from ..data.randomness import hash_uniform
+from ..networks.memory_bank import BankEntries, MemoryBank
+from ..networks.sscf import network_input
+from .losses import Draw, draw_entries
+
+#: What a slice dataset gives and the engine needs.
+BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
+
+
+def draw_scenarios(
+    slice_id: torch.Tensor,
+    has_contrast: torch.Tensor,
+    seed: int,
+    epoch: int,
+    numbers: Sequence[int] | None = None,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draws one scenario for each sample, a function of (seed, epoch, slice).
+
+    Of the allowed scenarios, those that leave at least one contrast that the study has are equally probable.
+
+    Args:
+        slice_id: B int64.
+        has_contrast: B x K boolean, at least one True in each row.
+        seed: seed of the run.
+        epoch: present epoch.
+        numbers: allowed numbers of available contrasts; None allows all 14 scenarios.
+        table: ``scenario_table`` on the device of ``slice_id``; making it anew on a GPU waits for the device.
+
+    Returns:
+        B x K boolean, the available contrasts S.
+    """
+    table = scenario_table(slice_id.device) if table is None else table
+    usable = (table.unsqueeze(0) & has_contrast.unsqueeze(1)).any(dim=2)  # B x 14
+    if numbers is not None:
+        held = table.sum(dim=1)
+        allowed = torch.zeros_like(usable[:1])
+        for number in numbers:
+            allowed = allowed | (held == number)
+        usable = usable & allowed
+    rank = (hash_uniform(slice_id, seed, epoch, "scenario") * usable.sum(dim=1, keepdim=True)).to(torch.int64)
+    order = usable.to(torch.int64).cumsum(dim=1) - 1
+    chosen = ((order == rank) & usable).to(torch.int64).argmax(dim=1)
+    return table[chosen] & has_contrast
+
+
+class Curriculum:
+    """Numbers of available contrasts that scenarios may have, by epoch.
+
+    Args:
+        stages: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
+            after the last stage all scenarios are drawn. None or an empty list is no curriculum.
+
+    Raises:
+        ValueError: unless last epochs ascend and each stage allows some of 1 to 3.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[Any]] | None = None) -> None:
+        self.stages = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in stages or ()]
+        lasts = [last for last, _ in self.stages]
+        if lasts != sorted(set(lasts)):
+            raise ValueError(f"the last epochs of a curriculum must ascend, got {lasts}.")
+        for last, numbers in self.stages:
+            if not numbers or not all(1 <= number < NUM_CONTRASTS for number in numbers):
+                raise ValueError(
+                    f"a stage of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
+                    f"until epoch {last}."
+                )
+
+    def numbers(self, epoch: int) -> tuple[int, ...] | None:
+        """Allowed numbers in an epoch (from 1); None allows all."""
+        return next((numbers for last, numbers in self.stages if epoch <= last), None)
+
+
+class MovingAverage:
+    """Bias-corrected exponential moving average of a network's parameters.
+
+    Without the correction a short run would keep its initial weights: with decay 0.999 a third of them after 1000
+    steps. After step t the average weighs step i by decay^(t - i), normalized to 1.
+
+    Args:
+        source: the trained network.
+        average: a network of the same structure that holds the average; its buffers are left alone.
+        decay: in [0, 1); 0 follows the source.
+
+    Raises:
+        ValueError: for a decay outside [0, 1).
+    """
+
+    def __init__(self, source: nn.Module, average: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}.")
+        self.source, self.average, self.decay, self.steps = source, average, decay, 0
+        with torch.no_grad():
+            for target, parameter in zip(average.parameters(), source.parameters(), strict=True):
+                target.requires_grad_(False).copy_(parameter)
+        self._pairs = list(average.parameters()), list(source.parameters())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the parameters of one more step."""
+        self.steps += 1
+        weight = (1 - self.decay) / (1 - self.decay**self.steps)
+        get_ema_multi_avg_fn(1 - weight)(*self._pairs, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averaged parameters and the number of steps."""
+        return {"parameters": {n: p.detach() for n, p in self.average.named_parameters()}, "steps": self.steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores ``state_dict``."""
+        for name, parameter in self.average.named_parameters():
+            parameter.copy_(state["parameters"][name])
+        self.steps = state["steps"]
+
+
+class SynthesisTrainer(Trainer):
+    """Trains any network that fills in missing contrasts.
+
+    In each iteration: augment the batch, draw a scenario for each sample, step the network, step the discriminators,
+    update the moving average. Nothing waits for the device. All randomness is a function of (seed, epoch, slice).
+
+    The network is trained through a step, ``step(image, target, label, has_contrast, has_mask, patient, slice_id)``,
+    with ``image`` (B x 8 x spatial, the network input), ``target`` (B x 4 x spatial, complete), ``label`` (B x 1 x
+    spatial classes) and B or B x 4 tensors. It returns a dictionary with ``pred`` (B x 7 x spatial, a function of
+    ``image`` alone) and ``available`` (B x 4), and with whatever else the loss reads: a term of the loss whose inputs
+    the step does not give is left out.
+
+    After an iteration ``state.output`` holds the detached losses; after an epoch ``state.metrics`` holds their means as
+    ``train_<name>``, and a non-finite mean stops the run. A subclass may
+    replace ``draw_bank_entries``, ``generator_scores``, ``compute_discriminator_loss``, ``on_iteration_end`` and
+    ``epoch_metrics``.
+
+    Args:
+        device: device of networks and batches.
+        max_epochs: number of epochs.
+        train_data_loader: batches of ``SliceDataset`` items.
+        step: the training forward pass or its DDP or compiled wrapper.
+        training_step: the plain training forward pass.
+        optimizer: of the network.
+        loss: objective of the network, see ``GeneratorLoss``; may be compiled.
+        discriminators: the plain discriminators; None trains without an adversarial part.
+        discriminator_step: the discriminators or their DDP wrapper; None means ``discriminators``.
+        discriminator_optimizer: of the discriminators.
+        discriminator_loss: objective of the discriminators, see ``DiscriminatorLoss``.
+        average: moving average, updated after each step of the optimizer; None keeps none.
+        seed: of scenarios, draws and augmentation.
+        accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
+        augmentation: changes a batch, ``augmentation(batch, seed, epoch) -> batch``, see ``Augmentation``.
+        curriculum: stages of ``Curriculum``; None draws from all scenarios in all epochs.
+        inferer: kept for the bundle's ``train#inferer``; training calls the networks themselves.
+        amp: train with autocast.
+        amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
+        grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
+        epoch_length: batches of an epoch; None means the length of the loader.
+        train_handlers: Ignite handlers.
+        non_blocking: copy batches asynchronously.
+        postprocessing: applied to ``state.output``; normally None.
+
+    Raises:
+        ValueError: for ``accumulation_steps`` below 1, for discriminators without an optimizer or a loss, or for a
+            curriculum that ``Curriculum`` refuses.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable,
+        step: nn.Module,
+        training_step: nn.Module,
+        optimizer: Optimizer,
+        loss: nn.Module,
+        discriminators: nn.Module | None = None,
+        discriminator_step: nn.Module | None = None,
+        discriminator_optimizer: Optimizer | None = None,
+        discriminator_loss: nn.Module | None = None,
+        average: MovingAverage | None = None,
+        seed: int = 0,
+        accumulation_steps: int = 1,
+        augmentation: Callable[[dict[str, torch.Tensor], int, int], dict[str, torch.Tensor]] | None = None,
+        curriculum: Sequence[Sequence[Any]] | None = None,
+        inferer: Callable | None = None,
+        amp: bool = True,
+        amp_dtype: torch.dtype | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        epoch_length: int | None = None,
+        train_handlers: Sequence | None = None,
+        non_blocking: bool = True,
+        postprocessing: Callable | None = None,
+    ) -> None:
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
+        if discriminators is not None and (discriminator_optimizer is None or discriminator_loss is None):
+            raise ValueError("discriminators need an optimizer and a loss.")
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            epoch_length=epoch_length,
+            non_blocking=non_blocking,
+            postprocessing=postprocessing,
+            handlers=None,
+            amp=amp,
+            decollate=False,
+        )
+        self.step, self.training_step, self.optimizer, self.loss = step, training_step, optimizer, loss
+        self.discriminators, self.discriminator_optimizer = discriminators, discriminator_optimizer
+        self.discriminator_step = discriminators if discriminator_step is None else discriminator_step
+        self.discriminator_loss, self.average = discriminator_loss, average
+        self.seed, self.accumulation_steps, self.inferer = seed, accumulation_steps, inferer
+        self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
+        self.amp_dtype = amp_dtype or half_dtype(self.state.device)
+        self.grad_scaler = grad_scaler or loss_scaler(self.state.device, amp)
+        self._scenarios = scenario_table(self.state.device)
+        self._totals: dict[str, torch.Tensor] = {}
+        self._batches = 0
+        self.add_event_handler(Events.EPOCH_STARTED, SynthesisTrainer._open_epoch)
+        # before the handlers of the user, so that they find the means of the epoch
+        self.add_event_handler(Events.EPOCH_COMPLETED, SynthesisTrainer._close_epoch)
+        # and before StatsHandler's, which would print a traceback where a run ends with one sentence
+        self.add_event_handler(Events.EXCEPTION_RAISED, SynthesisTrainer._raise)
+        if train_handlers is not None:
+            self._register_handlers(train_handlers)
+
+    # ------------------------------------------------------------------------------------ what a subclass may replace
+    def draw_bank_entries(self, batch: dict[str, torch.Tensor]) -> Draw | None:
+        """Bank entries for the dependency loss of a batch; None here."""
+        return None
+
+    def generator_scores(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Scores of the synthesized images for the loss of the network, B x K x patches; None without discriminators.
+
+        Args:
+            output: of the step.
+            batch: what the step was given, and ``missing``: B x K, contrasts with truth in T.
+        """
+        return None if self.discriminators is None else self.discriminators(output["pred"][:, :NUM_CONTRASTS])
+
+    def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scalar loss of the discriminators, without a gradient to the network; arguments as ``generator_scores``."""
+        fake, target, missing = output["pred"][:, :NUM_CONTRASTS].detach(), batch["target"], batch["missing"]
+        # what is not judged may hold anything, NaN where the study lacks it
+        shown = torch.where(missing.view(missing.shape + (1,) * (target.dim() - 2)), target, fake)
+        real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake])).chunk(2)
+        return self.discriminator_loss(real_scores, fake_scores, missing)
+
+    def on_iteration_end(self, output: dict[str, Any]) -> None:
+        """Called with the output of the step when the iteration's gradients have been used."""
+
+    def epoch_metrics(self) -> dict[str, torch.Tensor]:
+        """Scalars for ``state.metrics`` at the end of an epoch, beside the means of the losses."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------------------ iteration
+    def prepare(self, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A batch on the device, augmented, with its scenario: the arguments of the step, and ``missing``."""
+        batch = {k: batchdata[k].to(self.state.device, non_blocking=self.non_blocking) for k in BATCH_KEYS}
+        epoch = self.state.epoch
+        if self.augmentation is not None:
+            batch = self.augmentation(batch, self.seed, epoch)
+        available = draw_scenarios(
+            batch["slice_id"],
+            batch["has_contrast"],
+            self.seed,
+            epoch,
+            self.curriculum.numbers(epoch),
+            self._scenarios,
+        )
+        return {
+            **batch,
+            "image": network_input(batch["target"], available),
+            "missing": ~available & batch["has_contrast"],
+        }
+
+    def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        device = engine.state.device
+        batch = engine.state.batch = self.prepare(batchdata)
+        position = (engine.state.iteration - 1) % engine.state.epoch_length
+        window = position // self.accumulation_steps
+        share = min(self.accumulation_steps, engine.state.epoch_length - window * self.accumulation_steps)
+        last = (position + 1) % self.accumulation_steps == 0 or position + 1 == engine.state.epoch_length
+        truth = [batch[k] for k in BATCH_KEYS]
+
+        if self.discriminators is not None:
+            self.discriminators.requires_grad_(False)
+        with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+            output = self.step(batch["image"], *truth)
+            fake_scores = self.generator_scores(output, batch)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        terms = self.loss(output, *truth[:4], fake_scores, self.draw_bank_entries(batch))
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        self.grad_scaler.scale(terms["loss"] / share).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        losses = {name: value.detach() for name, value in terms.items()}
+
+        if self.discriminators is not None:
+            self.discriminators.requires_grad_(True)
+            with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+                judged = self.compute_discriminator_loss(output, batch)
+            self.grad_scaler.scale(judged / share).backward()
+            losses["discriminator"] = judged.detach()
+
+        if last:
+            for optimizer in (self.optimizer, self.discriminator_optimizer):
+                if optimizer is not None:
+                    self.grad_scaler.step(optimizer)
+                    optimizer.zero_grad(set_to_none=True)
+            self.grad_scaler.update()
+            if self.average is not None:
+                self.average.update()
+        self.on_iteration_end(output)
+
+        for name, value in losses.items():
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        self._batches += 1
+        engine.state.output = losses
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return losses
+
+    def _raise(self, error: BaseException) -> None:
+        raise error
+
+    def _open_epoch(self) -> None:
+        self.step.train()
+        if self.discriminators is not None:
+            self.discriminators.train()
+
+    def _close_epoch(self) -> None:
+        """Means of the losses over the epoch and ``epoch_metrics``, to ``state.metrics``."""
+        for name, total in self._totals.items():
+            self.state.metrics[f"train_{name}"] = float(total) / self._batches
+        for name, value in self.epoch_metrics().items():
+            self.state.metrics[name] = float(value)
+        self._totals, self._batches = {}, 0
+        broken = [name for name, value in self.state.metrics.items() if value != value or abs(value) == float("inf")]
+        if broken:
+            raise SystemExit(
+                f"{', '.join(broken)} became non-finite in epoch {self.state.epoch}: lower the learning rate or switch "
+                "mixed precision off, then start again; the run goes on from the last checkpoint."
+            )
+
+
+class SSCFTrainer(SynthesisTrainer):
+    """Trains SSCF: the network by eq. 11 + 14, the discriminators by eq. 15.
+
+    A ``SynthesisTrainer`` whose training step is an ``SSCFTrainingStep``. It draws the bank entries of the dependency
+    loss and, after an iteration, writes the bank with the entries of all processes in rank order. The metrics of an
+    epoch tell of the bank as ``bank_<name>``, see ``MemoryBank.statistics``. Arguments are those of
+    ``SynthesisTrainer``.
+    """
+
+    @property
+    def bank(self) -> MemoryBank:
+        """The training bank."""
+        return self.training_step.bank
+
+    def draw_bank_entries(self, batch: dict[str, torch.Tensor]) -> Draw | None:
+        """Bank entries for the dependency loss, a function of (seed, epoch, slice) and the bank; None without it."""
+        if not (self.loss.weights["ctdl"] and self.training_step.net.with_citim):
+            return None
+        priority = hash_uniform(batch["slice_id"], self.seed, self.state.epoch, "ctdl", self.bank.size)
+        entries = self.bank.entries()
+        return Draw(
+            entries, *draw_entries(priority, entries, self.bank.count, batch["patient"], self.loss.ctdl_entries)
+        )
+
+    def on_iteration_end(self, output: dict[str, Any]) -> None:
+        """Writes the bank."""
+        if "entries" in output:
+            self.bank.enqueue(gather_entries(output["entries"]))
+
+    def epoch_metrics(self) -> dict[str, torch.Tensor]:
+        """State of the bank."""
+        if not self.training_step.net.uses_bank:
+            return {}
+        return {f"bank_{name}": value for name, value in self.bank.statistics().items()}
+
+
+def half_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16, or float16 on a GPU that lacks it."""
+    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+    return torch.float16 if lacks else torch.bfloat16
+
+
+def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
+    """Loss scaler for mixed precision; enabled where ``amp`` has to use float16."""
+    return torch.amp.GradScaler(torch.device(device).type, enabled=amp and half_dtype(device) == torch.float16)
+
+
+def gather_entries(entries: BankEntries) -> BankEntries:
+    """Entries of all processes in rank order, so that every process writes the same bank."""
+    if idist.get_world_size() == 1:
+        return entries
+    return BankEntries(
+        *(
+            idist.all_gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).to(tensor.dtype)
+            for tensor in entries
+        )
+    )
+
+
+def linear_decay(max_epochs: int, decay_start: int) -> Callable[[int], float]:
+    """Factor of the learning rate: 1 until ``decay_start``, then linearly to 0 at ``max_epochs`` (section 3.2).
+
+    Args:
+        max_epochs: number of epochs.
+        decay_start: epochs with the full rate.
+    """
+    return lambda epoch: min(1.0, max(0.0, (max_epochs - epoch) / max(max_epochs - decay_start, 1)))
+
+
+def copy_network(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """A network of the same structure and weights, in eval mode, to hold a moving average and the frozen bank."""
+    return copy.deepcopy(network).to(device).eval()
+
+
+def in_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
+    """The network with the 4-D weights of its convolutions in the channels-last format, or as it is.
+
+    Args:
+        network: changed in place.
+        channels_last: switch, as configs have it.
+    """
+    return network.to(memory_format=torch.channels_last) if channels_last else network

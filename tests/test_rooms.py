@@ -1,0 +1,60 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The sub-packages of ``scripts`` import one way only, and none imports the tests or the benchmarks."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import BUNDLE_ROOT
+
+SCRIPTS = BUNDLE_ROOT / "scripts"
+#: What each room may import besides itself; ``contrasts`` is the ground of all.
+ALLOWED = {
+    "contrasts": set(),
+    "networks": {"contrasts"},
+    "data": {"contrasts"},
+    "training": {"contrasts", "networks", "data"},
+    "inference": {"contrasts", "networks", "data"},
+    "evaluation": {"contrasts", "networks", "data", "inference"},
+    "research": {"contrasts", "networks", "data", "training", "inference", "evaluation"},
+    "demo": {"contrasts", "data", "evaluation", "inference"},
+}
+FILES = sorted(path for path in SCRIPTS.rglob("*.py") if path != SCRIPTS / "__init__.py")
+
+
+def room(path: Path) -> str:
+    """Name of the sub-package, or of the module at the top."""
+    return path.relative_to(SCRIPTS).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a file imports from, at any depth of its code."""
+    package = ("scripts", *path.relative_to(SCRIPTS).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names = [".".join((*base, *filter(None, [node.module])))]
+        found |= {name.split(".")[1] for name in names if name.startswith("scripts.")}
+        assert not any(name.split(".")[0] in ("tests", "benchmarks", "conftest", "builders") for name in names)
+    return found - {room(path)}
+
+
+def test_every_room_is_known() -> None:
+    assert {room(path) for path in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SCRIPTS).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    assert imported_rooms(path) <= ALLOWED[room(path)]
