@@ -27,7 +27,7 @@ from scripts.demo.phantom import incomplete_study, write_phantom_cohort
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.networks.memory_bank import BankEntries
 from scripts.networks.sscf import SSCFNet, network_input
-from scripts.networks.weights import DEFAULT_SETTINGS, save_weights
+from scripts.networks.weights import save_weights
 from scripts.research.baselines import PlainUNet
 
 from .measure import CONFIGS, median_seconds, precision, synchronize
@@ -215,7 +215,7 @@ def study_speed(
         write_phantom_cohort(cohort, studies, seed=0, shape=tuple(shape))
         for study in sorted(path for path in cohort.iterdir() if path.is_dir())[:studies]:
             incomplete_study(study, root / "in", LEFT_OUT[:2])
-        settings = DEFAULT_SETTINGS | {"channels": width, "bank_size": bank_size, "image_size": image_size}
+        settings = {"preprocessing": {"image_size": image_size, "spacing": 1.0, "scaling": "brain"}}
         save_weights(root / "model.pt", filled_network(torch.device("cpu"), width, bank_size), settings)
         workflow = ConfigWorkflow(
             config_file=str(CONFIGS / "inference.json"),

@@ -34,7 +34,7 @@ from torch import nn
 
 from scripts.contrasts import StudyError, scenario_table
 from scripts.networks.sscf import network_input
-from scripts.networks.weights import load_weights, save_weights
+from scripts.networks.weights import load_weights, network_from_weights, save_weights
 from scripts.research.baselines import (
     MMGANDiscriminator,
     MMGANDiscriminatorLoss,
@@ -141,11 +141,9 @@ def test_samples_of_a_batch_do_not_mix(name: str) -> None:
 
 
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
-    save_weights(tmp_path / "model.pt", network("unet"), {"network": "scripts.research.baselines.PlainUNet"})
+    save_weights(tmp_path / "model.pt", network("unet"))
     load_weights(network("unet"), tmp_path / "model.pt")
-    with pytest.raises(
-        StudyError, match=r"holds weights of scripts\.research\.baselines\.PlainUNet, not of MMGANGenerator"
-    ):
+    with pytest.raises(StudyError, match="they are weights of PlainUNet, not of MMGANGenerator"):
         load_weights(network("mmgan"), tmp_path / "model.pt")
 
 
@@ -308,9 +306,9 @@ def test_configs_train_validate_infer_and_evaluate(
     losses = set(trainer.state.output)
     segmented = {"bce", "dice", "reconstruction", "tumor"} if name == "unet" else set()
     assert losses == {"loss", "synthesis", "adversarial", "discriminator"} | segmented
-    settings = json.loads((tmp_path / "model.pt.json").read_text())
     kind = type(workflow.parser.get_parsed_content("average_network"))
-    assert settings["network"] == f"{kind.__module__}.{kind.__name__}" and not (tmp_path / "bank_slices.json").exists()
+    assert type(network_from_weights(tmp_path / "model.pt")) is kind
+    assert not (tmp_path / "bank_slices.json").exists()
 
     (test_study,) = json.loads((tmp_path / "split.json").read_text())["test"]
     shutil.copytree(phantom_cohort / test_study, tmp_path / "in" / test_study)
@@ -318,8 +316,7 @@ def test_configs_train_validate_infer_and_evaluate(
         (tmp_path / "in" / test_study / f"{test_study}_{left_out}.nii.gz").unlink()
     paths = {"dataset_dir": "in", "output_dir": "filled", "ckpt_path": "model.pt"}
     paths = {key: str(tmp_path / path) for key, path in paths.items()}
-    files = config_files("inference", f"baselines/{name}_inference")
-    inference = ConfigWorkflow(files, workflow_type="inference", logging_file=False, **paths)
+    inference = ConfigWorkflow(config_files("inference"), workflow_type="inference", logging_file=False, **paths)
     inference.initialize()
     inference.run()
     made = nib.load(tmp_path / "filled" / test_study / f"{test_study}_t1_synthetic.nii.gz")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ import torch
 from conftest import BUNDLE_ROOT, REPOSITORY
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.transforms import Compose
-from test_inferer import TINY, load, write_study
+from test_inferer import PREPROCESSING, TINY, load, write_study
 
-from scripts.contrasts import CONTRASTS, TUMOR_CLASSES
+from scripts.contrasts import CONTRASTS, TUMOR_CLASSES, StudyError
 from scripts.networks.sscf import SSCFNet
-from scripts.networks.weights import DEFAULT_SETTINGS, save_weights
+from scripts.networks.weights import load_weights, network_from_weights, read_settings, save_weights
 
 CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
 META = BUNDLE_ROOT / "configs" / "metadata.json"
@@ -38,12 +39,12 @@ META = BUNDLE_ROOT / "configs" / "metadata.json"
 @pytest.fixture
 def weights(tmp_path) -> Path:
     torch.manual_seed(0)
-    torch.save(SSCFNet(**TINY).state_dict(), tmp_path / "model.pt")
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     return tmp_path / "model.pt"
 
 
 def workflow(**override) -> ConfigWorkflow:
-    override = {**TINY, "image_size": 48, "device": "cpu", "handlers": [], **override}
+    override = {"device": "cpu", "handlers": [], **override}
     made = ConfigWorkflow(
         str(CONFIG), workflow_type="inference", logging_file=False, **{k: _plain(v) for k, v in override.items()}
     )
@@ -106,11 +107,12 @@ def test_worker_processes_pass_failures_on(tmp_path, weights):
 def test_mistakes_end_with_one_sentence(tmp_path, weights, wrong):
     write_study(tmp_path / "in", ["flair"])
     (tmp_path / "empty").mkdir()
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     override, words = {
         "empty folder": ({"dataset_dir": tmp_path / "empty"}, "No study was found"),
         "no input": ({"dataset_dir": None}, "No input is given"),
         "no weights": ({"ckpt_path": tmp_path / "none.pt"}, "There are no weights"),
-        "other weights": ({"bank_size": 7}, "set channels, bank_size, key_size"),
+        "other weights": ({"ckpt_path": tmp_path / "other.pt"}, "holds no settings"),
     }[wrong]
     made = workflow(
         **{"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out", "ckpt_path": weights, **override}
@@ -120,28 +122,11 @@ def test_mistakes_end_with_one_sentence(tmp_path, weights, wrong):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_settings_are_those_beside_the_weights_and_else_those_of_training(tmp_path):
-    training = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
-    assert all(training[name] == value for name, value in DEFAULT_SETTINGS.items())
-    only_training = {"closed_loop", "retrieval"}  # a detached mask is the same mask; controls are for evaluation
-    network = {name: value for name, value in training["network_def"].items() if name not in only_training}
-    assert json.loads(CONFIG.read_text())["network_def"] == network
-    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {**TINY, "spacing": 2.0, "image_size": 96})
-    for path, expected in (
-        (tmp_path / "model.pt", DEFAULT_SETTINGS | TINY | {"spacing": 2.0, "image_size": 96}),
-        (tmp_path / "other.pt", DEFAULT_SETTINGS),
-    ):
-        parser = ConfigParser()
-        parser.read_config(str(CONFIG))
-        parser["ckpt_path"] = str(path)
-        assert {name: parser.get_parsed_content(name) for name in DEFAULT_SETTINGS} == expected
-
-
-def test_platform_ids():
+def test_platform_ids(weights):
     """What MONAI Label asks of the config: it sets these ids and instantiates these objects, and never runs it."""
     parser = ConfigParser()
     parser.read_config(str(CONFIG))
-    parser.update({"bundle_root": str(BUNDLE_ROOT), "device": "cpu", **TINY})
+    parser.update({"bundle_root": str(BUNDLE_ROOT), "device": "cpu", "ckpt_path": str(weights)})
     for name in ("network_def", "preprocessing", "inferer", "postprocessing"):
         assert parser.get_parsed_content(name, instantiate=True) is not None
     assert parser.get_parsed_content("displayable_configs") == {"target": "seg"}
@@ -166,9 +151,11 @@ def test_metadata_schema(tmp_path):
     verify_metadata(meta_file=str(META), filepath=str(schema))
 
 
-def test_network_input_and_output(monkeypatch):
+def test_network_input_and_output(monkeypatch, weights):
     monkeypatch.chdir(BUNDLE_ROOT)
-    verify_net_in_out("network_def", meta_file=str(META), config_file=str(CONFIG), device="cpu", n=2, **TINY)
+    verify_net_in_out(
+        "network_def", meta_file=str(META), config_file=str(CONFIG), device="cpu", n=2, ckpt_path=str(weights)
+    )
 
 
 def test_export_to_torchscript(tmp_path, weights):
@@ -179,20 +166,66 @@ def test_export_to_torchscript(tmp_path, weights):
         ckpt_file=str(weights),
         meta_file=str(META),
         config_file=str(CONFIG),
-        **TINY,
+        ckpt_path=str(weights),
     )
-    network = SSCFNet(**TINY).eval()
-    network.load_state_dict(torch.load(weights, weights_only=True))
+    network = network_from_weights(weights)
     image = torch.rand(2, 8, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(exported)(image), network(image), atol=1e-5, rtol=0)
+        # the export alone is enough to build and to preprocess
+        torch.testing.assert_close(network_from_weights(exported)(image), network(image), atol=0, rtol=0)
+    assert read_settings(exported) == PREPROCESSING
+
+
+def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
+    """``monai.bundle.load`` gives the network of the weights, whatever the configs and wherever it is called."""
+    bundle = tmp_path / "bundles" / "sscf_bundle"
+    for part in ("configs", "scripts"):
+        shutil.copytree(BUNDLE_ROOT / part, bundle / part, ignore=shutil.ignore_patterns("__pycache__"))
+    save_weights(bundle / "models" / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
+    script = (
+        "import sys, torch, monai.bundle\n"
+        f"sys.path.insert(0, {str(bundle)!r})\n"
+        f"network = monai.bundle.load('sscf_bundle', bundle_dir={str(bundle.parent)!r}, workflow_type=sys.argv[1])\n"
+        f"saved = torch.load({str(bundle / 'models' / 'model.pt')!r})\n"
+        "state = network.state_dict()\n"
+        "assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run([*command, "inference"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # the config of training builds another network, which is said, not filled with random numbers
+    done = subprocess.run([*command, "train"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "do not fit this network: bank_size is 5, not 300" in done.stderr
+
+
+def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
+    torch.manual_seed(0)
+    network = SSCFNet(**TINY).eval()
+    state = {name: value for name, value in network.state_dict().items() if name != "settings"}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(StudyError, match=r"holds no settings, .* put the model.pt.json of the training beside it"):
+        read_settings(tmp_path / "model.pt")
+    old = {**TINY, "spatial_dims": 2, "key_size": 3, "image_size": 48, "spacing": 2.0, "scaling": "paper"}
+    (tmp_path / "model.pt.json").write_text(json.dumps(old))
+    assert read_settings(tmp_path / "model.pt") == {"image_size": 48, "spacing": 2.0, "scaling": "per_slice"}
+    image = torch.rand(1, 8, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network_from_weights(tmp_path / "model.pt")(image), network(image))
+
+
+def test_weights_of_another_norm_are_refused(tmp_path):
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY, norm=("group", {"num_groups": 2})))
+    with pytest.raises(StudyError, match=r"does not fit \(norm is "):
+        load_weights(SSCFNet(**TINY), tmp_path / "model.pt")
+    with pytest.raises(RuntimeError, match="norm is "):
+        SSCFNet(**TINY).load_state_dict(torch.load(tmp_path / "model.pt"))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    tiny = ["--channels", str(TINY["channels"]), "--bank_size", str(TINY["bank_size"]), "--image_size", "48"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "monai.bundle", "run", "inference", *arguments, *tiny]
+    command = [sys.executable, "-m", "monai.bundle", "run", "inference", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

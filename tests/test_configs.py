@@ -23,9 +23,7 @@ from builders import BUNDLE_ROOT, config_files, phantom_cohort, tiny_run  # noqa
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from scripts.data.transforms import study_transforms
-from scripts.inference.inferer import inference_transforms
-from scripts.networks.weights import DEFAULT_SETTINGS, NETWORK_SETTINGS, PREPROCESSING_SETTINGS
+from scripts.networks.weights import PREPROCESSING_SETTINGS
 
 CONFIGS = BUNDLE_ROOT / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.json"))
@@ -47,8 +45,6 @@ RUNS = [
     *(["train", name] for name in FILES if name.startswith("ablations/")),
     ["inference"],
     ["inference", "demo_inference"],
-    ["inference", "baselines/unet_inference"],
-    ["inference", "baselines/mmgan_inference"],
     ["report"],
     ["experiments"],
     ["experiments", "experiments_small"],
@@ -169,28 +165,13 @@ def test_training_and_inference_can_be_asked_for_by_name() -> None:
     assert read("evaluate")["evaluating"] == "%run"
 
 
-def test_training_and_inference_build_the_same_network_and_preprocessing() -> None:
+def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     train, inference = read("train"), read("inference")
-    # a detached mask is the same mask, and controls of the retrieval are for evaluation
-    only_training = {"closed_loop", "retrieval"}
-    network = {name: value for name, value in train["network_def"].items() if name not in only_training}
-    assert network == inference["network_def"]
-    names = {*NETWORK_SETTINGS, *PREPROCESSING_SETTINGS}
-    assert names == set(DEFAULT_SETTINGS) == set(train["settings"])
-    # what is written beside the weights is what was trained with, and weights without it are those of the defaults
-    assert train["settings"] == {name: f"@{name}" for name in names}
-    assert {name: train[name] for name in names} == DEFAULT_SETTINGS
-    parser = combined(["inference"])
-    parser.update({"ckpt_path": "no such file"})
-    assert {name: parser.get_parsed_content(name) for name in names} == DEFAULT_SETTINGS
-    assert train["preprocessing"] == {
-        "_target_": "scripts.data.transforms.study_transforms",
-        **{name: f"@{name}" for name in PREPROCESSING_SETTINGS},
-    }
-    assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == {
-        name: f"@{name}" for name in PREPROCESSING_SETTINGS
-    }
-    assert type(inference_transforms()) is type(study_transforms())
+    arguments = {name: f"@{name}" for name in PREPROCESSING_SETTINGS}
+    assert train["settings"] == {"preprocessing": arguments}
+    assert train["preprocessing"] == {"_target_": "scripts.data.transforms.study_transforms", **arguments}
+    assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == arguments
+    assert all(inference[name] == f"$@settings['{name}']" for name in PREPROCESSING_SETTINGS)
 
 
 def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:

@@ -26,7 +26,7 @@ from torch import nn
 from scripts.contrasts import SCENARIOS, scenario_name
 from scripts.data.slices import CachedStudy, PreparedSlices, SliceDataset
 from scripts.evaluation.metrics import mean_of_available, zero_filling
-from scripts.networks.weights import save_weights
+from scripts.networks.weights import read_state, save_weights
 from scripts.research.baselines import PlainUNet
 from scripts.research.downstream import (
     BrainInferer,
@@ -209,15 +209,16 @@ def test_segmenter_is_refused_with_one_sentence(tmp_path: Path) -> None:
     dataset = FewStudies(tmp_path / "cohort").slices("test")
     path, preprocessing = tmp_path / "segmenter.pt", {"image_size": 32, "scaling": "brain"}
     channels = [4, 4, 4, 4, 4, 4]
-    with pytest.raises(SystemExit, match="no weights of a segmenter"):
+    with pytest.raises(SystemExit, match="There is no segmenter"):
         load_segmenter(path, "cpu", dataset, preprocessing)
     network = build_segmenter(2, channels).eval()
-    settings = {"spatial_dims": 2, "channels": channels, **preprocessing, "training_patients": [1, 2]}
+    arguments = {"spatial_dims": 2, "channels": channels}
+    settings = {"arguments": arguments, "preprocessing": preprocessing, "training_patients": [1, 2]}
     save_weights(path, network, settings)
     loaded = load_segmenter(path, "cpu", dataset, preprocessing)
     image = torch.rand((1, 4, 32, 32), generator=generator(8))
     assert torch.equal(loaded(image), network(image)) and not loaded.training
-    with pytest.raises(SystemExit, match="image_size 32, and the network to be tested with 64"):
+    with pytest.raises(SystemExit, match="image_size is 32, not 64"):
         load_segmenter(path, "cpu", dataset, preprocessing | {"image_size": 64})
     save_weights(path, network, settings | {"training_patients": [1, int(dataset.patients[0])]})
     with pytest.raises(SystemExit, match="trained on 1 of the patients"):
@@ -263,8 +264,9 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     segmenter = tmp_path / "segmenter.pt"
     overrides = tiny_run(phantom_cohort, tmp_path, segmenter_path=str(segmenter))
     workflow = train_in_process(config_files("train", "downstream_train"), {**overrides, **TINY_SEGMENTER})
-    settings = json.loads((tmp_path / "segmenter.pt.json").read_text())
-    assert len(settings["training_patients"]) == 3 and settings["channels"] == TINY_SEGMENTER["segmenter_channels"]
+    settings = read_state(tmp_path / "segmenter.pt")[1]
+    assert len(settings["training_patients"]) == 3
+    assert settings["arguments"]["channels"] == TINY_SEGMENTER["segmenter_channels"]
     with (tmp_path / "segmenter" / "validation.csv").open() as file:
         validated = [float(row["dice"]) for row in csv.DictReader(file)]
     assert len(validated) == 2

@@ -45,10 +45,11 @@ from scripts.inference.inferer import (
     synthesize_study,
 )
 from scripts.networks.sscf import SSCFNet
-from scripts.networks.weights import DEFAULT_SETTINGS, load_weights, save_weights
+from scripts.networks.weights import load_weights, save_weights
 
 SHAPE = (40, 36, 6)
 TINY = {"channels": [4, 8, 8, 8, 8], "bank_size": 5}
+PREPROCESSING = {"image_size": 48, "spacing": 1.0, "scaling": "brain"}
 ANGLE = np.deg2rad(7)
 GRIDS = {
     "LPS": [[-1, 0, 0, 90], [0, -1, 0, 126], [0, 0, 1, -72]],
@@ -358,7 +359,7 @@ def test_record(tmp_path):
     network.bank_present[0] = True
     network.bank_patient[0] = stable_hash("P1")
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt", settings=DEFAULT_SETTINGS | TINY)
+    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt")
     record = json.loads((tmp_path / "out/P1/P1_synthesis.json").read_text())
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
@@ -699,7 +700,7 @@ def test_weights(tmp_path, caplog):
         load_weights(network, path)
     for changes in ({"channels": [8, 8, 8, 8, 8]}, {"bank_size": 6}, {"key_size": 2}):
         torch.save(SSCFNet(**{**TINY, **changes}).state_dict(), path)
-        with pytest.raises(StudyError, match="set channels, bank_size, key_size") as caught:
+        with pytest.raises(StudyError, match=f"does not fit .{next(iter(changes))} is") as caught:
             load_weights(network, path)
         assert str(caught.value).count("\n") == 0
     other = SSCFNet(**TINY)
@@ -731,15 +732,13 @@ def test_fill_in_raises_one_sentence(tmp_path):
     with pytest.raises(StudyError, match="cannot be read"):
         fill_with(CopyNet(), paths, tmp_path / "out")
     with pytest.raises(StudyError, match="train first"):
-        synthesize_study(
-            **paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt", settings=DEFAULT_SETTINGS | TINY
-        )
+        synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "none.pt")
     assert not (tmp_path / "out").exists()
 
 
-def test_fill_in_takes_the_settings_beside_the_weights(tmp_path):
+def test_study_is_synthesized_with_the_settings_in_the_weights(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"], "GOOD")
     torch.manual_seed(0)
-    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {**TINY, "image_size": 48})
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     written = synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
     assert sorted(written) == ["flair", "seg", "t1ce"]

@@ -41,8 +41,7 @@ from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, NUM_CONTRASTS, TUMOR
 from ..data.datalist import find_studies, single_study
 from ..data.randomness import stable_hash
 from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
-from ..networks.sscf import SSCFNet
-from ..networks.weights import NETWORK_SETTINGS, PREPROCESSING_SETTINGS, load_weights, read_settings
+from ..networks.weights import load_weights, network_from_weights, read_settings
 
 #: Volumes of a finished prediction in channel order, as keys of written files.
 OUTPUT_KEYS = (*CONTRAST_KEYS, MASK_KEY)
@@ -772,7 +771,6 @@ def synthesize_study(
     output_dir: str | os.PathLike[str] = "eval",
     study: str | None = None,
     ckpt_path: str | os.PathLike[str] | None = None,
-    settings: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     amp: bool | None = None,
     sw_batch_size: int = 8,
@@ -796,16 +794,14 @@ def synthesize_study(
         output_dir: the study gets a folder in here, see ``StudyWriter``.
         study: name of the study; by default what the file names have in common.
         ckpt_path: weights; by default ``models/model.pt`` of this bundle.
-        settings: of network and preprocessing as in the training, keys of ``DEFAULT_SETTINGS``; by default those that
-            training wrote beside the weights.
         device: where to compute; by default a GPU if there is one.
         amp: compute with autocast; by default on a GPU only.
         sw_batch_size: number of slices in one call of the network.
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
-        preprocessing: by default ``inference_transforms`` with the settings.
-        network: by default ``SSCFNet`` with the settings; if one is given and ``ckpt_path`` is ``None``, it keeps its
-            weights.
+        preprocessing: by default ``inference_transforms`` with the settings in the weights.
+        network: by default the one that the weights are of; if one is given and ``ckpt_path`` is ``None``, it keeps its
+            weights, and ``preprocessing`` has to be given too.
 
     Returns:
         Path of each written volume, by its key: the missing ones of ``flair``, ``t1``, ``t1ce`` and ``t2``, and
@@ -820,13 +816,12 @@ def synthesize_study(
     sha256 = None
     if network is None and ckpt_path is None:
         ckpt_path = _BUNDLE_ROOT / "models" / "model.pt"
-    settings = dict(settings or read_settings(ckpt_path))
     if network is None:
-        network = SSCFNet(**{name: settings[name] for name in NETWORK_SETTINGS})
+        network = network_from_weights(ckpt_path)
     if ckpt_path is not None:
         sha256 = load_weights(network, ckpt_path)
     if preprocessing is None:
-        preprocessing = inference_transforms(**{name: settings[name] for name in PREPROCESSING_SETTINGS})
+        preprocessing = inference_transforms(**read_settings(ckpt_path))
     data = preprocessing(item)
     data.update(provenance(network, item["patient"], sha256))
     inferer = BrainSliceInferer(sw_batch_size=sw_batch_size)

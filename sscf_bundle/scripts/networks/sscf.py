@@ -27,6 +27,7 @@ from .ccp import CCP
 from .citim import CITIM
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
 from .retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
+from .settings import ConfiguredNetwork
 
 #: Channels of F^1..F^5; ``paper`` is the width of the published code.
 PRESETS = {
@@ -62,7 +63,7 @@ class BranchOutputs(NamedTuple):
     predicted: list[torch.Tensor]
 
 
-class SSCFNet(nn.Module):
+class SSCFNet(ConfiguredNetwork):
     """Segmentation-assisted synthesis network with a compiled memory bank.
 
     ``forward`` takes one tensor and returns one tensor. The compiled bank is part of its state; an empty bank (a
@@ -88,6 +89,7 @@ class SSCFNet(nn.Module):
         ValueError: for an unknown preset or variant, or a batch normalization.
     """
 
+    FREE_ARGUMENTS = ("closed_loop", "retrieval")
     # constants, so that TorchScript leaves out what a variant does not have
     __constants__ = ["closed_loop", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
 
@@ -108,6 +110,11 @@ class SSCFNet(nn.Module):
         retrieval: str = "nearest",
     ) -> None:
         super().__init__()
+        if isinstance(channels, str):
+            if channels not in PRESETS:
+                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
+            channels = PRESETS[channels]
+        self.keep_arguments(locals())
         for name, value, known in (
             ("segmentation", segmentation, ("citim", "plain", "none")),
             ("prediction", prediction, ("ccp", "mean")),
@@ -120,10 +127,6 @@ class SSCFNet(nn.Module):
         self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
         self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
         self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
-        if isinstance(channels, str):
-            if channels not in PRESETS:
-                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
-            channels = PRESETS[channels]
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
         norm, act = _as_spec(norm), _as_spec(act)

@@ -8,11 +8,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Weights on disk: a plain state_dict and, beside it, the settings that it was trained with."""
+"""Weights on disk: a plain state_dict that holds the settings which it was trained with."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -27,29 +28,19 @@ from ignite.handlers import DiskSaver
 from torch import nn
 
 from ..contrasts import StudyError
+from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, encode_settings, first_difference
 
-#: Arguments of the network that its weights depend on.
-NETWORK_SETTINGS = (
-    *("spatial_dims", "channels", "bank_size", "key_size", "prototype", "aggregation"),
-    *("segmentation", "synthesis", "prediction"),
-)
-#: Arguments of the preprocessing that the weights were trained with.
+#: What ``settings["preprocessing"]`` holds: arguments of ``study_transforms``.
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
-#: Settings of weights without a settings file: the defaults of training.
-DEFAULT_SETTINGS = {
-    "spatial_dims": 2,
-    "channels": "base",
-    "bank_size": 300,
-    "key_size": 3,
-    "prototype": "sum",
-    "aggregation": "attention",
-    "segmentation": "citim",
-    "synthesis": True,
-    "prediction": "ccp",
-    "image_size": 192,
-    "spacing": 1.0,
-    "scaling": "brain",
+#: Networks that weights may name and the modules that hold them, imported when asked for: nothing else of what a file
+#: says is imported.
+NETWORKS = {
+    "SSCFNet": "..networks.sscf",
+    "PlainUNet": "..research.baselines",
+    "MMGANGenerator": "..research.baselines",
 }
+
+_BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 
 logger = logging.getLogger(__name__)
 
@@ -71,94 +62,170 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def save_weights(path: str | Path, network: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
-    """Writes the state_dict of a network and ``<path>.json`` with its settings, each complete or not at all.
+    """Writes the state_dict of a network with its settings inside, complete or not at all.
 
     Args:
         path: of the state_dict, for example ``models/model.pt``.
-        network: its tensors are written, nothing else.
-        settings: what inference must know, keys of ``DEFAULT_SETTINGS``, and ``network``, the class, where it is not
-            ``SSCFNet``; None writes no file.
+        network: its tensors are written. A ``ConfiguredNetwork`` adds its class and arguments to the settings, and
+            keeps the settings itself from then on, so that its exports have them too.
+        settings: ``preprocessing``, the arguments of ``study_transforms`` named in ``PREPROCESSING_SETTINGS``; another
+            network than a ``ConfiguredNetwork`` adds whatever is needed to build it.
     """
     path = Path(path)
-    saver = atomic_saver(path.parent)
-    if settings is not None and idist.get_rank() == 0:
-        temporary = settings_path(path).with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(settings), indent=1) + "\n")
-        temporary.replace(settings_path(path))
-    saver(network.state_dict(), path.name)
+    settings = dict(settings or {})
+    if isinstance(network, ConfiguredNetwork):
+        settings = network.read_settings() | settings
+        network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
+    state = {**network.state_dict(), SETTINGS_KEY: encode_settings(settings)}
+    atomic_saver(path.parent)(state, path.name)
 
 
-def settings_path(path: str | Path) -> Path:
-    """File of the settings that belong to a file of weights: ``model.pt`` has ``model.pt.json``."""
-    path = Path(path)
-    return path.with_name(path.name + ".json")
-
-
-def read_settings(path: str | Path | None) -> dict[str, Any]:
-    """Settings of a file of weights.
-
-    Args:
-        path: of the state_dict; None has no settings file.
-
-    Returns:
-        ``DEFAULT_SETTINGS``, replaced by what the settings file says, if there is one.
-    """
-    file = None if path is None else settings_path(Path(str(path)).expanduser())
-    return DEFAULT_SETTINGS | (json.loads(file.read_text()) if file is not None and file.is_file() else {})
-
-
-def load_weights(network: nn.Module, path: str | Path) -> str:
-    """Loads a ``state_dict`` (weights and frozen bank) from a file.
-
-    Args:
-        network: takes all of it.
-        path: file with a plain ``state_dict``, such as ``models/model.pt``.
-
-    Returns:
-        SHA-256 of the file.
+def find_weights(path: str | Path) -> Path:
+    """The file that a path names; a relative path that leads nowhere is looked up in the folder of the bundle.
 
     Raises:
-        StudyError: when there is no such file, or it cannot be read or does not fit the network.
+        StudyError: when there is no such file.
     """
-    path = Path(str(path)).expanduser()
-    if not path.is_file():
-        raise StudyError(f"There are no weights at {path}: train first, or give the file of the weights as ckpt_path.")
+    given = Path(str(path)).expanduser()
+    for file in (given, _BUNDLE_ROOT / given):
+        if file.is_file():
+            return file
+    raise StudyError(f"There are no weights at {given}: train first, or give the file of the weights as ckpt_path.")
+
+
+def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """Tensors and settings of a file of weights: a state_dict, or a TorchScript module.
+
+    Args:
+        path: see ``find_weights``.
+
+    Returns:
+        The state_dict without settings; ``network``, ``arguments``, ``preprocessing`` and whatever else was saved with
+        it; SHA-256 of the file.
+
+    Raises:
+        StudyError: when the file is missing or damaged, is no state_dict or has no settings.
+    """
+    path = find_weights(path)
     # read once, so that the hash is of what is loaded
     content = path.read_bytes()
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
-        raise StudyError(f"{path} cannot be read as weights: it is damaged, so copy it again or train anew.") from error
+        try:
+            state = dict(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict())
+        except Exception:  # and so does torch.jit.load
+            raise StudyError(
+                f"{path} cannot be read as weights: it is damaged, so copy it again or train anew."
+            ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise StudyError(f"{path} holds no plain state_dict: give the model.pt that training writes.")
-    expected, kind = network.state_dict(), type(network).__name__
-    trained = read_settings(path).get("network", kind)
-    if trained.split(".")[-1] != kind:
+    state = dict(state)
+    earlier = path.with_name(path.name + ".json")
+    if SETTINGS_KEY in state:
+        settings = decode_settings(state.pop(SETTINGS_KEY))
+    elif earlier.is_file():
+        settings = _settings_of_version_02(json.loads(earlier.read_text()))
+    else:
         raise StudyError(
-            f"{path} holds weights of {trained}, not of {kind}: give the config files of that network, see "
-            "docs/baselines.md."
+            f"{path} holds no settings, so nobody can tell which network and preprocessing it belongs to: put the "
+            f"{earlier.name} of the training beside it, or train anew."
         )
+    return state, settings, hashlib.sha256(content).hexdigest()
+
+
+def _settings_of_version_02(old: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the form of now from the file that version 0.2.0 wrote beside the weights."""
+    if old.get("scaling") == "paper":
+        old["scaling"] = "per_slice"
+    preprocessing = {name: old.pop(name) for name in PREPROCESSING_SETTINGS if name in old}
+    patients = {name: old.pop(name) for name in ("training_patients",) if name in old}
+    network = old.pop("network", "BasicUNet" if patients else "SSCFNet").split(".")[-1]
+    return {"network": network, "arguments": old, "preprocessing": preprocessing, **patients}
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Preprocessing of a file of weights, for configs.
+
+    Returns:
+        ``image_size``, ``spacing`` and ``scaling``.
+
+    Raises:
+        StudyError: as ``read_state``, or if the weights do not tell how their input was preprocessed.
+    """
+    settings = read_state(path)[1].get("preprocessing", {})
+    if set(PREPROCESSING_SETTINGS) - set(settings):
+        raise StudyError(
+            f"{path} does not tell how its input was preprocessed: give the model.pt that training writes."
+        )
+    return settings
+
+
+def network_from_weights(path: str | Path) -> ConfiguredNetwork:
+    """The network that a file of weights is of, with these weights.
+
+    Args:
+        path: see ``find_weights``.
+
+    Raises:
+        StudyError: as ``read_state``, or if the file names an unknown network.
+    """
+    settings = read_state(path)[1]
+    name = settings.get("network")
+    if name not in NETWORKS:
+        raise StudyError(f"{path} holds weights of the unknown network {name}: known are {', '.join(NETWORKS)}.")
+    module = importlib.import_module(NETWORKS[name], __package__)
+    try:
+        network = getattr(module, name)(**settings.get("arguments", {}))
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"{path} names settings that build no {name} ({error}): update the bundle.") from error
+    load_weights(network, path)
+    return network.eval()
+
+
+def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> str:
+    """Loads a ``state_dict`` (weights and frozen bank) from a file.
+
+    Args:
+        network: takes all of it.
+        path: see ``find_weights``.
+        preprocessing: ``image_size``, ``spacing`` and ``scaling`` that the network is going to be used with; None
+            compares nothing.
+
+    Returns:
+        SHA-256 of the file.
+
+    Raises:
+        StudyError: when there is no such file, or it cannot be read or fits neither network nor preprocessing.
+    """
+    state, settings, sha256 = read_state(path)
+    reason = network.refusal(settings) if isinstance(network, ConfiguredNetwork) else None
+    reason = reason or first_difference(preprocessing or {}, settings.get("preprocessing", {}))
+    expected = {name: value for name, value in network.state_dict().items() if name != SETTINGS_KEY}
     for name in (*expected, *state):
         ours, theirs = (tuple(s[name].shape) if name in s else None for s in (expected, state))
-        if ours != theirs:
-            raise StudyError(
-                f"{path} does not fit the network ({name} has shape {theirs}, not {ours}): set channels, bank_size, "
-                "key_size, prototype, aggregation, segmentation, synthesis and prediction as in the training."
-            )
-    network.load_state_dict(state)
+        if ours != theirs and not reason:
+            reason = f"{name} has shape {theirs}, not {ours}"
+    if reason:
+        raise StudyError(f"{path} does not fit ({reason}): use the config files and settings of its training.")
+    network.load_state_dict(state, strict=False)  # all but the settings is there, as compared above
+    if isinstance(network, ConfiguredNetwork):
+        own = network.read_settings()
+        settings = own | settings | {"arguments": own["arguments"] | settings.get("arguments", {})}
+        network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
     if hasattr(network, "bank_present") and not network.bank_present.any():
         logger.warning("The memory bank in %s is empty: the network retrieves nothing.", path)
-    return hashlib.sha256(content).hexdigest()
+    return sha256
 
 
-def with_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def with_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> nn.Module:
     """The network after ``load_weights``, for configs.
 
     Raises:
         SystemExit: with one sentence, where ``load_weights`` refuses.
     """
     try:
-        load_weights(network, path)
+        load_weights(network, path, preprocessing)
     except StudyError as error:
         raise SystemExit(str(error)) from error
     return network

@@ -24,12 +24,13 @@ from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
 from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder
+from ..networks.settings import ConfiguredNetwork
 from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
 from ..training.losses import set_mean
 from ..training.trainer import SynthesisTrainer
 
 
-class PlainUNet(nn.Module):
+class PlainUNet(ConfiguredNetwork):
     """One encoder and one decoder of SSCF's blocks: what SSCF is without its branches, banks and four-fold paths.
 
     Args:
@@ -54,6 +55,7 @@ class PlainUNet(nn.Module):
             if channels not in PRESETS:
                 raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
             channels = PRESETS[channels]
+        self.keep_arguments(locals())
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
         self.num_contrasts = NUM_CONTRASTS
@@ -122,7 +124,7 @@ class PlainTrainingStep(nn.Module):
         }
 
 
-class MMGANGenerator(nn.Module):
+class MMGANGenerator(ConfiguredNetwork):
     """Generator of MM-GAN (Sharma and Hamarneh, IEEE TMI 2020): a pix2pix U-Net that sees the contrasts alone.
 
     Imputation with zeros: a missing contrast holds the background, -1 here. There are no availability planes; a blank
@@ -136,6 +138,8 @@ class MMGANGenerator(nn.Module):
         dropout: of the three innermost decoder levels (fewer where there are fewer), as in pix2pix.
     """
 
+    FREE_ARGUMENTS = ("dropout",)
+
     def __init__(
         self,
         spatial_dims: int = 2,
@@ -143,6 +147,7 @@ class MMGANGenerator(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        self.keep_arguments(locals())
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
         self.spatial_dims, self.channels, self.factor = spatial_dims, tuple(channels), 2 ** len(channels)
         widths = [NUM_CONTRASTS, *channels]

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +23,13 @@ from monai.inferers import Inferer
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, label_map, scenario_name
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, StudyError, label_map, scenario_name
 from ..data.cohort import Cohort
 from ..data.slices import PreparedSlices, SliceDataset
 from ..evaluation.evaluator import StudyScores
 from ..evaluation.metrics import fill_background
 from ..evaluation.protocols import Protocol, StudyTruth, region_dice
-from ..networks.weights import settings_path, with_weights
+from ..networks.weights import read_state, with_weights
 
 #: Method of the scores of the real contrasts.
 REAL = "real"
@@ -119,7 +118,7 @@ def study_dice(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def load_segmenter(
     path: str | Path, device: torch.device | str, dataset: SliceDataset, preprocessing: Mapping[str, Any]
 ) -> nn.Module:
-    """The segmenter from its weights and the settings beside them, in eval mode.
+    """The segmenter from its weights and the settings in them, in eval mode.
 
     Args:
         path: of the weights.
@@ -131,28 +130,23 @@ def load_segmenter(
         SystemExit: with one sentence, if the file is missing or damaged, if it was trained on patients of ``dataset``
             or with another preprocessing.
     """
-    path = Path(str(path)).expanduser()
-    settings = settings_path(path)
-    if not path.is_file() or not settings.is_file():
+    try:
+        known = read_state(path)[1]
+    except StudyError as error:
         raise SystemExit(
-            f"There are no weights of a segmenter at {path} with {settings.name} beside them: train one with "
-            "configs/downstream_train.json first, or give segmenter_path."
-        )
-    known = json.loads(settings.read_text())
-    for name, value in preprocessing.items():
-        if known[name] != value:
-            raise SystemExit(
-                f"{path} was trained with {name} {known[name]!r}, and the network to be tested with {value!r}: train a "
-                "segmenter with the same preprocessing."
-            )
+            f"There is no segmenter to test with ({error}) Train one with configs/downstream_train.json first, or give "
+            "segmenter_path."
+        ) from error
+    if "training_patients" not in known:
+        raise SystemExit(f"{path} holds no segmenter of configs/downstream_train.json: train one, or give its file.")
     shared = set(known["training_patients"]) & set(dataset.patients.tolist())
     if shared:
         raise SystemExit(
             f"{path} was trained on {len(shared)} of the patients that it shall be tested on, so the scores would be "
             "too good: use the split of its training (its output_dir or split_file)."
         )
-    segmenter = build_segmenter(known["spatial_dims"], known["channels"])
-    with_weights(segmenter, path)
+    segmenter = build_segmenter(**known["arguments"])
+    with_weights(segmenter, path, preprocessing)
     return segmenter.to(device).eval()
 
 

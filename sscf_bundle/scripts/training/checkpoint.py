@@ -120,7 +120,7 @@ class BestModel:
         path: of the state_dict, normally ``models/model.pt``.
         network: the evaluated network.
         metric: name in the evaluator's ``state.metrics``, larger is better.
-        settings: written beside the weights, see ``save_weights``.
+        settings: written into the weights, see ``save_weights``.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class LastModel:
         network: the averaged network.
         freezer: freezes its bank; None for a network without a bank.
         best: handler of the best model; where no validation ever ran, the last model is saved in its place too.
-        settings: written beside the weights, see ``save_weights``.
+        settings: written into the weights, see ``save_weights``.
     """
 
     def __init__(

@@ -1,0 +1,109 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Settings inside the state of a network: what builds it and what its input was preprocessed with.
+
+They are a uint8 buffer with JSON text, so that a state_dict, a TorchScript module and a checkpoint all carry them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contrasts import StudyError
+
+#: Name of the buffer.
+SETTINGS_KEY = "settings"
+#: Least length of the buffer. Equal lengths matter to platforms that copy only tensors of equal shape: with another
+#: length, weights of another network would be left out in silence instead of being refused.
+SETTINGS_LENGTH = 4096
+
+
+def encode_settings(settings: Mapping[str, Any]) -> torch.Tensor:
+    """Settings as text in a tensor.
+
+    Args:
+        settings: what JSON can hold.
+
+    Returns:
+        uint8, the JSON text, filled up with zeros to ``SETTINGS_LENGTH``.
+    """
+    text = json.dumps(settings, sort_keys=True).encode().ljust(SETTINGS_LENGTH, b"\0")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def decode_settings(buffer: torch.Tensor) -> dict[str, Any]:
+    """Settings from a tensor of ``encode_settings``.
+
+    Raises:
+        StudyError: if the tensor holds no such text.
+    """
+    try:
+        settings = json.loads(bytes(buffer.cpu().tolist()).rstrip(b"\0"))
+    except (ValueError, TypeError) as error:
+        raise StudyError("The settings in the weights are damaged: copy the file again or train anew.") from error
+    if not isinstance(settings, dict):
+        raise StudyError("The settings in the weights are damaged: copy the file again or train anew.")
+    return settings
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """First setting that both have with different values, as ``name is A, not B`` (B is ours); None if all agree."""
+    for name, value in theirs.items():
+        if name in ours and json.dumps(ours[name]) != json.dumps(value):
+            return f"{name} is {value!r}, not {ours[name]!r}"
+    return None
+
+
+class ConfiguredNetwork(nn.Module):
+    """A network whose state tells the class and the arguments that build it, and how its input is preprocessed.
+
+    A subclass calls ``keep_arguments(locals())`` once in its ``__init__``. Loading a state of another class or of other
+    arguments fails with one sentence; a state without settings (of version 0.2.0 or earlier) is taken as it is.
+    """
+
+    #: Arguments that may differ between training and use.
+    FREE_ARGUMENTS: tuple[str, ...] = ()
+
+    def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Stores the arguments of ``__init__``.
+
+        Args:
+            arguments: as ``locals()`` gives them; ``self`` and what begins with ``_`` are left out.
+        """
+        kept = {name: value for name, value in arguments.items() if name != "self" and not name.startswith("_")}
+        settings = {"network": type(self).__name__, "arguments": json.loads(json.dumps(kept))}
+        self.register_buffer(SETTINGS_KEY, encode_settings(settings))
+
+    def read_settings(self) -> dict[str, Any]:
+        """``network`` (name of the class), ``arguments`` and, if the weights have been saved, ``preprocessing``."""
+        return decode_settings(self.get_buffer(SETTINGS_KEY))
+
+    def refusal(self, settings: Mapping[str, Any]) -> str | None:
+        """Why weights with these settings are not weights of this network, in a few words; None if they are."""
+        ours = self.read_settings()
+        if settings.get("network", ours["network"]) != ours["network"]:
+            return f"they are weights of {settings['network']}, not of {ours['network']}"
+        theirs = {k: v for k, v in settings.get("arguments", {}).items() if k not in self.FREE_ARGUMENTS}
+        return first_difference(ours["arguments"], theirs)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        own = self.get_buffer(SETTINGS_KEY)
+        theirs = state_dict.setdefault(prefix + SETTINGS_KEY, own)
+        reason = self.refusal(decode_settings(theirs)) if theirs is not own else None
+        if reason:
+            errors: list[str] = args[-1]
+            errors.append(f"the weights do not fit this network: {reason}; build the network from the weights.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
