@@ -23,7 +23,6 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
-from scripts.demo.phantom import write_phantom_cohort
 from scripts.networks.memory_bank import BankEntries, MemoryBank
 from scripts.networks.sscf import SSCFNet, network_input
 from scripts.training.step import SSCFTrainingStep
@@ -139,14 +138,6 @@ TINY_RUN: dict[str, object] = {
     "num_workers": 0,
     "prepare_workers": 0,
 }
-
-
-@pytest.fixture(scope="session")
-def phantom_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five complete phantom studies of 4 mm voxels, made once for all test files that import this fixture."""
-    directory = tmp_path_factory.getbasetemp() / "phantom_cohort"
-    write_phantom_cohort(directory, 5, seed=0, shape=(60, 60, 40), num_workers=2)
-    return directory
 
 
 def tiny_run(cohort: Path, output_dir: Path, **changes: object) -> dict[str, object]:

@@ -20,11 +20,10 @@ from types import SimpleNamespace
 import nibabel as nib
 import pytest
 import torch
-from builders import (  # noqa: F401
+from builders import (
     TINY_CHANNELS,
     config_files,
     generator,
-    phantom_cohort,
     random_batch,
     tiny_run,
     train_in_process,
@@ -292,7 +291,7 @@ def test_configs_train_validate_infer_and_evaluate(
     name: str,
     changes: dict,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     # a rate at which four epochs already show
     overrides = tiny_run(phantom_cohort, tmp_path, learning_rate=0.005, epoch_samples=16, **changes)

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import (  # noqa: F401
+from builders import (
     BUNDLE_ROOT,
     assert_same,
     bundle_command,
     config_files,
-    phantom_cohort,
     run_bundle,
     run_python,
     tiny_run,
@@ -49,7 +48,7 @@ def bundle_files() -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:  # noqa: F811
+def trained(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:
     """Output folder of one epoch, started in the root of the repository."""
     output_dir = tmp_path_factory.mktemp("trained")
     overrides = tiny_run(phantom_cohort, output_dir, bundle_root="sscf_bundle", **ONE_EPOCH)
@@ -79,7 +78,7 @@ def test_training_from_the_repository_root_writes_models_scores_and_split(traine
     assert not (trained / "failures.json").exists()
 
 
-def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, trained, lpips=False, protocols=["per_slice"])
     train_in_process(config_files("train", "evaluate"), overrides)
     report = json.loads((trained / "evaluation" / "metrics.json").read_text())
@@ -103,7 +102,7 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
     assert {row["study"] for row in rows} == {test_study}
 
 
-def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, trained, evaluated_part="training", lpips=False)
     with pytest.raises(SystemExit, match="3 of the evaluated patients are in the memory bank"):
         train_in_process(config_files("train", "evaluate"), overrides)
@@ -112,7 +111,7 @@ def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phant
 def test_fine_tuning_starts_from_the_trained_weights(
     trained: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     overrides = tiny_run(phantom_cohort, tmp_path, pretrained_path=str(trained / "model.pt"), **ONE_EPOCH)
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
@@ -131,7 +130,7 @@ def test_fine_tuning_starts_from_the_trained_weights(
 def test_bank_of_a_site_is_built_without_training(
     trained: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     paths = {"source_path": str(trained / "model.pt"), "site_path": str(tmp_path / "site.pt")}
     overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=[1.0, 0.0, 0.0], **paths)
@@ -143,7 +142,7 @@ def test_bank_of_a_site_is_built_without_training(
     assert len(set(ours["bank_patient"].tolist())) == 5 and len(set(theirs["bank_patient"].tolist())) == 3
 
 
-def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:
     output_dir = tmp_path / "run"
     configs = ["configs/train.json", "configs/multi_gpu_train.json"]
     overrides = tiny_run(phantom_cohort, output_dir, log_interval=1, **ONE_EPOCH)
@@ -166,7 +165,7 @@ def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_
 def test_broken_study_does_not_stop_the_others_but_shows_in_the_exit_status(
     trained: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     data, output_dir = Path(shutil.copytree(phantom_cohort, tmp_path / "data")), tmp_path / "run"
     broken = json.loads((trained / "split.json").read_text())["training"][0]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import BUNDLE_ROOT, config_files, phantom_cohort, tiny_run  # noqa: F401
+from builders import BUNDLE_ROOT, config_files, tiny_run
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
@@ -193,7 +193,7 @@ def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:
                 assert f"{engine}#handlers#{index}#_disabled_" in disabled
 
 
-def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom_cohort: Path) -> None:
     workflow = ConfigWorkflow(
         config_file=config_files("train"),
         meta_file=str(BUNDLE_ROOT / "configs" / "metadata.json"),

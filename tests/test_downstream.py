@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import TINY_RUN, config_files, generator, phantom_cohort, tiny_run, train_in_process  # noqa: F401
+from builders import TINY_RUN, config_files, generator, tiny_run, train_in_process
 from monai.bundle import ConfigParser
 from torch import nn
 
@@ -260,7 +260,7 @@ def test_segmenter_learns_classes_that_the_contrasts_show() -> None:
     assert float(study_dice({"pred": probabilities, "label": truth})) > 0.9
 
 
-def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, phantom_cohort: Path) -> None:
     segmenter = tmp_path / "segmenter.pt"
     overrides = tiny_run(phantom_cohort, tmp_path, segmenter_path=str(segmenter))
     workflow = train_in_process(config_files("train", "downstream_train"), {**overrides, **TINY_SEGMENTER})

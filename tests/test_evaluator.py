@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import config_files, phantom_cohort, random_batch, tiny_net, tiny_run  # noqa: F401
+from builders import config_files, random_batch, tiny_net, tiny_run
 from ignite.engine import Engine, Events
 from ignite.metrics import MetricsLambda
 from monai.bundle import ConfigWorkflow
@@ -385,7 +385,7 @@ def evaluate_bundle(cohort: Path, output_dir: Path, **changes: object) -> Config
 
 
 def test_evaluation_of_a_bundle_writes_all_conventions_and_floors(
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
     tmp_path: Path,
 ) -> None:
     evaluate_bundle(phantom_cohort, tmp_path, scenarios=["FLAIR+T1+T2", "T1ce"])
@@ -414,7 +414,7 @@ def test_evaluation_of_a_bundle_writes_all_conventions_and_floors(
 
 
 def test_conventions_of_whole_volumes_are_left_out_where_there_are_none(
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
     tmp_path: Path,
 ) -> None:
     changes = {"scenarios": ["T1"], "reference_methods": ["zero_filling"]}

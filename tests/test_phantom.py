@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The phantom cohort: reproducible, physically ordered contrasts, plausible masks, and the layout of BraTS."""
+"""The phantom cohort: reproducible, contrasts that show what they should, plausible masks, and the layout of BraTS."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ from scripts.demo.phantom import (
     FULL_SHAPE,
     LABEL_ED,
     LABEL_ET,
-    TISSUES,
+    LABEL_NCR,
     incomplete_study,
-    inversion_recovery,
     make_phantom,
     phantom_affine,
-    spin_echo,
     write_phantom_cohort,
 )
 
@@ -41,7 +39,7 @@ KEYS = (*CONTRAST_KEYS, MASK_KEY)
 
 @pytest.fixture(scope="module")
 def subjects() -> list[dict[str, np.ndarray]]:
-    """Three subjects; the tumor of the second does not enhance."""
+    """Three subjects."""
     return [make_phantom(0, subject, SHAPE) for subject in range(3)]
 
 
@@ -55,15 +53,6 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def medium() -> dict[str, np.ndarray]:
     """Subject 2 at 2 mm."""
     return make_phantom(0, 2, MEDIUM)
-
-
-def _pure_tissues(subject: int) -> dict[str, np.ndarray]:
-    """Voxels (boolean volumes at 2 mm) that hold almost nothing but one healthy tissue."""
-    body = phantom._build_subject(phantom._streams(0, subject)[0], phantom._make_voxels(MEDIUM))
-    np.testing.assert_allclose(sum(body.tissues.values()), 1, atol=1e-4)
-    return {
-        name: phantom._embed(body.tissues[name] > 0.95, body.mask, body.voxels) for name in ("csf", "gm", "wm", "dg")
-    }
 
 
 def test_same_arguments_give_the_same_bytes(subjects):
@@ -97,50 +86,25 @@ def test_types_background_and_labels(subjects):
         assert brain[volumes[MASK_KEY] > 0].all()
 
 
-def test_signal_equations_order_the_tissues():
-    protocol = {"t1": (550.0, 10.0), "t2": (4500.0, 95.0)}
-    signal = {key: {name: float(spin_echo(*t, *p)) for name, t in TISSUES.items()} for key, p in protocol.items()}
-    signal["flair"] = {name: float(inversion_recovery(*t, 9000.0, 100.0, 2500.0)) for name, t in TISSUES.items()}
-    assert signal["t1"]["wm"] > signal["t1"]["gm"] > signal["t1"]["csf"]
-    assert signal["t2"]["csf"] > signal["t2"]["ed"] > signal["t2"]["gm"] > signal["t2"]["wm"]
-    assert signal["flair"]["ed"] > signal["flair"]["gm"] > signal["flair"]["wm"] > 4 * signal["flair"]["csf"]
-    # long TR, no TE: the signal is the proton density
-    assert spin_echo(0.8, 1000.0, 100.0, 1e6, 0.0) == pytest.approx(0.8)
-    assert inversion_recovery(0.8, 1000.0, 100.0, 1e6, 0.0, 1000.0 * np.log(2)) == pytest.approx(0, abs=1e-12)
-
-
-def test_images_order_the_tissues(medium):
-    volumes, pure = medium, _pure_tissues(2)
-    healthy = volumes[MASK_KEY] == 0
-    assert all(mask.sum() > 100 for mask in pure.values())
+def test_each_contrast_shows_what_it_should_of_the_tumor(medium):
+    labels, brain = medium[MASK_KEY], medium["t1"] > 0
     median = {
-        key: {name: np.median(volumes[key][mask & healthy]) for name, mask in pure.items()} for key in CONTRAST_KEYS
+        name: {key: np.median(medium[key][mask]) for key in CONTRAST_KEYS}
+        for name, mask in {
+            "healthy": brain & (labels == 0),
+            "edema": labels == LABEL_ED,
+            "rim": labels == LABEL_ET,
+            "core": labels == LABEL_NCR,
+        }.items()
     }
-    for key in ("t1", "t1ce"):
-        assert median[key]["wm"] > median[key]["dg"] > median[key]["gm"] > median[key]["csf"]
-    assert median["t2"]["csf"] > median["t2"]["gm"] > median["t2"]["wm"]
-    assert median["flair"]["gm"] >= median["flair"]["wm"] > 2 * median["flair"]["csf"]
-
-    edema, enhancing = volumes[MASK_KEY] == LABEL_ED, volumes[MASK_KEY] == LABEL_ET
-    assert np.median(volumes["flair"][edema]) > 1.2 * median["flair"]["gm"]
-    assert np.median(volumes["t2"][edema]) > 1.2 * median["t2"]["wm"]
-    # relative to white matter: the two images have gains of their own
-    ratio = [np.median(volumes[key][enhancing]) / median[key]["wm"] for key in ("t1", "t1ce")]
-    assert ratio[0] < 1 and ratio[1] > 1.3
-
-
-def test_contrasts_are_related_but_not_functions_of_each_other(medium):
-    volumes = medium
-    brain = ndimage.binary_erosion(volumes["t1"] > 0, iterations=2)
-    for target in CONTRAST_KEYS:
-        others = [volumes[key][brain].astype(np.float64) for key in CONTRAST_KEYS if key != target]
-        terms = [np.ones_like(others[0]), *others]
-        terms += [a * b for i, a in enumerate(others) for b in others[i:]]
-        design, truth = np.stack(terms, 1), volumes[target][brain].astype(np.float64)
-        design /= design.std(0) + 1  # for the conditioning
-        residual = truth - design @ np.linalg.lstsq(design, truth, rcond=None)[0]
-        explained = 1 - residual.var() / truth.var()
-        assert 0.3 < explained < 0.98, (target, explained)
+    for key in ("flair", "t2"):
+        assert median["edema"][key] > 1.5 * median["healthy"][key]
+    # the rim cannot be told from edema but on T1ce
+    ratio = {key: median["rim"][key] / median["edema"][key] for key in CONTRAST_KEYS}
+    assert ratio["t1ce"] > 2 and all(0.9 < ratio[key] < 1.1 for key in ("flair", "t1", "t2"))
+    # necrosis: dark on T1 and T1ce, bright on T2
+    assert all(median["core"][key] < 0.6 * median["healthy"][key] for key in ("t1", "t1ce"))
+    assert median["core"]["t2"] > 2 * median["healthy"]["t2"]
 
 
 def test_a_coarse_shape_shows_the_same_subject(subjects):
@@ -153,13 +117,9 @@ def test_a_coarse_shape_shows_the_same_subject(subjects):
     assert tumor[0].sum() / 8 == pytest.approx(tumor[1].sum(), rel=0.15)
 
 
-def test_about_one_in_six_does_not_enhance():
-    draws = [phantom._draw_tumor(phantom._streams(0, subject)[0]).enhancing for subject in range(600)]
-    assert 0.78 < np.mean(draws) < 0.89
-
-
-def test_both_kinds_of_tumor_occur(subjects):
-    assert [bool((volumes[MASK_KEY] == LABEL_ET).any()) for volumes in subjects] == [True, False, True]
+def test_some_tumors_do_not_enhance():
+    enhancing = [bool((make_phantom(0, s, (40, 40, 26))[MASK_KEY] == LABEL_ET).any()) for s in range(40)]
+    assert 25 < sum(enhancing) < 40
 
 
 @pytest.mark.parametrize("arguments", [(-1, 0, SHAPE), (0, -1, SHAPE), (0, 0, (60, 60)), (0, 0, (60, 60, 4))])

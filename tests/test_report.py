@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import config_files, phantom_cohort, tiny_net, tiny_run  # noqa: F401
+from builders import config_files, tiny_net, tiny_run
 from ignite.engine import Engine
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
@@ -224,7 +224,7 @@ def test_methods_stand_side_by_side_with_their_errors_and_the_box_of_the_tumor()
         one_missing_panel(torch.full((4, 8, 8), -1.0), label[:, :8, :8], made)
 
 
-def test_panel_of_runs_takes_the_slice_with_the_largest_tumor(tmp_path: Path, phantom_cohort: Path) -> None:  # noqa: F811
+def test_panel_of_runs_takes_the_slice_with_the_largest_tumor(tmp_path: Path, phantom_cohort: Path) -> None:
     runs = {}
     for name, configs in (("SSCF", ("train",)), ("U-Net", ("train", "baselines/unet"))):
         overrides = tiny_run(phantom_cohort, tmp_path, ckpt_path=str(tmp_path / f"{name}.pt"), device="cpu")

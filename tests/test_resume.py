@@ -18,11 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import (  # noqa: F401
+from builders import (
     assert_same,
     bundle_command,
     config_files,
-    phantom_cohort,
     run_bundle,
     run_python,
     tiny_run,
@@ -87,7 +86,7 @@ def assert_same_result(output_dir: Path, unbroken: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:  # noqa: F811
+def unbroken(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> Path:
     """Output folder of a run that nothing interrupted."""
     output_dir = tmp_path_factory.mktemp("unbroken")
     status, printed = run_bundle("training", CONFIG, tiny_run(phantom_cohort, output_dir), output_dir / "log.txt")
@@ -119,7 +118,7 @@ def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken
 def test_killed_training_ends_with_the_same_bits(
     num_workers: int,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
     unbroken: Path,
 ) -> None:
     """Killed in the middle of an epoch, then while a checkpoint is written, always started by the same command."""
@@ -147,7 +146,7 @@ def test_killed_training_ends_with_the_same_bits(
 def test_complete_run_started_again_ends_at_once_and_changes_nothing(
     copy: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
     unbroken: Path,
 ) -> None:
     newest = copy / "checkpoints" / names(EPOCHS)[0]
@@ -165,7 +164,7 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
 def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
     remaining: int,
     copy: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
     unbroken: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -189,7 +188,7 @@ def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
 def test_resume_false_on_the_command_line_starts_anew(
     copy: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     overrides = tiny_run(phantom_cohort, copy, resume="false", max_epochs=1)
     status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
@@ -201,7 +200,7 @@ def test_resume_false_on_the_command_line_starts_anew(
 def test_other_network_than_in_the_checkpoint_is_told_in_one_sentence(
     copy: Path,
     tmp_path: Path,
-    phantom_cohort: Path,  # noqa: F811
+    phantom_cohort: Path,
 ) -> None:
     overrides = tiny_run(phantom_cohort, copy, channels=[4, 8, 8, 8, 16])
     status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
