@@ -42,6 +42,7 @@ from scripts.training.losses import (
     SegmentationLoss,
     dependency_loss,
     draw_entries,
+    samples_to_judge,
     set_mean,
 )
 
@@ -621,8 +622,13 @@ def test_discriminators_judge_each_contrast_by_its_own_network_and_last_output()
     torch.manual_seed(0)
     discriminators = Discriminators([patch_discriminator() for _ in range(K)]).eval()
     images = torch.rand((2, K, 32, 32), generator=generator(0)) * 2 - 1
-    scores = discriminators(images)
+    missing = torch.tensor([[True, False, True, False], [True, False, False, True]])
+    scores = discriminators(images, samples_to_judge(missing))
     for b, i in itertools.product(range(2), range(K)):
+        # a contrast that no sample lacks is judged once all the same, so that its network has a gradient
+        if not missing[b, i] and (i, b) != (1, 0):
+            assert not scores[b, i].any()
+            continue
         outputs = discriminators[i](images[b : b + 1, i : i + 1])
         assert len(outputs) > 1
         torch.testing.assert_close(scores[b, i], outputs[-1].flatten(), rtol=0, atol=1e-5)
@@ -646,7 +652,8 @@ def test_the_whole_objective_trains_every_parameter_from_a_mixed_batch() -> None
     entries = step.bank.entries()
     draw = Draw(entries, *draw_entries(priority, entries, step.bank.count, batch["patient"], 8))
     truth = [batch[name] for name in ("target", "label", "has_contrast", "has_mask")]
-    terms = loss(output, *truth, discriminators(output["pred"][:, :K]), draw)
+    missing = ~output["available"] & batch["has_contrast"]
+    terms = loss(output, *truth, discriminators(output["pred"][:, :K], samples_to_judge(missing)), draw)
     assert all(torch.isfinite(value) and value > 0 for value in terms.values())
     terms["loss"].backward()
     for name, parameter in step.named_parameters():

@@ -340,6 +340,28 @@ class Discriminators(nn.ModuleList):
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             raise ValueError("batch normalization would mix samples: build PatchDiscriminator with norm='INSTANCE'.")
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Args: images: B x K x spatial. Returns: B x K x patches."""
-        return torch.stack([d(images[:, i : i + 1])[-1].flatten(1) for i, d in enumerate(self)], dim=1)
+    def forward(self, images: torch.Tensor, samples: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Scores of some samples of each contrast.
+
+        Args:
+            images: B x K x spatial.
+            samples: for each contrast the int64 indices of the samples to judge, at least one, so that every process of
+                a distributed run has a gradient for every discriminator.
+
+        Returns:
+            B x K x patches; 0 for what is not judged.
+        """
+        scores: list[torch.Tensor] = []
+        for i, (discriminator, rows) in enumerate(zip(self, samples, strict=True)):
+            judged = discriminator(images[:, i : i + 1].index_select(0, rows))[-1].flatten(1)
+            scores.append(judged.new_zeros(len(images), judged.shape[1]).index_copy(0, rows, judged))
+        return torch.stack(scores, dim=1)
+
+
+def samples_to_judge(missing: torch.Tensor) -> list[torch.Tensor]:
+    """``samples`` of ``Discriminators``: those that lack a contrast, or the first one where none does.
+
+    Args:
+        missing: B x K boolean on the CPU, where reading it waits for nothing.
+    """
+    return [torch.tensor([b for b, lacks in enumerate(column) if lacks] or [0]) for column in missing.t().tolist()]

@@ -29,7 +29,7 @@ from ..contrasts import NUM_CONTRASTS, scenario_table
 from ..data.randomness import hash_uniform
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.sscf import network_input
-from .losses import Draw, draw_entries
+from .losses import Draw, draw_entries, samples_to_judge
 
 #: What a slice dataset gives and the engine needs.
 BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
@@ -41,7 +41,6 @@ def draw_scenarios(
     seed: int,
     epoch: int,
     numbers: Sequence[int] | None = None,
-    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draws one scenario for each sample, a function of (seed, epoch, slice).
 
@@ -53,12 +52,11 @@ def draw_scenarios(
         seed: seed of the run.
         epoch: present epoch.
         numbers: allowed numbers of available contrasts; None allows all 14 scenarios.
-        table: ``scenario_table`` on the device of ``slice_id``; making it anew on a GPU waits for the device.
 
     Returns:
         B x K boolean, the available contrasts S.
     """
-    table = scenario_table(slice_id.device) if table is None else table
+    table = scenario_table(slice_id.device)
     usable = (table.unsqueeze(0) & has_contrast.unsqueeze(1)).any(dim=2)  # B x 14
     if numbers is not None:
         held = table.sum(dim=1)
@@ -241,7 +239,6 @@ class SynthesisTrainer(Trainer):
         self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
         self.amp_dtype = amp_dtype or half_dtype(self.state.device)
         self.grad_scaler = grad_scaler or loss_scaler(self.state.device, amp)
-        self._scenarios = scenario_table(self.state.device)
         self._totals: dict[str, torch.Tensor] = {}
         self._batches = 0
         self.add_event_handler(Events.EPOCH_STARTED, SynthesisTrainer._open_epoch)
@@ -262,16 +259,19 @@ class SynthesisTrainer(Trainer):
 
         Args:
             output: of the step.
-            batch: what the step was given, and ``missing``: B x K, contrasts with truth in T.
+            batch: of ``prepare``; ``missing`` are the contrasts with truth in T.
         """
-        return None if self.discriminators is None else self.discriminators(output["pred"][:, :NUM_CONTRASTS])
+        if self.discriminators is None:
+            return None
+        return self.discriminators(output["pred"][:, :NUM_CONTRASTS], batch["samples"])
 
     def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Scalar loss of the discriminators, without a gradient to the network; arguments as ``generator_scores``."""
         fake, target, missing = output["pred"][:, :NUM_CONTRASTS].detach(), batch["target"], batch["missing"]
         # what is not judged may hold anything, NaN where the study lacks it
         shown = torch.where(missing.view(missing.shape + (1,) * (target.dim() - 2)), target, fake)
-        real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake])).chunk(2)
+        samples = [torch.cat([rows, rows + len(fake)]) for rows in batch["samples"]]
+        real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake]), samples).chunk(2)
         return self.discriminator_loss(real_scores, fake_scores, missing)
 
     def on_iteration_end(self, output: dict[str, Any]) -> None:
@@ -283,23 +283,27 @@ class SynthesisTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------ iteration
     def prepare(self, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """A batch on the device, augmented, with its scenario: the arguments of the step, and ``missing``."""
+        """A batch on the device, augmented, with its scenario.
+
+        Returns:
+            The arguments of the step, ``missing`` (B x K) and ``samples``, see ``samples_to_judge``.
+        """
         batch = {k: batchdata[k].to(self.state.device, non_blocking=self.non_blocking) for k in BATCH_KEYS}
         epoch = self.state.epoch
         if self.augmentation is not None:
             batch = self.augmentation(batch, self.seed, epoch)
-        available = draw_scenarios(
-            batch["slice_id"],
-            batch["has_contrast"],
-            self.seed,
-            epoch,
-            self.curriculum.numbers(epoch),
-            self._scenarios,
+        # drawn on the host, which has to know how many samples lack a contrast without waiting for the device
+        has_contrast = batchdata["has_contrast"].cpu()
+        drawn = draw_scenarios(
+            batchdata["slice_id"].cpu(), has_contrast, self.seed, epoch, self.curriculum.numbers(epoch)
         )
+        missing = ~drawn & has_contrast
+        move = {"device": self.state.device, "non_blocking": self.non_blocking}
         return {
             **batch,
-            "image": network_input(batch["target"], available),
-            "missing": ~available & batch["has_contrast"],
+            "image": network_input(batch["target"], drawn.to(**move)),
+            "missing": missing.to(**move),
+            "samples": [rows.to(**move) for rows in samples_to_judge(missing)],
         }
 
     def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
