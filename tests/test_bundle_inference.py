@@ -201,7 +201,7 @@ def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
 
 def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
     torch.manual_seed(0)
-    network = SSCFNet(**TINY).eval()
+    network = SSCFNet(**TINY, entry="literal", normalize_prototypes=False).eval()
     state = {name: value for name, value in network.state_dict().items() if name != "settings"}
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(StudyError, match=r"holds no settings, .* put the model.pt.json of the training beside it"):

@@ -223,7 +223,18 @@ def test_layer_normalization_closes_over_the_class_factors_to_1e_12() -> None:
         np.testing.assert_allclose(centered @ w[:, n], column - column.mean(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+def test_normalized_prototypes_of_constant_channels_are_zero_and_differ_between_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature = 100 * torch.randn(1, 6, 1, generator=generator) + torch.randn(1, 6, 12, generator=generator)
+    class_map = torch.rand(1, 3, 12, generator=generator).softmax(dim=1)
+    constant = feature.mean(dim=2, keepdim=True).expand_as(feature)
+    assert class_prototypes(constant, class_map, False, normalize=True).abs().max() < 1e-2
+    raw, normalized = (class_prototypes(feature, class_map, True, normalize=n)[0] for n in (False, True))
+    likeness = [torch.cosine_similarity(p[:, 0], p[:, 1], dim=0).item() for p in (raw, normalized)]
+    assert likeness[0] > 0.99 and abs(likeness[1]) < 0.9
+
+
+@pytest.mark.parametrize("mean", [False, True])
 def test_class_prototypes_equal_loops_and_drop_a_class_below_half_a_cell(mean: bool) -> None:
     feature = torch.randn((2, 3, 5), generator=generator(0))
     class_map = torch.rand((2, CLASSES, 5), generator=generator(1))

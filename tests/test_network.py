@@ -336,8 +336,39 @@ def test_the_closed_loop_is_differentiable() -> None:
     missing.square().sum().backward()
     for name, parameter in step.net.segmentation_decoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    for part in (step.net.fuse_bottleneck, step.net.join_citim, step.net.citim.phi, step.net.citim.head):
+    for part in (step.net.fuse_bottleneck, step.net.citim.phi, step.net.citim.head):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_retrieval_enters_as_nothing_at_first() -> None:
+    """An untrained network predicts features as the mean of the available ones, and its mask does not see the bank."""
+    torch.manual_seed(0)
+    net = SSCFNet(channels=TINY_CHANNELS, bank_size=6, key_size=2)
+    available = scenario_table()
+    images = random_batch(available)["image"]
+    step = SSCFTrainingStep(net, (32, 32))
+    with torch.no_grad():
+        step.bank.enqueue(step(**random_batch(available[:4], seed=3, first_patient=10))["entries"])
+        bank = net.compile_bank(step.bank.entries())
+        allowed = bank.present.any(dim=1).expand(14, -1)
+        out = net.run_branches(images[:, :4], available, bank, allowed)
+        alone = net.run_branches(images[:, :4], available, bank, torch.zeros_like(allowed))
+    assert torch.equal(out.logits, alone.logits)
+    for j, predicted in enumerate(out.predicted):
+        for b, row in enumerate(available):
+            mean = out.second[j][b, row].mean(dim=0)
+            for k in (~row).nonzero().flatten():
+                torch.testing.assert_close(predicted[b, k], mean, atol=1e-6, rtol=1e-5)
+
+
+def test_literal_entry_starts_with_a_mixture_in_the_place_of_every_skip_connection() -> None:
+    torch.manual_seed(0)
+    net = SSCFNet(channels=TINY_CHANNELS, bank_size=6, key_size=2, entry="literal")
+    available = scenario_table()[:1]
+    images, bank = random_batch(available)["image"][:, :4], net.stored_bank()
+    with torch.no_grad():
+        out = net.run_branches(images, available, bank, torch.zeros(1, 6, dtype=torch.bool))
+    assert (out.predicted[0][0, 1] - out.second[0][0, 0]).abs().mean() > 0.1 * out.second[0][0, 0].abs().mean()
 
 
 def test_second_pass_sees_the_soft_mask_and_the_first_sees_none() -> None:
@@ -366,6 +397,8 @@ def test_entries_hold_what_design_says_of_both_passes() -> None:
     for b in range(2):
         for i in range(4):
             feature = first[-1][b, i].reshape(TINY_CHANNELS[-1], -1)
+            feature = feature - feature.mean(axis=1, keepdims=True)
+            feature = feature / np.sqrt((feature**2).mean(axis=1, keepdims=True) + 1e-5)
             np.testing.assert_allclose(entries.prototype[b, i].numpy(), feature @ maps[b, i].T, rtol=0, atol=1e-4)
             with torch.no_grad():
                 head = net.citim.head(torch.from_numpy(first[-1][b : b + 1, i]).float())
@@ -427,7 +460,11 @@ def test_bank_arithmetic_stays_in_float32_under_bfloat16_autocast() -> None:
         assert torch.equal(seen["context"], net.citim(feature.float(), class_map, value, gram, allowed))
     maps, entries = output["contrast_maps"], output["entries"]
     assert maps.dtype == torch.float32 and output["logits"].dtype == torch.float32
-    exact = seen["out"].first[-1].double().flatten(3) @ maps.double().transpose(2, 3)
+    feature = seen["out"].first[-1].double().flatten(3)
+    feature = (feature - feature.mean(dim=3, keepdim=True)) / (
+        feature.var(dim=3, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    exact = feature @ maps.double().transpose(2, 3)
     torch.testing.assert_close(entries.prototype.double(), exact, rtol=1e-5, atol=1e-5)
     for j, feature in enumerate(seen["out"].second):
         start = sum(TINY_CHANNELS[:j])
@@ -563,6 +600,7 @@ VARIANTS: list[tuple[dict[str, object], set[str]]] = [
     ({"segmentation": "plain"}, {"class_map"}),
     ({"closed_loop": False}, set()),
     ({"retrieval": "mean"}, set()),
+    ({"entry": "literal", "normalize_prototypes": False}, set()),
     ({}, set()),
 ]
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .blocks import channel_statistics, expand_dims_like, gather_maps, mix_channels
+from .blocks import channel_statistics, expand_dims_like, gather_maps, masked_mean, mix_channels
 
 
 def gather(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,8 @@ class CCP(nn.Module):
         num_contrasts: K.
         reduction: bottleneck ratio of CBAM's channel attention.
         kernel_size: kernel of CBAM's spatial attention.
+        residual: add the result of eq. 9 to the mean of the available features, with gamma zero at the start; False is
+            eq. 9 as it stands, which puts a random mixture in the place of every skip connection at the start.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class CCP(nn.Module):
         num_contrasts: int,
         reduction: int = 16,
         kernel_size: int = 7,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         k, c, hidden = num_contrasts, channels, max(channels // reduction, 4)
-        self.num_contrasts = k
+        self.num_contrasts, self.residual = k, residual
         self.squeeze_weight = nn.Parameter(torch.empty(k, hidden, c))
         self.squeeze_bias = nn.Parameter(torch.zeros(k, hidden))
         self.excite_weight = nn.Parameter(torch.empty(k, c, hidden))
@@ -85,6 +88,8 @@ class CCP(nn.Module):
             (self.gamma_weight, (k - 1) * c),
         ):
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        if residual:
+            nn.init.zeros_(self.gamma_weight)
 
     def channel_attention(self, target: torch.Tensor, mean: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
         """CBAM's channel attention from the pooled values of each pair.
@@ -191,8 +196,10 @@ class CCP(nn.Module):
         gamma = gather(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
         fused = mix_channels(gamma.to(refined.dtype), refined * torch.sigmoid(gate), gate.new_zeros(1, 1, 1))
         own = expand_dims_like(available.t().flatten(), maps)
-        bias = expand_dims_like(self.gamma_bias.to(fused.dtype).repeat_interleave(b, dim=0), maps)
-        out = torch.where(own, maps.to(fused.dtype), bias).index_add_(0, (target * b + sample).flatten(), fused)
+        base = expand_dims_like(self.gamma_bias.to(fused.dtype).repeat_interleave(b, dim=0), maps)
+        if self.residual:
+            base = base + torch.cat([masked_mean(feature, available).to(fused.dtype)] * k)
+        out = torch.where(own, maps.to(fused.dtype), base).index_add_(0, (target * b + sample).flatten(), fused)
         return out.unflatten(0, (k, b)).transpose(0, 1)
 
     def predict(
@@ -227,6 +234,8 @@ class CCP(nn.Module):
         gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources) * gain  # T x S x C x C
         # one source after the other: they add up, and no stack of feature maps has to be made
         out = expand_dims_like(self.gamma_bias.index_select(0, targets).repeat_interleave(b, dim=0), features[0])
+        if self.residual:
+            out = out + torch.cat([torch.stack(features).mean(dim=0)] * num_targets)
         for s, maps in enumerate(features):
             center, own_std = (t[:, 0] for t in channel_statistics(maps.unsqueeze(1)))
             scale, shift = self.affine(

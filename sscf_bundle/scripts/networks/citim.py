@@ -72,18 +72,25 @@ class PredictionHead(nn.Module):
         return torch.softmax(self.blocks(feature).flatten(2).float(), dim=1)
 
 
-def class_prototypes(feature: torch.Tensor, class_map: torch.Tensor, mean: bool) -> torch.Tensor:
+def class_prototypes(
+    feature: torch.Tensor, class_map: torch.Tensor, mean: bool, normalize: bool = False
+) -> torch.Tensor:
     """Class prototypes G = b W_l^T, the part of eq. 2 that depends on the entry alone.
 
     Args:
         feature: E x C x N bottleneck features b.
         class_map: E x c' x N class probabilities W_l.
         mean: divide each prototype by the mass of its class (zero below half a cell), instead of the literal sum.
+        normalize: bring each channel of b to mean 0 and variance 1 over the cells first. Raw features are mostly
+            constants of their channels, which make the prototypes of all classes nearly parallel.
 
     Returns:
         E x C x c', float32.
     """
     with torch.autocast(feature.device.type, enabled=False):
+        if normalize:
+            variance, mean_over_cells = torch.var_mean(feature.float(), dim=2, correction=0, keepdim=True)
+            feature = (feature.float() - mean_over_cells) * torch.rsqrt(variance + 1e-5)
         prototype = torch.matmul(feature.float(), class_map.float().transpose(1, 2))
     if mean:
         mass = class_map.float().sum(dim=2).unsqueeze(1)

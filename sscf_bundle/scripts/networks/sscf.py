@@ -78,6 +78,9 @@ class SSCFNet(ConfiguredNetwork):
         aggregation: ``attention`` or ``concat``, see ``CITIM``.
         norm: MONAI normalization spec; must not use statistics of the batch.
         act: MONAI activation spec.
+        entry: how what is retrieved enters the network: ``residual``, added to what stands there without it and zero at
+            the start; or ``literal``, in its place (eq. 9) and concatenated (section 2.1), as in the paper.
+        normalize_prototypes: see ``class_prototypes``; False is the paper.
         segmentation: ``citim``, the branch of the paper; ``plain``, one without CITIM; ``none``, no branch: the
             probabilities are 0 and there is one pass. All but the first are ablations, as the next four.
         synthesis: False leaves the segmentation branch alone: all images are -1.
@@ -91,7 +94,7 @@ class SSCFNet(ConfiguredNetwork):
 
     FREE_ARGUMENTS = ("closed_loop", "retrieval")
     # constants, so that TorchScript leaves out what a variant does not have
-    __constants__ = ["closed_loop", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
+    __constants__ = ["closed_loop", "residual", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
 
     def __init__(
         self,
@@ -103,6 +106,8 @@ class SSCFNet(ConfiguredNetwork):
         aggregation: str = "attention",
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
+        entry: str = "residual",
+        normalize_prototypes: bool = True,
         segmentation: str = "citim",
         synthesis: bool = True,
         prediction: str = "ccp",
@@ -116,6 +121,7 @@ class SSCFNet(ConfiguredNetwork):
             channels = PRESETS[channels]
         self.keep_arguments(locals())
         for name, value, known in (
+            ("entry", entry, ("residual", "literal")),
             ("segmentation", segmentation, ("citim", "plain", "none")),
             ("prediction", prediction, ("ccp", "mean")),
             ("retrieval", retrieval, ("nearest", "random", "mean")),
@@ -126,6 +132,7 @@ class SSCFNet(ConfiguredNetwork):
             raise ValueError("a network without segmentation and without synthesis computes nothing.")
         self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
         self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
+        self.residual, self.normalize_prototypes = entry == "residual", normalize_prototypes
         self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
@@ -151,9 +158,13 @@ class SSCFNet(ConfiguredNetwork):
             nn.init.constant_(self.segmentation_decoder.head.bias, bias)
         if self.with_citim:
             self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
-            self.join_citim = conv(2 * c, c, kernel_size=1)
+            if self.residual:
+                nn.init.zeros_(self.citim.phi.weight)
+                nn.init.zeros_(self.citim.phi.bias)
+            else:
+                self.join_citim = conv(2 * c, c, kernel_size=1)
         if self.with_ccp:
-            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k) for width in channels)
+            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k, residual=self.residual) for width in channels)
         if self.synthesis:
             self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
 
@@ -302,7 +313,10 @@ class SSCFNet(ConfiguredNetwork):
             else:
                 with torch.autocast(f5.device.type, enabled=False):
                     context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
-            fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+            if self.residual:
+                fused[-1] = f5 + context.to(f5.dtype)
+            else:
+                fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
         else:
             class_map = torch.zeros(f5.shape[0], self.num_tumor_classes + 1, f5.flatten(2).shape[2], device=f5.device)
             fused[-1] = f5

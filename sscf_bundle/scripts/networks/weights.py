@@ -141,6 +141,8 @@ def _settings_of_version_02(old: dict[str, Any]) -> dict[str, Any]:
     preprocessing = {name: old.pop(name) for name in PREPROCESSING_SETTINGS if name in old}
     patients = {name: old.pop(name) for name in ("training_patients",) if name in old}
     network = old.pop("network", "BasicUNet" if patients else "SSCFNet").split(".")[-1]
+    if network == "SSCFNet":
+        old |= {"entry": "literal", "normalize_prototypes": False}  # there was nothing else
     return {"network": network, "arguments": old, "preprocessing": preprocessing, **patients}
 
 

@@ -135,7 +135,9 @@ def make_entries(
         patient: B int64.
         slice_id: B int64.
     """
-    prototype = class_prototypes(first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.mean_prototype)
+    prototype = class_prototypes(
+        first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.mean_prototype, net.normalize_prototypes
+    )
     return BankEntries(
         key=net.retrieval_key(second[-1]),
         mean=torch.cat([mean for mean, _ in statistics], dim=2),
