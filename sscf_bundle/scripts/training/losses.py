@@ -191,12 +191,43 @@ class SegmentationLoss(nn.Module):
         return {"bce": torch.where(has_mask, bce, zero).mean(), "dice": torch.where(has_mask, dice, zero).mean()}
 
 
+def space_variance(features: torch.Tensor) -> torch.Tensor:
+    """Variance over space of B x K x C x spatial features, the mean over channels, B x K float32, at least 1e-6."""
+    return features.float().flatten(3).var(dim=3, correction=0).mean(dim=2).clamp(min=1e-6)
+
+
+def class_map_cross_entropy(
+    class_map: torch.Tensor,
+    contrast_maps: torch.Tensor,
+    label: torch.Tensor,
+    has_contrast: torch.Tensor,
+    has_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of W, and of W^i as a mean over the contrasts, against y; the sum of both, a mean over samples.
+
+    Args:
+        class_map: B x c' x N, W.
+        contrast_maps: B x K x c' x N, W^i.
+        label: B x N classes y.
+        has_contrast: B x K.
+        has_mask: B; a sample without a mask counts as 0.
+
+    Returns:
+        Scalar.
+    """
+    index = label.long()[:, None, None, :].expand(-1, contrast_maps.shape[1] + 1, 1, -1)
+    maps = torch.cat([class_map.unsqueeze(1), contrast_maps], dim=1).float()
+    error = -maps.gather(2, index).clamp(min=AFFINITY_EPS).log().mean(dim=(2, 3))  # B x (1 + K)
+    own = torch.where(has_contrast, error[:, 1:], 0.0).sum(dim=1) / has_contrast.sum(dim=1).clamp(min=1)
+    return torch.where(has_mask, error[:, 0] + own, 0.0).mean()
+
+
 class GeneratorLoss(nn.Module):
     """The whole objective of the network: the weighted sum of eq. 11 and eq. 14.
 
     A term is computed where its weight is not 0 and the training step gives its inputs: ``bce`` and ``dice`` need
-    ``logits``; ``feature`` needs ``predicted`` and ``features``; ``ctdl`` needs ``class_map``, ``contrast_maps``,
-    ``entries`` and drawn bank entries; ``adversarial`` needs scores of discriminators.
+    ``logits``; ``feature`` needs ``predicted`` and ``features``; ``head`` and ``ctdl`` need ``class_map``,
+    ``contrast_maps`` and ``entries``, ``ctdl`` drawn bank entries too; ``adversarial`` needs scores of discriminators.
 
     Args:
         alpha: weight of the dependency loss (eq. 11).
@@ -207,6 +238,10 @@ class GeneratorLoss(nn.Module):
         segmentation_weight: of eq. 11 in the sum. The paper does not say how eq. 11 and 14 are joined. The loop is
             differentiable, so eq. 14 reaches the mask with weights of about 100; added with weight 1, eq. 11 is drowned
             and the mask is not learned.
+        head_weight: of the cross-entropy between the class maps W, W^i and the class map y, beside the dependency loss,
+            in eq. 11; 0 is the paper.
+        relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
+            that features which grow in training do not come to be most of the objective; False is the paper.
 
     Attributes: ``weights``, the weight of each term in the sum.
 
@@ -221,6 +256,8 @@ class GeneratorLoss(nn.Module):
         ctdl_entries: int = 8,
         dice_eps: float = 1.0,
         segmentation_weight: float = 1.0,
+        head_weight: float = 0.0,
+        relative_feature: bool = False,
     ) -> None:
         super().__init__()
         if len(beta) != 5:
@@ -228,11 +265,12 @@ class GeneratorLoss(nn.Module):
         names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
         self.weights = {
             "ctdl": segmentation_weight * alpha,
+            "head": segmentation_weight * head_weight,
             "bce": segmentation_weight,
             "dice": segmentation_weight,
             **dict(zip(names, beta, strict=True)),
         }
-        self.ctdl_entries = ctdl_entries
+        self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
         self.segmentation = SegmentationLoss(dice_eps)
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
@@ -258,7 +296,7 @@ class GeneratorLoss(nn.Module):
             draw: bank entries for the dependency loss.
 
         Returns:
-            Scalars, unweighted, those that apply of ``ctdl, bce, dice, synthesis, reconstruction, feature, tumor,
+            Scalars, unweighted, those that apply of ``ctdl, head, bce, dice, synthesis, reconstruction, feature, tumor,
             adversarial``; and the weighted sum ``loss``.
         """
         used = {name for name, weight in self.weights.items() if weight}
@@ -267,6 +305,10 @@ class GeneratorLoss(nn.Module):
         terms: dict[str, torch.Tensor] = {}
         if "ctdl" in used and draw is not None and "class_map" in output:
             terms["ctdl"] = self.sampled_ctdl(output, draw, has_contrast, has_mask)
+        if "head" in used and "class_map" in output:
+            terms["head"] = class_map_cross_entropy(
+                output["class_map"], output["contrast_maps"], output["entries"].label, has_contrast, has_mask
+            )
         if "bce" in used and "logits" in output:
             terms |= self.segmentation(output["logits"].float(), label, has_mask)
         if used & {"synthesis", "reconstruction", "tumor"}:
@@ -283,7 +325,11 @@ class GeneratorLoss(nn.Module):
                 terms["tumor"] = set_mean(tumor, has_contrast & has_mask.unsqueeze(1))
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
-            squares = [(p.float() - f.float()).square().flatten(2).mean(dim=2) for p, f in pairs]
+            squares = [
+                (p.float() - f.float()).square().flatten(2).mean(dim=2)
+                / (space_variance(f) if self.relative_feature else 1.0)
+                for p, f in pairs
+            ]
             terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing)
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
