@@ -491,6 +491,46 @@ def test_generator_terms_equal_equations_10_to_14(monkeypatch: pytest.MonkeyPatc
     assert result["loss"].item() == pytest.approx(total, rel=1e-6)
 
 
+def test_supervision_of_the_head_equals_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_in_float64(monkeypatch)
+    mixed = Mixed(3)
+    expected = 0.0
+    for b in range(16):
+        if not mixed.has_mask[b]:
+            continue
+        errors = [
+            np.mean([-np.log(mixed.maps[b, i, int(mixed.cells[b, n]), n].item()) for n in range(4)])
+            for i in range(K + 1)
+        ]
+        own = [errors[i] for i in range(K) if mixed.has_contrast[b, i]]
+        expected += (errors[K] + (sum(own) / len(own) if own else 0.0)) / 16
+    terms = mixed.run(GeneratorLoss(head_weight=2.0, segmentation_weight=3.0))
+    assert terms["head"].item() == pytest.approx(expected, rel=1e-6)
+    without = mixed.run(GeneratorLoss(segmentation_weight=3.0))
+    assert "head" not in without
+    assert (terms["loss"] - without["loss"]).item() == pytest.approx(6 * expected, rel=1e-6)
+
+
+def test_relative_feature_loss_does_not_see_the_size_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_in_float64(monkeypatch)
+    mixed, loss = Mixed(4), GeneratorLoss(relative_feature=True)
+    found = mixed.run(loss)["feature"].item()
+    expected = 0.0
+    for b in range(16):
+        values = []
+        for i in range(K):
+            if mixed.has_contrast[b, i] and not mixed.available[b, i]:
+                scales = [
+                    ((p[b, i] - f[b, i]).numpy() ** 2).mean() / f[b, i].numpy().var(axis=(1, 2)).mean()
+                    for p, f in zip(mixed.predicted, mixed.features, strict=True)
+                ]
+                values.append(sum(scales) / len(scales))
+        expected += sum(values) / len(values) / 16 if values else 0.0
+    assert found == pytest.approx(expected, rel=1e-6)
+    mixed.predicted, mixed.features = ([10 * f for f in features] for features in (mixed.predicted, mixed.features))
+    assert mixed.run(loss)["feature"].item() == pytest.approx(found, rel=1e-6)
+
+
 def test_each_weight_multiplies_its_own_term() -> None:
     """Alpha of eq. 11 and beta_1 to beta_5 of eq. 14, one at a time."""
     mixed = Mixed()
