@@ -499,7 +499,7 @@ def test_supervision_of_the_head_equals_loops(monkeypatch: pytest.MonkeyPatch) -
         if not mixed.has_mask[b]:
             continue
         errors = [
-            np.mean([-np.log(mixed.maps[b, i, int(mixed.cells[b, n]), n].item()) for n in range(4)])
+            np.mean([-np.log(max(mixed.maps[b, i, int(mixed.cells[b, n]), n].item(), 1e-6)) for n in range(4)])
             for i in range(K + 1)
         ]
         own = [errors[i] for i in range(K) if mixed.has_contrast[b, i]]
