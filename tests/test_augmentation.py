@@ -44,7 +44,7 @@ def disk_batch(number: int = 6, size: tuple[int, ...] = (32, 24)) -> dict[str, t
 def test_augmented_batch_stays_in_range_and_keeps_what_is_not_there(names: tuple[str, ...], size: Any) -> None:
     batch = disk_batch(size=size)
     result = Augmentation(**{name: STRENGTHS[name] for name in names})(batch, 0, 1)
-    target, label = result["target"], result["label"]
+    target, label = result["source"], result["label"]
     assert target.shape == batch["target"].shape and label.dtype == torch.uint8
     assert bool(torch.isfinite(target).all()) and target.min() >= -1 and target.max() <= 1
     assert bool((target[1, 2] == -1).all())
@@ -59,7 +59,7 @@ def test_augmented_batch_stays_in_range_and_keeps_what_is_not_there(names: tuple
 def test_zero_strength_returns_the_same_tensors() -> None:
     batch = disk_batch()
     result = Augmentation()(batch, 0, 1)
-    assert result["target"] is batch["target"] and result["label"] is batch["label"]
+    assert result["target"] is result["source"] is batch["target"] and result["label"] is batch["label"]
 
 
 def test_each_sample_depends_on_seed_epoch_and_slice_alone() -> None:
@@ -118,7 +118,8 @@ def test_intensities_change_by_power_and_factor_of_each_contrast() -> None:
     batch = disk_batch()
     known = batch["has_contrast"]
     result = Augmentation(gamma=0.3, brightness=0.2)(batch, 0, 1)
-    before, after = (x["target"].double().add(1).div(2).flatten(2) for x in (batch, result))
+    before, after = (x.double().add(1).div(2).flatten(2) for x in (batch["target"], result["source"]))
+    assert result["target"] is batch["target"]  # the truth is not changed
     fitted = []
     for b, i in known.nonzero().tolist():
         x, y = before[b, i], after[b, i]

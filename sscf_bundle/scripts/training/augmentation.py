@@ -65,7 +65,7 @@ class Augmentation:
         self.gamma, self.brightness = gamma, brightness
 
     def __call__(self, batch: dict[str, torch.Tensor], seed: int, epoch: int) -> dict[str, torch.Tensor]:
-        """Augments ``target`` and ``label``.
+        """Augments ``target`` and ``label``, and makes ``source``.
 
         Args:
             batch: with ``target`` (B x K x spatial in [-1, 1]), ``label`` (B x 1 x spatial classes), ``has_contrast``
@@ -74,7 +74,8 @@ class Augmentation:
             epoch: present epoch.
 
         Returns:
-            The batch with new ``target`` and ``label``.
+            The batch with new ``target`` and ``label``, and ``source``: ``target`` with other intensities, which the
+            network is shown in its place. The truth keeps its own, since nothing could predict how they were changed.
         """
         target, label = batch["target"], batch["label"]
         over_space = (..., *(None for _ in target.shape[2:]))
@@ -83,15 +84,16 @@ class Augmentation:
             # shifted by 1, so that zeros from outside are background
             target = F.grid_sample(target + 1, grid, "bilinear", "zeros", False) - 1
             label = F.grid_sample(label.to(target.dtype), grid, "nearest", "zeros", False).to(label.dtype)
+            target = torch.where(batch["has_contrast"][over_space], target.clamp(-1, 1), -1.0)
+        source = target
         if self.gamma or self.brightness:
             b, k = target.shape[:2]
             drawn = 2 * hash_uniform(batch["slice_id"], seed, epoch, "intensity", 2 * k).view(b, 2, k) - 1
             power = (drawn[:, 0] * math.log(1 + self.gamma)).exp()[over_space]
             factor = (1 + self.brightness * drawn[:, 1])[over_space]
-            target = (((target + 1) / 2).clamp(min=0) ** power * factor) * 2 - 1
-        if target is not batch["target"]:
-            target = torch.where(batch["has_contrast"][over_space], target.clamp(-1, 1), -1.0)
-        return {**batch, "target": target, "label": label}
+            source = ((((target + 1) / 2).clamp(min=0) ** power * factor) * 2 - 1).clamp(-1, 1)
+            source = torch.where(batch["has_contrast"][over_space], source, -1.0)
+        return {**batch, "target": target, "source": source, "label": label}
 
     def maps(self, slice_id: torch.Tensor, seed: int, epoch: int, size: torch.Size) -> torch.Tensor:
         """Affine maps from the new to the old image, in the coordinates of ``torch.nn.functional.affine_grid``.

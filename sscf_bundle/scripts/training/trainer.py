@@ -299,9 +299,10 @@ class SynthesisTrainer(Trainer):
         )
         missing = ~drawn & has_contrast
         move = {"device": self.state.device, "non_blocking": self.non_blocking}
+        source = batch.pop("source", batch["target"])
         return {
             **batch,
-            "image": network_input(batch["target"], drawn.to(**move)),
+            "image": network_input(source, drawn.to(**move)),
             "missing": missing.to(**move),
             "samples": [rows.to(**move) for rows in samples_to_judge(missing)],
         }
