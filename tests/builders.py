@@ -113,7 +113,7 @@ def tiny_step(seed: int = 0, size: Sequence[int] = (32, 32), filled: int = 4, **
     """A training step whose bank holds entries that its own network made of other patients' slices."""
     net = tiny_net(seed, **changes)
     step = SSCFTrainingStep(net, size)
-    if filled:
+    if filled and net.uses_bank:
         past = random_batch(scenario_table()[:filled], size, seed=seed + 77, first_patient=10)
         step.bank.enqueue(step(**past)["entries"])
     return step

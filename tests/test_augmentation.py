@@ -36,6 +36,7 @@ def disk_batch(number: int = 6, size: tuple[int, ...] = (32, 24)) -> dict[str, t
     batch["label"] = (batch["label"] * inside).to(torch.uint8)
     batch["has_contrast"][1, 2] = False
     batch["target"][1, 2] = float("nan")
+    batch["occurrence"] = torch.arange(number)
     return batch
 
 
@@ -62,7 +63,7 @@ def test_zero_strength_returns_the_same_tensors() -> None:
     assert result["target"] is result["source"] is batch["target"] and result["label"] is batch["label"]
 
 
-def test_each_sample_depends_on_seed_epoch_and_slice_alone() -> None:
+def test_each_sample_depends_on_seed_epoch_and_occurrence_alone() -> None:
     batch, augment = disk_batch(), Augmentation(**STRENGTHS)
     whole = augment(batch, 3, 5)
     for i in (4, 1):
@@ -79,7 +80,7 @@ def test_affine_map_is_that_of_a_literal_resampling() -> None:
     size = (32, 24)
     batch, augment = disk_batch(size=size), Augmentation(**{name: STRENGTHS[name] for name in SPATIAL})
     result = augment(batch, 1, 2)
-    theta = augment.maps(batch["slice_id"], 1, 2, torch.Size(size)).double().numpy()
+    theta = augment.maps(batch["occurrence"], 1, 2, torch.Size(size)).double().numpy()
     mirrored = set()
     for b in range(len(theta)):
         # back to voxels and to the order of the axes

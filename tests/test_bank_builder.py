@@ -146,7 +146,6 @@ def entries_of(net: SSCFNet, sample: dict[str, torch.Tensor], others: BankEntrie
     made = {key: sample[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id")}
     target = sample["target"]
     first = net.encode(target, torch.zeros_like(target[:, :3]))
-    maps = net.citim.head(first[-1].flatten(0, 1)).unflatten(0, (1, NUM_CONTRASTS))
     second, read = first, False
     if others is not None:
         bank = net.compile_bank(others)
@@ -155,7 +154,7 @@ def entries_of(net: SSCFNet, sample: dict[str, torch.Tensor], others: BankEntrie
         out = net.run_branches(target, available, bank, allowed)
         second, read = out.second, True
     statistics = [channel_statistics(f) for f in second]
-    return make_entries(net, first, second, statistics, maps, **made), read
+    return make_entries(net, first[-1], second[-1], statistics, **made), read
 
 
 def test_entries_are_made_with_the_first_pass_entries_of_the_other_patients() -> None:

@@ -326,12 +326,12 @@ def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
         *draw,
         output["class_map"],
         output["contrast_maps"],
-        batch["has_contrast"],
-        output["entries"].label,
+        output["available"],
+        output["cells"],
     )
     has_mask = torch.tensor([True, False, True])
     drawn = Draw(step.bank.entries(), *draw)
-    scalar = GeneratorLoss().sampled_ctdl(output, drawn, batch["has_contrast"], has_mask)
+    scalar = GeneratorLoss().sampled_ctdl(output, drawn, has_mask)
     assert scalar.item() == pytest.approx((result[0] + result[2]).item() / 3)
     entries = step.bank.entries()
     for b in range(3):
@@ -345,7 +345,7 @@ def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
             others,
             output["class_map"][b].detach(),
             output["contrast_maps"][b].detach(),
-            batch["has_contrast"][b].tolist(),
+            output["available"][b].tolist(),
             torch.tensor(y),
         )
         assert result[b].item() == pytest.approx(expected, rel=1e-4)
@@ -406,18 +406,16 @@ class Mixed:
     def run(
         self, loss: GeneratorLoss, without: Sequence[str] = (), scored: bool = True, drawn: bool = True
     ) -> dict[str, torch.Tensor]:
-        batch = self.target.shape[0]
         output = {
             "pred": torch.cat([self.images, torch.sigmoid(self.logits)], dim=1),
             "logits": self.logits,
             "available": self.available,
+            "rows": torch.arange(K),
             "predicted": self.predicted,
             "features": self.features,
             "class_map": self.maps[:, K],
             "contrast_maps": self.maps[:, :K],
-            "entries": random_entries(MemoryBank(batch, K, 1, 1, 1, CLASSES, 4), range(batch))._replace(
-                label=self.cells
-            ),
+            "cells": self.cells,
         }
         output = {name: value for name, value in output.items() if name not in without}
         truth = (self.target, self.label, self.has_contrast, self.has_mask)
@@ -435,7 +433,7 @@ class Mixed:
             truth, images, label = self.target[b].numpy(), self.images[b].numpy(), self.label[b].numpy()
             if self.has_mask[b]:
                 entries, chosen = entries_of(self.past_maps, self.past_cells), self.index[b].tolist()
-                maps, has = self.maps[b], self.has_contrast[b].tolist()
+                maps, has = self.maps[b], self.available[b].tolist()
                 sums["ctdl"] += literal_dependency(entries, chosen, maps[K], maps[:K], has, self.cells[b])
                 dice, bce = literal_dice_and_bce(self.logits[b].numpy(), label, 1.0)
                 sums["dice"] += dice
@@ -502,7 +500,7 @@ def test_supervision_of_the_head_equals_loops(monkeypatch: pytest.MonkeyPatch) -
             np.mean([-np.log(max(mixed.maps[b, i, int(mixed.cells[b, n]), n].item(), 1e-6)) for n in range(4)])
             for i in range(K + 1)
         ]
-        own = [errors[i] for i in range(K) if mixed.has_contrast[b, i]]
+        own = [errors[i] for i in range(K) if mixed.available[b, i]]
         expected += (errors[K] + (sum(own) / len(own) if own else 0.0)) / 16
     terms = mixed.run(GeneratorLoss(head_weight=2.0, segmentation_weight=3.0))
     assert terms["head"].item() == pytest.approx(expected, rel=1e-6)
@@ -558,7 +556,7 @@ def test_each_weight_multiplies_its_own_term() -> None:
         (("predicted", "features"), {"feature"}),
         (("class_map", "contrast_maps"), {"ctdl"}),
         (
-            ("logits", "predicted", "features", "class_map", "contrast_maps", "entries"),
+            ("logits", "predicted", "features", "class_map", "contrast_maps", "cells"),
             {"bce", "dice", "feature", "ctdl"},
         ),
         (("scores",), {"adversarial"}),

@@ -40,6 +40,11 @@ def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1).to(features.dtype).view((-1,) + (1,) * (features.dim() - 2))
 
 
+def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of feature maps of one shape."""
+    return torch.stack(maps).mean(dim=0) if len(maps) > 1 else maps[0]
+
+
 def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over space, in float32 (the mu and sigma of eq. 8).
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .blocks import channel_statistics, expand_dims_like, gather_maps, masked_mean, mix_channels
+from .blocks import channel_statistics, expand_dims_like, gather_maps, masked_mean, mean_of_maps, mix_channels
 
 
 def gather(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ class CCP(nn.Module):
         found: torch.Tensor,
         mean: torch.Tensor,
         std: torch.Tensor,
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor:
         """``forward`` for samples that share one scenario: only what the scenario needs is computed.
 
         Args:
@@ -222,7 +222,7 @@ class CCP(nn.Module):
             std: B x T x S x C prototype standard deviation sigma.
 
         Returns:
-            F_CCP^j of each missing contrast, B x C x spatial.
+            F_CCP^j of the missing contrasts, T x B x C x spatial.
         """
         num_targets, b = targets.shape[0], features[0].shape[0]
         target = targets.unsqueeze(1).expand(-1, b)
@@ -235,11 +235,11 @@ class CCP(nn.Module):
         # one source after the other: they add up, and no stack of feature maps has to be made
         out = expand_dims_like(self.gamma_bias.index_select(0, targets).repeat_interleave(b, dim=0), features[0])
         if self.residual:
-            out = out + torch.cat([torch.stack(features).mean(dim=0)] * num_targets)
+            out = out + torch.cat([mean_of_maps(features)] * num_targets)
         for s, maps in enumerate(features):
             center, own_std = (t[:, 0] for t in channel_statistics(maps.unsqueeze(1)))
             scale, shift = self.affine(
-                maps.flatten(2).amax(dim=2).float(),
+                maps.flatten(2).max(dim=2).values.float(),
                 center,
                 own_std,
                 target,
@@ -252,9 +252,9 @@ class CCP(nn.Module):
                 maps.dtype
             )
             # each target's own kernel alone: targets become groups of the convolution
-            pooled = torch.stack([refined.mean(dim=2), refined.amax(dim=2)], dim=2).transpose(0, 1).flatten(1, 2)
+            pooled = torch.stack([refined.mean(dim=2), refined.max(dim=2).values], dim=2).transpose(0, 1).flatten(1, 2)
             gate = convolve(pooled, kernel, offset, padding=kernel.shape[-1] // 2, groups=num_targets)
             refined = refined * torch.sigmoid(gate.transpose(0, 1).unsqueeze(2))
             weight = gamma[:, s].repeat_interleave(b, dim=0).to(refined.dtype)
             out = mix_channels(weight, refined.flatten(0, 1), out.to(refined.dtype))
-        return list(out.unflatten(0, (num_targets, b)))
+        return out.unflatten(0, (num_targets, b))

@@ -22,7 +22,16 @@ from monai.networks.layers.factories import Conv
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
-from .blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, channel_statistics, masked_mean, stack_contrasts
+from .blocks import (
+    DEFAULT_ACT,
+    DEFAULT_NORM,
+    Decoder,
+    Encoder,
+    channel_statistics,
+    masked_mean,
+    mean_of_maps,
+    stack_contrasts,
+)
 from .ccp import CCP
 from .citim import CITIM
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
@@ -518,64 +527,81 @@ class ScenarioNetwork(nn.Module):
         )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Args: image: B x 8 x spatial, its availability is not read. Returns: B x 7 x spatial."""
+        """The missing contrasts and the probabilities of samples that have this scenario.
+
+        Args:
+            image: B x 8 x spatial, as for ``SSCFNet.forward``; its availability is not read.
+
+        Returns:
+            B x 7 x spatial.
+        """
         net, bank = self.net, self.net.stored_bank()
         allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
-        given = [image[:, i : i + 1] for i in self.sources]
         mask = torch.zeros_like(image[:, : net.num_tumor_classes])
-        maps = self._encode(given, mask)
+        features = self.encode(image, mask, self.sources)
         if net.with_segmentation:
-            f5 = torch.zeros_like(maps[-1][0])
-            kept = [f5] * net.num_contrasts
-            for i, f in zip(self.sources, maps[-1], strict=True):
-                kept[i] = f * (net.num_contrasts / len(self.sources))
-            fused = [torch.stack(f).mean(dim=0) if len(f) > 1 else f[0] for f in maps]
-            logits, _ = net.decode_mask(fused, torch.cat(kept, dim=1), bank, allowed)
+            logits, _ = self.segment(features, bank, allowed)
             mask = torch.sigmoid(logits.float())
             if self.targets and net.synthesis:
-                maps = self._encode(given, mask.to(image.dtype))
+                features = self.encode(image, mask.to(image.dtype), self.sources)
         images = [image[:, i : i + 1].float() for i in range(net.num_contrasts)]
-        for i, made in zip(self.targets, self._synthesize(maps, bank, allowed, image), strict=True):
-            images[i] = made
+        if not net.synthesis:
+            for i in self.targets:
+                images[i] = torch.full_like(images[i], -1.0)
+        elif self.targets:
+            predicted = self.predict(features, bank, allowed)
+            for row, i in enumerate(self.targets):
+                images[i] = self.decode(i, [scale[row] for scale in predicted])
         return torch.cat([*images, mask.float()], dim=1)
 
-    def _encode(self, given: list[torch.Tensor], mask: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Features by scale, then by available contrast."""
-        runs = [self.net.encoders[i](torch.cat([x, mask], dim=1)) for i, x in zip(self.sources, given, strict=True)]
+    def encode(self, images: torch.Tensor, mask: torch.Tensor, contrasts: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Features of some contrasts by scale, then by contrast.
+
+        Args:
+            images: B x K (or more) x spatial.
+            mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
+            contrasts: whose encoders run.
+        """
+        runs = [self.net.encoders[i](torch.cat([images[:, i : i + 1], mask], dim=1)) for i in contrasts]
         return [list(scale) for scale in zip(*runs, strict=True)]
 
-    def _synthesize(
-        self, maps: list[list[torch.Tensor]], bank: CompiledBank, allowed: torch.Tensor, image: torch.Tensor
+    def segment(
+        self, features: list[list[torch.Tensor]], bank: CompiledBank, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segmentation branch; features are those of ``sources``, results those of ``SSCFNet.decode_mask``."""
+        kept = [torch.zeros_like(features[-1][0])] * self.net.num_contrasts
+        for i, f in zip(self.sources, features[-1], strict=True):
+            kept[i] = f * (self.net.num_contrasts / len(self.sources))
+        fused = [mean_of_maps(f) for f in features]
+        return self.net.decode_mask(fused, torch.cat(kept, dim=1), bank, allowed)
+
+    def predict(
+        self, features: list[list[torch.Tensor]], bank: CompiledBank, allowed: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The missing contrasts, each B x 1 x spatial in [-1, 1]."""
+        """Features of the missing contrasts from those of ``sources``, by scale T x B x C_j x spatial."""
         net, sources, targets = self.net, self.source_index, self.target_index
-        if not self.targets:
-            return []
-        if not net.synthesis:
-            return [torch.full_like(image[:, :1], -1.0).float()] * len(self.targets)
         if not net.with_ccp:
-            mean = [torch.stack(f).mean(dim=0) for f in maps]
-            predicted = [mean] * len(self.targets)
-        else:
-            b, num_sources, num_targets = image.shape[0], len(self.sources), len(self.targets)
-            with torch.autocast(image.device.type, enabled=False):
-                key = net.retrieval_key(torch.stack(maps[-1], dim=1))
-                distance = torch.stack(
-                    [key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1
-                )
-            # pairs in the order target, source
-            target = targets.repeat_interleave(num_sources).expand(b, -1)
-            source = sources.repeat(num_targets).expand(b, -1)
-            retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
-            mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
-            by_scale: list[list[torch.Tensor]] = []
-            start = 0
-            for f, ccp in zip(maps, net.ccp, strict=True):
-                part = slice(start, start + f[0].shape[1])
-                by_scale.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
-                start = part.stop
-            predicted = [list(scale) for scale in zip(*by_scale, strict=True)]
-        return [torch.tanh(net.synthesis_decoders[i](f).float()) for i, f in zip(self.targets, predicted, strict=True)]
+            return [mean_of_maps(f).unsqueeze(0).expand(len(self.targets), *f[0].shape) for f in features]
+        b, num_sources, num_targets = features[0][0].shape[0], len(self.sources), len(self.targets)
+        with torch.autocast(sources.device.type, enabled=False):
+            key = net.retrieval_key(torch.stack(features[-1], dim=1).detach())
+            distance = torch.stack([key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1)
+        # pairs in the order target, source
+        target = targets.repeat_interleave(num_sources).expand(b, -1)
+        source = sources.repeat(num_targets).expand(b, -1)
+        retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
+        mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
+        predicted: list[torch.Tensor] = []
+        start = 0
+        for f, ccp in zip(features, net.ccp, strict=True):
+            part = slice(start, start + f[0].shape[1])
+            predicted.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
+            start = part.stop
+        return predicted
+
+    def decode(self, contrast: int, features: list[torch.Tensor]) -> torch.Tensor:
+        """One contrast from F^1..F^5, each B x C_j x spatial: B x 1 x spatial in [-1, 1]."""
+        return torch.tanh(self.net.synthesis_decoders[contrast](features).float())
 
 
 def read_availability(image: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder
 from ..networks.settings import ConfiguredNetwork
 from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
 from ..training.losses import set_mean
+from ..training.step import Scenario
 from ..training.trainer import SynthesisTrainer
 
 
@@ -107,6 +108,7 @@ class PlainTrainingStep(nn.Module):
         has_mask: torch.Tensor,
         patient: torch.Tensor,
         slice_id: torch.Tensor,
+        scenario: Scenario | None = None,
     ) -> dict[str, torch.Tensor]:
         """Runs the network; only ``image`` reaches it, the other arguments are those of ``SSCFTrainingStep``.
 

@@ -21,7 +21,7 @@ from ..data.randomness import hash_uniform
 
 
 class Augmentation:
-    """Random affine maps and intensities, each sample by its own numbers, a function of (seed, epoch, slice).
+    """Random affine maps and intensities, each sample by its own numbers, a function of (seed, epoch, occurrence).
 
     Images are interpolated linearly and masks by the nearest voxel through one map. What comes from outside the image
     and what was background is exactly -1, values stay in [-1, 1], and a contrast that the study lacks is -1. A strength
@@ -69,7 +69,7 @@ class Augmentation:
 
         Args:
             batch: with ``target`` (B x K x spatial in [-1, 1]), ``label`` (B x 1 x spatial classes), ``has_contrast``
-                (B x K) and ``slice_id`` (B int64); it is not changed.
+                (B x K) and ``occurrence`` (B int64, of the sample in its epoch); it is not changed.
             seed: of the run.
             epoch: present epoch.
 
@@ -80,7 +80,7 @@ class Augmentation:
         target, label = batch["target"], batch["label"]
         over_space = (..., *(None for _ in target.shape[2:]))
         if self.rotation or self.scale or self.translation or self.flip:
-            grid = F.affine_grid(self.maps(batch["slice_id"], seed, epoch, target.shape[2:]), target.shape, False)
+            grid = F.affine_grid(self.maps(batch["occurrence"], seed, epoch, target.shape[2:]), target.shape, False)
             # shifted by 1, so that zeros from outside are background
             target = F.grid_sample(target + 1, grid, "bilinear", "zeros", False) - 1
             label = F.grid_sample(label.to(target.dtype), grid, "nearest", "zeros", False).to(label.dtype)
@@ -88,18 +88,18 @@ class Augmentation:
         source = target
         if self.gamma or self.brightness:
             b, k = target.shape[:2]
-            drawn = 2 * hash_uniform(batch["slice_id"], seed, epoch, "intensity", 2 * k).view(b, 2, k) - 1
+            drawn = 2 * hash_uniform(batch["occurrence"], seed, epoch, "intensity", 2 * k).view(b, 2, k) - 1
             power = (drawn[:, 0] * math.log(1 + self.gamma)).exp()[over_space]
             factor = (1 + self.brightness * drawn[:, 1])[over_space]
             source = ((((target + 1) / 2).clamp(min=0) ** power * factor) * 2 - 1).clamp(-1, 1)
             source = torch.where(batch["has_contrast"][over_space], source, -1.0)
         return {**batch, "target": target, "source": source, "label": label}
 
-    def maps(self, slice_id: torch.Tensor, seed: int, epoch: int, size: torch.Size) -> torch.Tensor:
+    def maps(self, occurrence: torch.Tensor, seed: int, epoch: int, size: torch.Size) -> torch.Tensor:
         """Affine maps from the new to the old image, in the coordinates of ``torch.nn.functional.affine_grid``.
 
         Args:
-            slice_id: B int64.
+            occurrence: B int64.
             seed: of the run.
             epoch: present epoch.
             size: spatial size.
@@ -108,7 +108,7 @@ class Augmentation:
             B x D x (D + 1) float32.
         """
         dims = len(size)
-        drawn = hash_uniform(slice_id, seed, epoch, "affine", 3 + dims)
+        drawn = hash_uniform(occurrence, seed, epoch, "affine", 3 + dims)
         angle, zoom, mirror = (2 * drawn[:, 0] - 1) * self.rotation, (2 * drawn[:, 1] - 1) * self.scale, drawn[:, 2]
         cos, sin = angle.cos() / (1 + zoom), angle.sin() / (1 + zoom)
         sign = torch.where(mirror < self.flip, -1.0, 1.0)

@@ -97,18 +97,8 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
 def _entries(
     network: SSCFNet, first: list, second: list, statistics: list, data: dict[str, torch.Tensor]
 ) -> BankEntries:
-    return make_entries(
-        network,
-        first,
-        second,
-        statistics,
-        network.contrast_maps(first[-1]),
-        data["label"],
-        data["has_contrast"],
-        data["has_mask"],
-        data["patient"],
-        data["slice_id"],
-    )
+    metadata = (data[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id"))
+    return make_entries(network, first[-1], second[-1], statistics, *metadata)
 
 
 def _compile(network: SSCFNet, parts: Sequence[BankEntries]) -> CompiledBank:

@@ -301,13 +301,14 @@ class GeneratorLoss(nn.Module):
         """
         used = {name for name, weight in self.weights.items() if weight}
         available = output["available"]
+        decoded = output.get("decoded", torch.ones_like(available))
         missing = ~available & has_contrast
         terms: dict[str, torch.Tensor] = {}
         if "ctdl" in used and draw is not None and "class_map" in output:
-            terms["ctdl"] = self.sampled_ctdl(output, draw, has_contrast, has_mask)
+            terms["ctdl"] = self.sampled_ctdl(output, draw, has_mask)
         if "head" in used and "class_map" in output:
             terms["head"] = class_map_cross_entropy(
-                output["class_map"], output["contrast_maps"], output["entries"].label, has_contrast, has_mask
+                output["class_map"], output["contrast_maps"], output["cells"], available, has_mask
             )
         if "bce" in used and "logits" in output:
             terms |= self.segmentation(output["logits"].float(), label, has_mask)
@@ -319,9 +320,12 @@ class GeneratorLoss(nn.Module):
             if "synthesis" in used:
                 terms["synthesis"] = set_mean(absolute, missing)
             if "reconstruction" in used:
-                terms["reconstruction"] = set_mean(absolute, available)
+                terms["reconstruction"] = set_mean(absolute, available & decoded)
             if "tumor" in used:
                 tumor = (error * (label > 0)).flatten(2).mean(dim=2)
+                # of the available contrasts those that are decoded stand for all
+                share = available.sum(dim=1, keepdim=True) / (available & decoded).sum(dim=1, keepdim=True).clamp(min=1)
+                tumor = torch.where(available, torch.where(decoded, tumor * share, torch.zeros_like(tumor)), tumor)
                 terms["tumor"] = set_mean(tumor, has_contrast & has_mask.unsqueeze(1))
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
@@ -330,28 +334,25 @@ class GeneratorLoss(nn.Module):
                 / (space_variance(f) if self.relative_feature else 1.0)
                 for p, f in pairs
             ]
-            terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing)
+            terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
             terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
-    def sampled_ctdl(
-        self, output: dict[str, Any], draw: Draw, has_contrast: torch.Tensor, has_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:
         """The dependency loss on drawn entries, the mean over samples.
 
         Args:
-            output: of ``SSCFTrainingStep``; the class maps y of its new entries are those of the batch.
+            output: of ``SSCFTrainingStep``.
             draw: bank entries.
-            has_contrast: B x K.
             has_mask: B; a sample without a mask counts as 0.
 
         Returns:
             Scalar.
         """
         values = dependency_loss(
-            *draw, output["class_map"], output["contrast_maps"], has_contrast, output["entries"].label
+            *draw, output["class_map"], output["contrast_maps"], output["available"], output["cells"]
         )
         return torch.where(has_mask, values, torch.zeros_like(values)).mean()
 

@@ -13,18 +13,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
+from ..networks.blocks import channel_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
-from ..networks.memory_bank import BankEntries
+from ..networks.memory_bank import BankEntries, CompiledBank
 from ..networks.sscf import SSCFNet, over_space, read_availability
 
 #: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
 _CELL_PRIORITY = ("ED", "NET", "ET")
+
+
+class Scenario(NamedTuple):
+    """A scenario that all samples of a batch share, known on the host.
+
+    Args:
+        available: which of the K contrasts are available.
+        decoded: contrasts of ``available`` that are decoded for the reconstruction loss.
+    """
+
+    available: tuple[bool, ...]
+    decoded: tuple[int, ...]
 
 
 class SSCFTrainingStep(nn.Module):
@@ -33,15 +47,25 @@ class SSCFTrainingStep(nn.Module):
     Args:
         net: the network.
         image_size: spatial size of the training slices, multiples of 16.
+        feature_targets: compute the features of the missing contrasts, which the feature loss (eq. 10) needs.
+        bank_samples: how many samples of a batch become bank entries; None means all.
+
+    Raises:
+        ValueError: for an ``image_size`` that is no multiple of 16, or ``bank_samples`` below 1.
     """
 
-    def __init__(self, net: SSCFNet, image_size: Sequence[int]) -> None:
+    def __init__(
+        self, net: SSCFNet, image_size: Sequence[int], feature_targets: bool = True, bank_samples: int | None = None
+    ) -> None:
         super().__init__()
         if any(s % 2 ** (len(net.channels) - 1) for s in image_size):
             raise ValueError(
                 f"image_size must be multiples of {2 ** (len(net.channels) - 1)}, got {tuple(image_size)}."
             )
+        if bank_samples is not None and bank_samples < 1:
+            raise ValueError(f"bank_samples must be at least 1, got {bank_samples}.")
         self.net = net
+        self.feature_targets, self.bank_samples = feature_targets, bank_samples
         self.bank = net.new_bank(image_size)
 
     def forward(
@@ -53,6 +77,7 @@ class SSCFTrainingStep(nn.Module):
         has_mask: torch.Tensor,
         patient: torch.Tensor,
         slice_id: torch.Tensor,
+        scenario: Scenario | None = None,
     ) -> dict[str, torch.Tensor | list[torch.Tensor] | BankEntries]:
         """Runs both branches against the training bank, without the entries of the sample's own patient.
 
@@ -64,86 +89,166 @@ class SSCFTrainingStep(nn.Module):
             has_mask: B boolean.
             patient: B int64 patient hashes.
             slice_id: B int64 slice hashes.
+            scenario: that of all samples, which then computes only what it needs; None reads it of each sample.
 
         Returns:
-            ``pred``: B x 7 x spatial, a function of ``image`` alone; ``available``: B x K. With a segmentation branch
-            ``logits``: B x 3 x spatial. With CITIM ``class_map``: B x c' x N, W, and ``contrast_maps``:
-            B x K x c' x N, W^i of each contrast's own F_i^5. With CCP the lists ``predicted`` (see ``BranchOutputs``)
-            and ``features``, the detached F_i^j. With either ``entries``, the new bank entries.
+            ``pred``: B x 7 x spatial, a function of ``image`` alone; ``available``: B x K. With ``scenario``
+            ``decoded``: B x K, whose images in ``pred`` are decoded; the others are as they were given. With a
+            segmentation branch ``logits``: B x 3 x spatial. With
+            CITIM ``cells``: B x N classes y; ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of
+            F_i^5 of each available contrast. With CCP, if ``feature_targets``, the lists ``predicted`` (F_CCP^j) and
+            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64). With either
+            ``entries``, the new bank entries.
         """
+        net = self.net
         available = read_availability(image) & has_contrast
         images = torch.where(over_space(available, image), image[:, :NUM_CONTRASTS], target)
         # a contrast that the study does not have stands as background, and no NaN may enter the encoders' gradients
         images = torch.where(over_space(has_contrast, image) & torch.isfinite(images), images, -1.0)
-        bank = self.net.compile_bank(self.bank.entries())
+        bank = net.compile_bank(self.bank.entries())
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         allowed = filled.unsqueeze(0) & (bank.patient.unsqueeze(0) != patient.unsqueeze(1))
-        out = self.net.run_branches(images, available, bank, allowed)
-        output: dict[str, torch.Tensor | list[torch.Tensor] | BankEntries] = {
+        run = self._run_mixed if scenario is None else self._run_shared
+        output, *entry_features = run(images, available, bank, allowed, scenario)
+        if net.with_citim:
+            output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
+        if net.uses_bank:
+            number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
+            metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
+            output["entries"] = make_entries(net, *entry_features, *metadata)
+        return output
+
+    def _run_mixed(
+        self,
+        images: torch.Tensor,
+        available: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        scenario: None,
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
+        net = self.net
+        out = net.run_branches(images, available, bank, allowed)
+        output: dict[str, Any] = {
             "pred": torch.cat([out.images, torch.sigmoid(out.logits)], dim=1),
             "available": available,
         }
-        if self.net.with_segmentation:
+        if net.with_segmentation:
             output["logits"] = out.logits
-        if self.net.with_ccp:
-            output["predicted"] = out.predicted
-            output["features"] = [f.detach() for f in out.second]
-        if self.net.uses_bank:
-            contrast_maps = self.net.contrast_maps(out.first[-1])
-            output["entries"] = make_entries(
-                self.net,
-                out.first,
-                out.second,
-                out.statistics,
-                contrast_maps,
-                label,
-                has_contrast,
-                has_mask,
-                patient,
-                slice_id,
+        if net.with_citim:
+            output["class_map"], output["contrast_maps"] = out.class_map, net.contrast_maps(out.first[-1])
+        if net.with_ccp and self.feature_targets:
+            output["predicted"], output["features"] = out.predicted, [f.detach() for f in out.second]
+            output["rows"] = torch.arange(NUM_CONTRASTS, device=images.device)
+        number = self.bank_samples
+        statistics = [(mean[:number], std[:number]) for mean, std in out.statistics]
+        return output, out.first[-1][:number], out.second[-1][:number], statistics
+
+    def _run_shared(
+        self,
+        images: torch.Tensor,
+        available: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        scenario: Scenario,
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """``_run_mixed`` for samples of one scenario.
+
+        Missing contrasts are encoded without a gradient, and as far as the feature loss and the entries ask. Of the
+        available ones those are decoded that ``scenario.decoded`` names.
+        """
+        net = self.net
+        part = net.for_scenario(scenario.available)
+        empty = torch.zeros_like(images[:, : net.num_tumor_classes])
+        first = part.encode(images, empty, part.sources)
+        output: dict[str, Any] = {"available": available}
+        second, probabilities, mask = first, empty, empty
+        if net.with_segmentation:
+            logits, class_map = part.segment(first, bank, allowed)
+            output["logits"] = logits.float()
+            probabilities = torch.sigmoid(logits)
+            if net.synthesis:
+                mask = probabilities.to(images.dtype)
+                second = part.encode(images, mask if net.closed_loop else mask.detach(), part.sources)
+        made = list((images if net.synthesis else torch.full_like(images, -1.0)).float().split(1, dim=1))
+        decoded = [not net.synthesis] * NUM_CONTRASTS
+        if net.synthesis:
+            predicted = part.predict(second, bank, allowed)
+            for row, i in enumerate(part.targets):
+                made[i], decoded[i] = part.decode(i, [scale[row] for scale in predicted]), True
+            for row, i in enumerate(part.sources):
+                if i in scenario.decoded:
+                    made[i], decoded[i] = part.decode(i, [scale[row] for scale in second]), True
+        output["pred"] = torch.cat([*made, probabilities.float()], dim=1)
+        output["decoded"] = torch.tensor(decoded, device=images.device).expand_as(available)
+
+        number = len(images) if self.bank_samples is None else min(self.bank_samples, len(images))
+        compared = net.with_ccp and self.feature_targets
+        with torch.no_grad():
+            rows = len(images) if compared else number
+            others: list[list[torch.Tensor]] = [[]] * len(net.channels)
+            if compared or net.uses_bank:
+                others = part.encode(images[:rows], mask[:rows], part.targets)
+        if compared:
+            output["predicted"] = [scale.transpose(0, 1) for scale in predicted]
+            output["features"] = [torch.stack(scale, dim=1) for scale in others]
+            output["rows"] = part.target_index
+        if not net.uses_bank:
+            return output, empty, empty, []
+        order = [*part.sources, *part.targets]
+        place = [order.index(i) for i in range(NUM_CONTRASTS)]
+        with torch.no_grad():
+            unmasked = (
+                part.encode(images[:number], empty[:number], part.targets)[-1] if net.with_segmentation else others[-1]
             )
-            if self.net.with_citim:
-                output["class_map"] = out.class_map
-                output["contrast_maps"] = contrast_maps
-        return output
+            bottleneck = stack_contrasts([(*first[-1], *unmasked)[row][:number] for row in place])
+            features = [
+                stack_contrasts([(*own, *other)[row][:number] for row in place])
+                for own, other in zip(second, others, strict=True)
+            ]
+            statistics = [channel_statistics(f) for f in features]
+        if net.with_citim:
+            maps = net.contrast_maps(torch.stack(first[-1], dim=1))
+            zero = torch.zeros_like(maps[:, :1]).expand(-1, len(part.targets), -1, -1)
+            output["class_map"], output["contrast_maps"] = class_map, torch.cat([maps, zero], dim=1)[:, place]
+        return output, bottleneck, features[-1], statistics
 
 
 @torch.no_grad()
 def make_entries(
     net: SSCFNet,
-    first: list[torch.Tensor],
-    second: list[torch.Tensor],
+    first: torch.Tensor,
+    second: torch.Tensor,
     statistics: list[tuple[torch.Tensor, torch.Tensor]],
-    contrast_maps: torch.Tensor,
     label: torch.Tensor,
     has_contrast: torch.Tensor,
     has_mask: torch.Tensor,
     patient: torch.Tensor,
     slice_id: torch.Tensor,
 ) -> BankEntries:
-    """Bank entries of a batch: G and W_l of the first pass, keys, mu and sigma of the second.
+    """Bank entries of some samples: G and W_l of the first pass, keys, mu and sigma of the second.
 
     Args:
         net: the network that made the features.
-        first: features of the first pass, each B x K x C_j x spatial.
-        second: features of the second pass.
-        statistics: means and standard deviations of the second pass by scale.
-        contrast_maps: B x K x c' x N, W^i.
-        label: B x 1 x spatial classes.
-        has_contrast: B x K boolean.
-        has_mask: B boolean.
-        patient: B int64.
-        slice_id: B int64.
+        first: E x K x C x spatial, F_i^5 of the first pass.
+        second: E x K x C x spatial, F_i^5 of the second pass.
+        statistics: of the second pass by scale, mean and standard deviation, each E x K x C_j.
+        label: E x 1 x spatial classes.
+        has_contrast: E x K boolean.
+        has_mask: E boolean.
+        patient: E int64.
+        slice_id: E int64.
     """
+    class_map = net.contrast_maps(first)
     prototype = class_prototypes(
-        first[-1].flatten(3).flatten(0, 1), contrast_maps.flatten(0, 1), net.mean_prototype, net.normalize_prototypes
+        first.flatten(3).flatten(0, 1), class_map.flatten(0, 1), net.mean_prototype, net.normalize_prototypes
     )
     return BankEntries(
-        key=net.retrieval_key(second[-1]),
+        key=net.retrieval_key(second),
         mean=torch.cat([mean for mean, _ in statistics], dim=2),
         std=torch.cat([std for _, std in statistics], dim=2),
-        prototype=prototype.unflatten(0, contrast_maps.shape[:2]),
-        class_map=contrast_maps.detach().float(),
+        prototype=prototype.unflatten(0, class_map.shape[:2]),
+        class_map=class_map.float(),
         label=cell_labels(label, 2 ** (len(net.channels) - 1)),
         present=has_contrast,
         has_mask=has_mask,

@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The training engine: scenario per sample, network step, discriminator step, moving average, bank update."""
+"""The training engine: scenarios, network step, discriminator step, moving average, bank update."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from ..data.randomness import hash_uniform
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.sscf import network_input
 from .losses import Draw, draw_entries, samples_to_judge
+from .step import Scenario
 
 #: What a slice dataset gives and the engine needs.
 BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
 
 
 def draw_scenarios(
-    slice_id: torch.Tensor,
+    ids: torch.Tensor,
     has_contrast: torch.Tensor,
     seed: int,
     epoch: int,
     numbers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Draws one scenario for each sample, a function of (seed, epoch, slice).
+    """Draws one scenario for each sample, a function of (seed, epoch, id).
 
     Of the allowed scenarios, those that leave at least one contrast that the study has are equally probable.
 
     Args:
-        slice_id: B int64.
+        ids: B int64.
         has_contrast: B x K boolean, at least one True in each row.
         seed: seed of the run.
         epoch: present epoch.
@@ -56,7 +57,7 @@ def draw_scenarios(
     Returns:
         B x K boolean, the available contrasts S.
     """
-    table = scenario_table(slice_id.device)
+    table = scenario_table(ids.device)
     usable = (table.unsqueeze(0) & has_contrast.unsqueeze(1)).any(dim=2)  # B x 14
     if numbers is not None:
         held = table.sum(dim=1)
@@ -64,7 +65,7 @@ def draw_scenarios(
         for number in numbers:
             allowed = allowed | (held == number)
         usable = usable & allowed
-    rank = (hash_uniform(slice_id, seed, epoch, "scenario") * usable.sum(dim=1, keepdim=True)).to(torch.int64)
+    rank = (hash_uniform(ids, seed, epoch, "scenario") * usable.sum(dim=1, keepdim=True)).to(torch.int64)
     order = usable.to(torch.int64).cumsum(dim=1) - 1
     chosen = ((order == rank) & usable).to(torch.int64).argmax(dim=1)
     return table[chosen] & has_contrast
@@ -175,6 +176,10 @@ class SynthesisTrainer(Trainer):
         accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
         augmentation: changes a batch, ``augmentation(batch, seed, epoch) -> batch``, see ``Augmentation``.
         curriculum: stages of ``Curriculum``; None draws from all scenarios in all epochs.
+        shared_scenarios: draw one scenario for all samples of a batch, which costs less than half, in the place of one
+            for each sample; a batch of studies that have no contrast in common falls back to the latter.
+        reconstructions: with ``shared_scenarios`` how many of the available contrasts, drawn for each batch, are
+            decoded; None decodes all. The losses stay unbiased.
         inferer: kept for the bundle's ``train#inferer``; training calls the networks themselves.
         amp: train with autocast.
         amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
@@ -185,7 +190,8 @@ class SynthesisTrainer(Trainer):
         postprocessing: applied to ``state.output``; normally None.
 
     Raises:
-        ValueError: for ``accumulation_steps`` below 1, for discriminators without an optimizer or a loss, or for a
+        ValueError: for ``accumulation_steps`` or ``reconstructions`` below 1, ``reconstructions`` without shared
+            scenarios, for discriminators without an optimizer or a loss, or for a
             curriculum that ``Curriculum`` refuses.
     """
 
@@ -207,6 +213,8 @@ class SynthesisTrainer(Trainer):
         accumulation_steps: int = 1,
         augmentation: Callable[[dict[str, torch.Tensor], int, int], dict[str, torch.Tensor]] | None = None,
         curriculum: Sequence[Sequence[Any]] | None = None,
+        shared_scenarios: bool = False,
+        reconstructions: int | None = None,
         inferer: Callable | None = None,
         amp: bool = True,
         amp_dtype: torch.dtype | None = None,
@@ -218,6 +226,8 @@ class SynthesisTrainer(Trainer):
     ) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
+        if reconstructions is not None and (reconstructions < 1 or not shared_scenarios):
+            raise ValueError("reconstructions must be at least 1 and needs shared_scenarios.")
         if discriminators is not None and (discriminator_optimizer is None or discriminator_loss is None):
             raise ValueError("discriminators need an optimizer and a loss.")
         super().__init__(
@@ -239,8 +249,9 @@ class SynthesisTrainer(Trainer):
         self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
         self.amp_dtype = amp_dtype or half_dtype(self.state.device)
         self.grad_scaler = grad_scaler or loss_scaler(self.state.device, amp)
+        self.shared_scenarios, self.reconstructions = shared_scenarios, reconstructions
         self._totals: dict[str, torch.Tensor] = {}
-        self._batches = 0
+        self._batches = self._samples = 0
         self.add_event_handler(Events.EPOCH_STARTED, SynthesisTrainer._open_epoch)
         # before the handlers of the user, so that they find the means of the epoch
         self.add_event_handler(Events.EPOCH_COMPLETED, SynthesisTrainer._close_epoch)
@@ -286,26 +297,53 @@ class SynthesisTrainer(Trainer):
         """A batch on the device, augmented, with its scenario.
 
         Returns:
-            The arguments of the step, ``missing`` (B x K) and ``samples``, see ``samples_to_judge``.
+            The arguments of the step, ``missing`` (B x K), ``samples``, see ``samples_to_judge``, and ``occurrence``
+            (B int64), the place of a sample in its epoch: what is drawn for a sample depends on it, so that a slice
+            that comes twice in an epoch is another sample each time.
         """
-        batch = {k: batchdata[k].to(self.state.device, non_blocking=self.non_blocking) for k in BATCH_KEYS}
-        epoch = self.state.epoch
-        if self.augmentation is not None:
-            batch = self.augmentation(batch, self.seed, epoch)
+        epoch, move = self.state.epoch, {"device": self.state.device, "non_blocking": self.non_blocking}
         # drawn on the host, which has to know how many samples lack a contrast without waiting for the device
         has_contrast = batchdata["has_contrast"].cpu()
-        drawn = draw_scenarios(
-            batchdata["slice_id"].cpu(), has_contrast, self.seed, epoch, self.curriculum.numbers(epoch)
-        )
+        number = torch.arange(self._samples, self._samples + len(has_contrast))
+        occurrence = number * idist.get_world_size() + idist.get_rank()
+        self._samples += len(has_contrast)
+        drawn, scenario = self.draw_batch_scenarios(occurrence, has_contrast)
+        batch = {k: batchdata[k].to(**move) for k in BATCH_KEYS} | {"occurrence": occurrence.to(**move)}
+        if self.augmentation is not None:
+            batch = self.augmentation(batch, self.seed, epoch)
         missing = ~drawn & has_contrast
-        move = {"device": self.state.device, "non_blocking": self.non_blocking}
         source = batch.pop("source", batch["target"])
         return {
             **batch,
+            "scenario": scenario,
             "image": network_input(source, drawn.to(**move)),
             "missing": missing.to(**move),
             "samples": [rows.to(**move) for rows in samples_to_judge(missing)],
         }
+
+    def draw_batch_scenarios(
+        self, occurrence: torch.Tensor, has_contrast: torch.Tensor
+    ) -> tuple[torch.Tensor, Scenario | None]:
+        """Scenarios of a batch, on the CPU.
+
+        Args:
+            occurrence: B int64.
+            has_contrast: B x K.
+
+        Returns:
+            Available contrasts, B x K, and their ``Scenario`` if all samples share it.
+        """
+        numbers = self.curriculum.numbers(self.state.epoch)
+        common = has_contrast.all(dim=0, keepdim=True)
+        if not self.shared_scenarios or not common.any():
+            return draw_scenarios(occurrence, has_contrast, self.seed, self.state.epoch, numbers), None
+        first = occurrence[:1]
+        drawn = draw_scenarios(first, common, self.seed, self.state.epoch, numbers)
+        sources = [i for i, given in enumerate(drawn[0].tolist()) if given]
+        if self.reconstructions is not None:
+            order = hash_uniform(first, self.seed, self.state.epoch, "reconstruction", len(sources))[0].argsort()
+            sources = [sources[i] for i in order[: self.reconstructions].tolist()]
+        return drawn.expand(has_contrast.shape), Scenario(tuple(drawn[0].tolist()), tuple(sources))
 
     def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
         device = engine.state.device
@@ -319,7 +357,7 @@ class SynthesisTrainer(Trainer):
         if self.discriminators is not None:
             self.discriminators.requires_grad_(False)
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
-            output = self.step(batch["image"], *truth)
+            output = self.step(batch["image"], *truth, batch["scenario"])
             fake_scores = self.generator_scores(output, batch)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         terms = self.loss(output, *truth[:4], fake_scores, self.draw_bank_entries(batch))
@@ -356,6 +394,7 @@ class SynthesisTrainer(Trainer):
         raise error
 
     def _open_epoch(self) -> None:
+        self._samples = 0
         self.step.train()
         if self.discriminators is not None:
             self.discriminators.train()
@@ -390,10 +429,10 @@ class SSCFTrainer(SynthesisTrainer):
         return self.training_step.bank
 
     def draw_bank_entries(self, batch: dict[str, torch.Tensor]) -> Draw | None:
-        """Bank entries for the dependency loss, a function of (seed, epoch, slice) and the bank; None without it."""
+        """Entries for the dependency loss, a function of (seed, epoch, occurrence) and the bank; None without it."""
         if not (self.loss.weights["ctdl"] and self.training_step.net.with_citim):
             return None
-        priority = hash_uniform(batch["slice_id"], self.seed, self.state.epoch, "ctdl", self.bank.size)
+        priority = hash_uniform(batch["occurrence"], self.seed, self.state.epoch, "ctdl", self.bank.size)
         entries = self.bank.entries()
         return Draw(
             entries, *draw_entries(priority, entries, self.bank.count, batch["patient"], self.loss.ctdl_entries)
