@@ -138,6 +138,37 @@ class CCP(nn.Module):
         attention = self.channel_attention(target, mean, ratio * (maximum - center) + mean)
         return attention * ratio, attention * (mean - ratio * center)
 
+    def attend(
+        self, maps: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, gamma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """AdaIN, CBAM's channel attention and gamma for R targets of each source feature, but for spatial attention.
+
+        Spatial attention is one number for a pixel, so it can be multiplied behind gamma, and gamma and the affine map
+        of AdaIN and channel attention are one matrix.
+
+        Args:
+            maps: M x C x spatial source features.
+            scale: M x R x C of ``affine``.
+            shift: M x R x C of ``affine``.
+            gamma: M x R x C x C.
+
+        Returns:
+            ``mixed``, M x R x C x spatial, gamma of the refined feature; ``pooled``, M x R x 2 x spatial, its mean and
+            maximum over channels.
+        """
+        r, c = scale.shape[1:]
+        # the mean over channels is one more row of the matrix
+        weight = torch.cat([gamma * scale.unsqueeze(2), (scale / c).unsqueeze(2)], dim=2).flatten(1, 2)
+        bias = torch.cat([torch.matmul(gamma, shift.unsqueeze(3)).squeeze(3), shift.mean(2, keepdim=True)], dim=2)
+        rows = mix_channels(weight.to(maps.dtype), maps, expand_dims_like(bias.flatten(1, 2), maps).to(maps.dtype))
+        rows = rows.unflatten(1, (r, c + 1))
+        refined = torch.addcmul(
+            expand_dims_like(shift.to(maps.dtype), rows),
+            maps.unsqueeze(1),
+            expand_dims_like(scale.to(maps.dtype), rows),
+        )
+        return rows[:, :, :c], torch.stack([rows[:, :, c], refined.max(dim=2).values.to(rows.dtype)], dim=2)
+
     def forward(
         self,
         feature: torch.Tensor,
@@ -187,14 +218,12 @@ class CCP(nn.Module):
             mean.flatten(0, 1),
             std.flatten(0, 1),
         )
-        refined = torch.addcmul(
-            expand_dims_like(shift, maps), gather_maps(maps, row).float(), expand_dims_like(scale, maps)
-        ).to(maps.dtype)
-        attended = self.spatial(torch.stack([refined.mean(dim=1), refined.max(dim=1).values], dim=1))
-        gate = attended.gather(1, expand_dims_like(target.flatten().unsqueeze(1), attended).expand_as(attended[:, :1]))
         gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
         gamma = gather(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
-        fused = mix_channels(gamma.to(refined.dtype), refined * torch.sigmoid(gate), gate.new_zeros(1, 1, 1))
+        mixed, pooled = self.attend(gather_maps(maps, row), scale.unsqueeze(1), shift.unsqueeze(1), gamma.unsqueeze(1))
+        attended = self.spatial(pooled.squeeze(1))
+        gate = attended.gather(1, expand_dims_like(target.flatten().unsqueeze(1), attended).expand_as(attended[:, :1]))
+        fused = mixed.squeeze(1) * torch.sigmoid(gate)
         own = expand_dims_like(available.t().flatten(), maps)
         base = expand_dims_like(self.gamma_bias.to(fused.dtype).repeat_interleave(b, dim=0), maps)
         if self.residual:
@@ -232,10 +261,10 @@ class CCP(nn.Module):
         convolve = F.conv2d if features[0].dim() == 4 else F.conv3d
         gain = (self.num_contrasts - 1) / len(features)
         gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources) * gain  # T x S x C x C
-        # one source after the other: they add up, and no stack of feature maps has to be made
-        out = expand_dims_like(self.gamma_bias.index_select(0, targets).repeat_interleave(b, dim=0), features[0])
+        out = expand_dims_like(self.gamma_bias.index_select(0, targets).unsqueeze(0), features[0].unsqueeze(1))
         if self.residual:
-            out = out + torch.cat([mean_of_maps(features)] * num_targets)
+            out = out + mean_of_maps(features).unsqueeze(1)
+        # one source after the other: they add up, and no stack of feature maps has to be made
         for s, maps in enumerate(features):
             center, own_std = (t[:, 0] for t in channel_statistics(maps.unsqueeze(1)))
             scale, shift = self.affine(
@@ -247,14 +276,10 @@ class CCP(nn.Module):
                 mean[:, :, s].transpose(0, 1),
                 std[:, :, s].transpose(0, 1),
             )
-            given = maps.unsqueeze(0)
-            refined = torch.addcmul(expand_dims_like(shift, given), given.float(), expand_dims_like(scale, given)).to(
-                maps.dtype
+            mixed, pooled = self.attend(
+                maps, scale.transpose(0, 1), shift.transpose(0, 1), gamma[:, s].expand(b, -1, -1, -1)
             )
             # each target's own kernel alone: targets become groups of the convolution
-            pooled = torch.stack([refined.mean(dim=2), refined.max(dim=2).values], dim=2).transpose(0, 1).flatten(1, 2)
-            gate = convolve(pooled, kernel, offset, padding=kernel.shape[-1] // 2, groups=num_targets)
-            refined = refined * torch.sigmoid(gate.transpose(0, 1).unsqueeze(2))
-            weight = gamma[:, s].repeat_interleave(b, dim=0).to(refined.dtype)
-            out = mix_channels(weight, refined.flatten(0, 1), out.to(refined.dtype))
-        return out.unflatten(0, (num_targets, b))
+            gate = convolve(pooled.flatten(1, 2), kernel, offset, padding=kernel.shape[-1] // 2, groups=num_targets)
+            out = torch.addcmul(out, mixed, torch.sigmoid(gate).unsqueeze(2).to(mixed.dtype))
+        return out.transpose(0, 1)

@@ -26,6 +26,7 @@ from monai.losses import PatchAdversarialLoss
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from ..networks.blocks import channel_statistics
 from ..networks.citim import AFFINITY_EPS
 from ..networks.memory_bank import BankEntries
 
@@ -193,7 +194,7 @@ class SegmentationLoss(nn.Module):
 
 def space_variance(features: torch.Tensor) -> torch.Tensor:
     """Variance over space of B x K x C x spatial features, the mean over channels, B x K float32, at least 1e-6."""
-    return features.float().flatten(3).var(dim=3, correction=0).mean(dim=2).clamp(min=1e-6)
+    return channel_statistics(features, eps=0.0)[1].square().mean(dim=2).clamp(min=1e-6)
 
 
 def class_map_cross_entropy(
