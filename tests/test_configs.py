@@ -37,7 +37,10 @@ RUNS = [
     ["train", "finetune"],
     ["train", "multi_gpu_train"],
     ["train", "build_bank"],
-    ["train", "recipe"],
+    ["train", "recipe/common", "recipe/1_backbone"],
+    ["train", "recipe/common", "recipe/2_whole"],
+    ["train", "recipe/common", "recipe/3_full_size"],
+    ["train", "diagnosis"],
     ["train", "baselines/unet"],
     ["train", "baselines/mmgan"],
     ["train", "downstream_train"],
@@ -55,6 +58,7 @@ ENTRY_POINTS = {
     "initialize",
     "run",
     "finalize",
+    "diagnosis",
     "training",
     "evaluating",
     "inference",
@@ -138,7 +142,8 @@ def test_training_has_the_values_of_the_paper() -> None:
     config = read("train")
     expected = {
         "alpha": 0.5,
-        "beta": [100.0, 30.0, 50.0, 50.0, 1.0],
+        # beta_3 is 50 in the paper, of a loss that is not relative to the variance of its target
+        "beta": [100.0, 30.0, 5.0, 50.0, 1.0],
         "learning_rate": 2e-4,
         "adam_betas": [0.5, 0.999],
         "max_epochs": 600,
