@@ -1,5 +1,6 @@
 # These commands do everything, set-up included:
-#   make demo   make a phantom cohort, train on it, fill in an incomplete study, draw the result
+#   make demo   fill in a real study with the weights of the bundle and draw demo_output/demo.png
+#   make demo-train   make a phantom cohort, train on it, fill in an incomplete study, draw the result
 #   make test   style, configs and the test suite
 #   make benchmark   speed and memory of this machine: docs/speed.md (BENCHMARK="--parts training" and the like)
 # All use the virtual environment VENV, which is made if it does not exist: make test VENV=/path/to/another
@@ -11,14 +12,20 @@ DEMO_DIR ?= demo_output
 PY := $(abspath $(VENV))/bin/python
 READY := $(VENV)/.sscf_requirements
 DEMO := cd sscf_bundle && $(PY) -m monai.bundle run
-DEMO_CONFIG := --config_file "['configs/train.json','configs/demo.json']" --output_dir "$(abspath $(DEMO_DIR))"
+DEMO_OUTPUT := --output_dir "$(abspath $(DEMO_DIR))"
+DEMO_CONFIG := --config_file "['configs/inference.json','configs/demo.json']" $(DEMO_OUTPUT)
+TRAIN_CONFIG := --config_file "['configs/train.json','configs/demo_train.json']" $(DEMO_OUTPUT)
 
-.PHONY: demo test benchmark clean
+.PHONY: demo demo-train test benchmark clean
 
 demo: $(READY)
-	$(DEMO) training $(DEMO_CONFIG)
-	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --demo_dir "$(abspath $(DEMO_DIR))"
+	$(DEMO) inference $(DEMO_CONFIG)
 	$(DEMO) picture $(DEMO_CONFIG)
+
+demo-train: $(READY)
+	$(DEMO) training $(TRAIN_CONFIG)
+	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --demo_dir "$(abspath $(DEMO_DIR))"
+	$(DEMO) picture $(TRAIN_CONFIG)
 
 test: $(READY)
 	$(PY) -m ruff check .

@@ -32,7 +32,7 @@ TABLES = {"metadata", "paper_values"}
 #: Every config with what it is laid over.
 RUNS = [
     ["train"],
-    ["train", "demo"],
+    ["train", "demo_train"],
     ["train", "evaluate"],
     ["train", "finetune"],
     ["train", "multi_gpu_train"],
@@ -47,6 +47,7 @@ RUNS = [
     ["train", "evaluate", "downstream"],
     *(["train", name] for name in FILES if name.startswith("ablations/")),
     ["inference"],
+    ["inference", "demo"],
     ["inference", "demo_inference"],
     ["report"],
     ["experiments"],

@@ -174,7 +174,7 @@ def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: 
     write_result(studies["Case_2"], folder, "t1ce")
     (folder / "Case_2_seg.nii.gz").write_bytes(Path(studies["Case_2"]["seg"]).read_bytes())
     picture = tmp_path / "demo.png"
-    scores = demo_picture(tmp_path / "split.json", tmp_path / "data", tmp_path / "filled", picture)
+    scores = demo_picture(str(tmp_path / "split.json"), tmp_path / "data", tmp_path / "filled", picture)
     assert scores["t1ce_psnr"] == 100.0 and picture.is_file()
     printed = capsys.readouterr().out
     assert printed.startswith("Case_2: t1ce PSNR / SSIM 100.00 dB / 1.000 (mean of available ")

@@ -189,6 +189,7 @@ def compare_study(
     result: Mapping[str, str | Path],
     picture: str | Path,
     scale: float = 1.0,
+    caption: str = "",
 ) -> dict[str, float]:
     """Draws a filled-in study beside the truth and scores it, with the reference_methods of the same input.
 
@@ -200,6 +201,7 @@ def compare_study(
         result: path of each synthesized contrast by its key (and ``seg``), as ``synthesize_study`` returns.
         picture: PNG file to write.
         scale: ``output_scale`` of the inference.
+        caption: put below the mask.
 
     Returns:
         ``<contrast>_psnr``, ``<contrast>_ssim`` of each synthesized contrast, and the same with the prefixes
@@ -239,11 +241,11 @@ def compare_study(
         else None
         for p in (truth, result)
     ]
-    _study_figure(target, images, missing, masks).savefig(picture, dpi=110, facecolor="black")
+    _study_figure(target, images, missing, masks, caption).savefig(picture, dpi=110, facecolor="black")
     return scores
 
 
-def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: list[bool], masks: list) -> Figure:
+def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: list[bool], masks: list, caption: str) -> Figure:
     """Rows: truth, result, absolute error; columns: contrasts and mask; the slice with the largest tumor."""
     guide = masks[0] if masks[0] is not None else masks[1]
     z = int((guide > 0).sum(axis=(1, 2)).argmax()) if guide is not None else target.shape[0] // 2
@@ -268,30 +270,33 @@ def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: list[bool
         shown = None if mask is None else order[mask[z][box].astype(int).clip(0, 4)]
         show_slice(axes[row, 4], truth[given], title, shown)
     axes[2, 4].axis("off")
-    axes[2, 4].text(0.05, 0.5, "green: edema\nyellow: enhancing\nred: non-enhancing core", color="white", fontsize=9)
+    legend = "green: edema\nyellow: enhancing\nred: non-enhancing core"
+    axes[2, 4].text(0.05, 0.5, f"{legend}\n\n{caption}", color="white", fontsize=9, va="center")
     return figure
 
 
 def demo_picture(
-    split_file: str | Path, dataset_dir: str | Path, result_dir: str | Path, picture: str | Path
+    study: str, dataset_dir: str | Path, result_dir: str | Path, picture: str | Path, caption: str = ""
 ) -> dict[str, float]:
-    """``compare_study`` for the first test study of a split; prints the scores as one line.
+    """``compare_study`` for a study of a folder; prints the scores as one line.
 
     Args:
-        split_file: JSON file of a split.
+        study: name of the study, or a JSON file of a split, which means its first test study.
         dataset_dir: folder of the complete studies.
         result_dir: ``output_dir`` of the inference.
         picture: PNG file to write.
+        caption: put below the mask, for example the source of the images.
 
     Returns:
         As ``compare_study``.
     """
-    study = json.loads(Path(split_file).read_text())["test"][0]
+    if study.endswith(".json"):
+        study = json.loads(Path(study).read_text())["test"][0]
     truth = next(item for item in find_studies(dataset_dir) if item["study"] == study)
     folder = Path(result_dir) / study
     files = {key: folder / f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS}
     result = {key: path for key, path in files.items() if path.is_file()} | {MASK_KEY: folder / f"{study}_seg.nii.gz"}
-    scores = compare_study(truth, result, picture)
+    scores = compare_study(truth, result, picture, caption=caption)
     parts = []
     for key in result:
         if key != MASK_KEY:
