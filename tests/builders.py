@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigWorkflow, create_workflow
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
 from scripts.networks.memory_bank import BankEntries, MemoryBank
@@ -185,8 +185,7 @@ def run_bundle(
 
 def train_in_process(configs: Sequence[str], overrides: Mapping[str, object]) -> ConfigWorkflow:
     """The same run within this process."""
-    workflow = ConfigWorkflow(config_file=list(configs), workflow_type="train", logging_file=False, **overrides)
-    workflow.initialize()
+    workflow = create_workflow(config_file=list(configs), workflow_type="train", logging_file=False, **overrides)
     workflow.run()
     return workflow
 

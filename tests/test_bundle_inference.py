@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLE_ROOT, REPOSITORY
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, create_workflow, verify_metadata, verify_net_in_out
 from monai.transforms import Compose
 from test_inferer import PREPROCESSING, TINY, load, write_study
 
@@ -45,11 +45,12 @@ def weights(tmp_path) -> Path:
 
 def workflow(**override) -> ConfigWorkflow:
     override = {"device": "cpu", "handlers": [], **override}
-    made = ConfigWorkflow(
-        str(CONFIG), workflow_type="inference", logging_file=False, **{k: _plain(v) for k, v in override.items()}
+    return create_workflow(
+        config_file=str(CONFIG),
+        workflow_type="inference",
+        logging_file=False,
+        **{k: _plain(v) for k, v in override.items()},
     )
-    made.initialize()
-    return made
 
 
 def _plain(value):
@@ -98,7 +99,7 @@ def test_worker_processes_pass_failures_on(tmp_path, weights):
         write_study(tmp_path / "in" / name, ["flair"], name)
     (tmp_path / "in" / "B2" / "B2_flair.nii.gz").write_bytes(b"damaged")
     made = workflow(dataset_dir=tmp_path / "in", output_dir=tmp_path / "out", ckpt_path=weights, num_workers=2)
-    with pytest.raises(SystemExit, match="1 of 3 studies failed: B2"):
+    with pytest.raises(StudyError, match="1 of 3 studies failed: B2"):
         made.run()
     assert sorted(os.listdir(tmp_path / "out")) == ["A1", "C3", "failures.json"]
 
@@ -117,7 +118,7 @@ def test_mistakes_end_with_one_sentence(tmp_path, weights, wrong):
     made = workflow(
         **{"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out", "ckpt_path": weights, **override}
     )
-    with pytest.raises(SystemExit, match=words) as caught:
+    with pytest.raises(StudyError, match=words) as caught:
         made.run()
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
@@ -185,7 +186,6 @@ def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
     save_weights(bundle / "models" / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     script = (
         "import sys, torch, monai.bundle\n"
-        f"sys.path.insert(0, {str(bundle)!r})\n"
         f"network = monai.bundle.load('sscf_bundle', bundle_dir={str(bundle.parent)!r}, workflow_type=sys.argv[1])\n"
         f"saved = torch.load({str(bundle / 'models' / 'model.pt')!r})\n"
         "state = network.state_dict()\n"

@@ -30,6 +30,8 @@ from builders import (
     train_in_process,
 )
 
+from scripts.contrasts import StudyError
+
 ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
 REPOSITORY = BUNDLE_ROOT.parent
 
@@ -104,7 +106,7 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
 
 def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, trained, evaluated_part="training", lpips=False)
-    with pytest.raises(SystemExit, match="3 of the evaluated patients are in the memory bank"):
+    with pytest.raises(StudyError, match="3 of the evaluated patients are in the memory bank"):
         train_in_process(config_files("train", "evaluate"), overrides)
 
 

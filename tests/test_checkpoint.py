@@ -20,6 +20,7 @@ from builders import assert_same, tiny_net
 from ignite.engine import Engine, Events
 from torch import nn
 
+from scripts.contrasts import StudyError
 from scripts.networks.weights import read_settings, with_weights
 from scripts.training.checkpoint import BestModel, LastModel, TrainingCheckpoint
 
@@ -146,7 +147,7 @@ def test_without_resuming_older_checkpoints_are_removed(resume: object, tmp_path
 
 def test_checkpoint_of_another_network_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     Run(tmp_path).run(2)
-    with pytest.raises(SystemExit, match="does not fit the configured run") as raised:
+    with pytest.raises(StudyError, match="does not fit the configured run") as raised:
         Run(tmp_path, width=4).run(3)
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
     assert files(tmp_path) == names(1, 2)
@@ -156,7 +157,7 @@ def test_checkpoint_without_a_part_ends_the_run_with_one_sentence(tmp_path: Path
     run = Run(tmp_path)
     del run.checkpoint.objects["optimizer"]
     run.run(1)
-    with pytest.raises(SystemExit, match="optimizer"):
+    with pytest.raises(StudyError, match="optimizer"):
         Run(tmp_path).run(2)
 
 
@@ -226,15 +227,15 @@ def test_models_have_their_settings_inside_and_no_leftovers(tmp_path: Path) -> N
 
 def test_weights_for_a_config_are_loaded_or_their_fault_is_told_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    with pytest.raises(SystemExit, match="train first"):
+    with pytest.raises(StudyError, match="train first"):
         with_weights(tiny_net(), path)
     saved = tiny_net(0)
     torch.save(saved.state_dict(), path)
     assert_same(with_weights(tiny_net(1), path).state_dict(), saved.state_dict())
     for changes in ({"channels": (4, 8, 8, 8, 8)}, {"bank_size": 7}, {"key_size": 3}):
-        with pytest.raises(SystemExit, match="does not fit") as raised:
+        with pytest.raises(StudyError, match="does not fit") as raised:
             with_weights(tiny_net(**changes), path)
         assert "\n" not in str(raised.value)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="cannot be read"):
+    with pytest.raises(StudyError, match="cannot be read"):
         with_weights(tiny_net(), path)

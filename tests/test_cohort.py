@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_slices import TRANSFORM, write_study
 
+from scripts.contrasts import StudyError
 from scripts.data.cohort import Cohort, cohort_slices
 from scripts.data.datalist import PARTS
 
@@ -106,7 +107,7 @@ def test_broken_study_is_left_out_and_shows_at_the_end(data: Path) -> None:
     assert dataset.studies == [study for study in split["training"] if study != broken]
     assert made.slices("validation", choice="brain").studies == split["validation"]
     report = data.parent / "out" / "failures.json"
-    with pytest.raises(SystemExit, match=r"complete, but 1 of 6 studies could not be used: .*failures\.json") as end:
+    with pytest.raises(StudyError, match=r"complete, but 1 of 6 studies could not be used: .*failures\.json") as end:
         made.finish()
     assert "\n" not in str(end.value)
     (failure,) = json.loads(report.read_text())
@@ -126,12 +127,12 @@ def test_study_without_a_chosen_slice_is_a_failure(data: Path) -> None:
     (data / study / f"{study}_seg.nii.gz").unlink()
     made = cohort(data)
     assert made.slices("training", choice="tumor").studies == others
-    with pytest.raises(SystemExit, match="1 of 6 studies"):
+    with pytest.raises(StudyError, match="1 of 6 studies"):
         made.finish()
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes
-def one_sentence(raised: pytest.ExceptionInfo[SystemExit]) -> str:
+def one_sentence(raised: pytest.ExceptionInfo[StudyError]) -> str:
     text = str(raised.value)
     assert "\n" not in text and text.endswith(".")
     return text
@@ -139,10 +140,10 @@ def one_sentence(raised: pytest.ExceptionInfo[SystemExit]) -> str:
 
 def test_folder_without_studies_or_no_folder_is_told(data: Path) -> None:
     (data.parent / "empty").mkdir()
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(StudyError) as raised:
         cohort(data.parent / "empty")
     assert "No study was found" in one_sentence(raised)
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(StudyError) as raised:
         cohort(data.parent / "nowhere")
     assert "does not exist" in one_sentence(raised)
     assert not (data.parent / "out").exists()
@@ -151,7 +152,7 @@ def test_folder_without_studies_or_no_folder_is_told(data: Path) -> None:
 def test_part_without_a_study_is_told(data: Path) -> None:
     made = cohort(data, fractions=(0.5, 0, 0.5))
     assert made.slices("training", choice="brain")
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(StudyError) as raised:
         made.slices("validation")
     assert "The validation part of the split has no study" in one_sentence(raised)
 
@@ -161,7 +162,7 @@ def test_part_of_broken_studies_is_told(data: Path) -> None:
     path = damage(data, names(made)["validation"][0])
     for study in names(made)["validation"][1:]:
         damage(data, study)
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(StudyError) as raised:
         made.slices("validation")
     text = one_sentence(raised)
     assert f"None of {len(names(made)['validation'])} studies can be used" in text and str(path) in text

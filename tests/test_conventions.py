@@ -174,7 +174,7 @@ def test_weights_that_cannot_be_had_are_refused_by_one_sentence(
         raise OSError("no network")
 
     monkeypatch.setattr(lpips, "LPIPS", offline)
-    with pytest.raises(SystemExit, match="could not be downloaded: give a file"):
+    with pytest.raises(StudyError, match="could not be downloaded: give a file"):
         perceptual_distance(True, None)
     assert perceptual_distance(False, None) is None
 

@@ -23,7 +23,7 @@ from builders import TINY_RUN, config_files, generator, tiny_run, train_in_proce
 from monai.bundle import ConfigParser
 from torch import nn
 
-from scripts.contrasts import SCENARIOS, scenario_name
+from scripts.contrasts import SCENARIOS, StudyError, scenario_name
 from scripts.data.slices import CachedStudy, PreparedSlices, SliceDataset
 from scripts.evaluation.metrics import mean_of_available, zero_filling
 from scripts.networks.weights import read_state, save_weights
@@ -79,7 +79,7 @@ def test_studies_without_a_contrast_or_mask_are_left_out(tmp_path: Path) -> None
     cohort = FewStudies(tmp_path)
     dataset = complete_slices(cohort, "test", choice="brain")  # type: ignore[arg-type]
     assert dataset.studies == ["a"] and len(dataset) == 2 and dataset.weights.tolist() == [3.0, 1.0]
-    with pytest.raises(SystemExit, match="None of 2 studies of the training part has all four contrasts and a mask"):
+    with pytest.raises(StudyError, match="None of 2 studies of the training part has all four contrasts and a mask"):
         complete_slices(cohort, "training")  # type: ignore[arg-type]
 
 
@@ -209,7 +209,7 @@ def test_segmenter_is_refused_with_one_sentence(tmp_path: Path) -> None:
     dataset = FewStudies(tmp_path / "cohort").slices("test")
     path, preprocessing = tmp_path / "segmenter.pt", {"image_size": 32, "scaling": "brain"}
     channels = [4, 4, 4, 4, 4, 4]
-    with pytest.raises(SystemExit, match="There is no segmenter"):
+    with pytest.raises(StudyError, match="There is no segmenter"):
         load_segmenter(path, "cpu", dataset, preprocessing)
     network = build_segmenter(2, channels).eval()
     arguments = {"spatial_dims": 2, "channels": channels}
@@ -218,10 +218,10 @@ def test_segmenter_is_refused_with_one_sentence(tmp_path: Path) -> None:
     loaded = load_segmenter(path, "cpu", dataset, preprocessing)
     image = torch.rand((1, 4, 32, 32), generator=generator(8))
     assert torch.equal(loaded(image), network(image)) and not loaded.training
-    with pytest.raises(SystemExit, match="image_size is 32, not 64"):
+    with pytest.raises(StudyError, match="image_size is 32, not 64"):
         load_segmenter(path, "cpu", dataset, preprocessing | {"image_size": 64})
     save_weights(path, network, settings | {"training_patients": [1, int(dataset.patients[0])]})
-    with pytest.raises(SystemExit, match="trained on 1 of the patients"):
+    with pytest.raises(StudyError, match="trained on 1 of the patients"):
         load_segmenter(path, "cpu", dataset, preprocessing)
 
 
@@ -292,7 +292,7 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     assert overall["network"] == pytest.approx(mean)
 
     # the patients of its training are refused
-    with pytest.raises(SystemExit, match="trained on 3 of the patients"):
+    with pytest.raises(StudyError, match="trained on 3 of the patients"):
         train_in_process(
             config_files("train", "baselines/unet", "evaluate", "downstream"),
             overrides | {"evaluated_part": "training"},

@@ -27,7 +27,7 @@ from monai.bundle import ConfigWorkflow
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, scenario_name, scenario_table
+from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name, scenario_table
 from scripts.evaluation.bootstrap import COLUMNS, read_scores
 from scripts.evaluation.evaluator import (
     ScenarioEvaluator,
@@ -99,7 +99,7 @@ def test_patients_of_the_bank_are_not_evaluated() -> None:
     net.bank_present[3] = False  # a rejected entry holds nothing of patient 14
     engine = Engine(lambda *_: None)
     UnseenPatients(net, torch.tensor([5, 12, 12, 13])).attach(engine)
-    with pytest.raises(SystemExit, match="2 of the evaluated patients are in the memory bank"):
+    with pytest.raises(StudyError, match="2 of the evaluated patients are in the memory bank"):
         engine.run([0])
     # empty slots have the patient 0
     unseen = Engine(lambda *_: None)
@@ -249,14 +249,14 @@ def test_processes_share_the_studies() -> None:
 
 
 def test_more_processes_than_studies_are_refused() -> None:
-    with pytest.raises(SystemExit, match="3 studies cannot be shared by 4 processes"):
+    with pytest.raises(StudyError, match="3 studies cannot be shared by 4 processes"):
         StudyScenarios(volumes(), rank=1, world_size=4)
 
 
 def test_scenarios_that_no_study_has_are_refused() -> None:
     data = volumes()
     data.has_contrast[:, 3] = False
-    with pytest.raises(SystemExit, match="No evaluated study has the contrasts"):
+    with pytest.raises(StudyError, match="No evaluated study has the contrasts"):
         StudyScenarios(data, ["T2"])
     with pytest.raises(ValueError, match="unknown scenario"):
         StudyScenarios(data, ["T3"])

@@ -180,7 +180,7 @@ def test_everything_runs_once_and_is_skipped_afterwards(data: Path) -> None:
 def test_failed_run_is_named_and_the_others_go_on(data: Path) -> None:
     runner = experiments(data, with_report=True)
     runner.broken = "second/seed_1/fold_2/training"
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(StudyError) as stopped:
         runner.run()
     # the control of the same seed and fold cannot run either
     assert str(stopped.value).startswith("2 of 18 runs failed, the others are complete; first ")
@@ -200,18 +200,18 @@ def test_failed_run_is_named_and_the_others_go_on(data: Path) -> None:
 def test_reason_of_a_failure_is_its_last_line(data: Path) -> None:
     runner = experiments(data, names="first", seeds=[0], folds=None)
     runner.broken = "first"
-    with pytest.raises(SystemExit, match=r"training ended with status 3 \(what went wrong\), see .*training\.log"):
+    with pytest.raises(StudyError, match=r"training ended with status 3 \(what went wrong\), see .*training\.log"):
         runner.run()
 
 
 def test_training_without_weights_has_failed(data: Path) -> None:
-    with pytest.raises(SystemExit, match=r"training ended without writing model\.pt, see"):
+    with pytest.raises(StudyError, match=r"training ended without writing model\.pt, see"):
         experiments(data, names="first", seeds=[0], folds=None, weights="best").run()
 
 
 def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_again(data: Path) -> None:
     experiments(data).run()
-    with pytest.raises(SystemExit, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
+    with pytest.raises(StudyError, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
         experiments(data, budget={"max_epochs": 9, "decay_start": 4, "epoch_samples": 10}).run()
     changed = CONFIG["evaluations"]["evaluation"] | {"overrides": {"lpips": False}}
     runner = experiments(data, evaluations={"evaluation": changed})
@@ -338,7 +338,7 @@ def test_unknown_names_are_refused(data: Path) -> None:
         ({"seeds": {"second": [0]}}, "seeds gives none for control: name it or a set that has it"),
         ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "need each other"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(StudyError, match=message):
             experiments(data, **changes)
 
 
@@ -415,5 +415,5 @@ def test_second_stage_takes_what_both_stages_have(tmp_path: Path) -> None:
         assert torch.equal(value, ours[name] if name in shared else before[name]), name
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     for path, message in (("other.pt", "has no tensor of this network"), ("none.pt", "cannot be read")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(StudyError, match=message):
             with_shared_weights(second, tmp_path / path)

@@ -38,7 +38,6 @@ from scripts.inference.inferer import (
     StudyDataset,
     StudyEvaluator,
     StudyWriter,
-    exit_on_user_error,
     inference_transforms,
     list_studies,
     prediction_transforms,
@@ -719,8 +718,6 @@ def test_what_to_fill_in(tmp_path):
     ):
         with pytest.raises(StudyError, match=words):
             list_studies(**arguments)
-        with pytest.raises(SystemExit, match=words):
-            exit_on_user_error(lambda arguments=arguments: list_studies(**arguments))
     paths = write_study(tmp_path / "in", ["t1"])
     (item,) = list_studies(tmp_path / "nowhere", **paths, study=12)
     assert item["study"] == "12" and item["t1"] == paths["t1"]

@@ -31,6 +31,7 @@ from test_slices import write_study
 from test_tables import make_scores, write_scores
 
 import scripts.evaluation.panels
+from scripts.contrasts import StudyError
 from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
 from scripts.networks.sscf import network_input
 from scripts.networks.weights import save_weights
@@ -240,7 +241,7 @@ def test_panel_of_runs_takes_the_slice_with_the_largest_tumor(tmp_path: Path, ph
     assert axes[0, 0].patches  # it has tumor
     shown = [axes[0, column].images[0].get_array() for column in (4, 5)]
     assert not np.allclose(*shown)
-    with pytest.raises(SystemExit, match="Study Nobody is not in the test part of SSCF"):
+    with pytest.raises(StudyError, match="Study Nobody is not in the test part of SSCF"):
         runs_panel(runs, study="Nobody")
     assert runs_panel({"SSCF": runs["SSCF"]}, study=study).axes
 
@@ -308,10 +309,10 @@ def test_page_holds_tables_figures_and_facts_and_loads_nothing(tmp_path: Path) -
 
 
 def test_report_of_nothing_ends_with_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no scores\.csv in .*none: evaluate this run first"):
+    with pytest.raises(StudyError, match=r"no scores\.csv in .*none: evaluate this run first"):
         write_report({"A": str(tmp_path / "none")}, tmp_path / "out", {})
     folder = write_scores(tmp_path / "a", make_scores(0))
-    with pytest.raises(SystemExit, match="The reference B is no run: write one of A"):
+    with pytest.raises(StudyError, match="The reference B is no run: write one of A"):
         write_report({"A": str(folder)}, tmp_path / "out", {}, reference="B")
     assert not (tmp_path / "out").exists()
 

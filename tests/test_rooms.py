@@ -21,6 +21,7 @@ SCRIPTS = BUNDLE_ROOT / "scripts"
 #: What each room may import besides itself; ``contrasts`` is the ground of all.
 ALLOWED = {
     "contrasts": set(),
+    "command_line": {"contrasts", "data"},
     "networks": {"contrasts"},
     "data": {"contrasts"},
     "training": {"contrasts", "networks", "data"},

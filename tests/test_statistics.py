@@ -249,7 +249,7 @@ def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> N
 def test_nothing_scored_ends_with_a_sentence_and_no_file(tmp_path: Path) -> None:
     weights = tmp_path / "model.pt"
     weights.write_bytes(b"weights")
-    with pytest.raises(SystemExit, match="Nothing could be scored"):
+    with pytest.raises(StudyError, match="Nothing could be scored"):
         write(tmp_path / "out", make_frame().head(0), weights)
     assert not (tmp_path / "out").exists()
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import scripts.training.trainer
-from scripts.contrasts import NUM_CONTRASTS, SCENARIOS, scenario_table
+from scripts.contrasts import NUM_CONTRASTS, SCENARIOS, StudyError, scenario_table
 from scripts.data.slices import EpochSampler
 from scripts.networks.memory_bank import BankEntries
 from scripts.training.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
@@ -389,7 +389,7 @@ def test_non_finite_loss_ends_the_run_with_one_sentence() -> None:
     batch = training_batch(2)
     batch["target"][0, :, 3, 3] = float("nan")
     trainer = make_trainer([batch], epochs=3)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(StudyError) as stopped:
         trainer.run()
     sentence = str(stopped.value)
     assert "train_loss" in sentence and "became non-finite in epoch 1" in sentence

@@ -40,7 +40,7 @@ SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
 
 
 class StudyError(ValueError):
-    """A study or an input folder that cannot be used; the message is one sentence that names the file and the mend."""
+    """A study, file or setting that cannot be used; the message is one sentence that names it and the mend."""
 
 
 def scenario_name(scenario: Sequence[int]) -> str:

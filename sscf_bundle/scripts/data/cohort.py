@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 class Cohort:
     """Finds, splits and prepares the studies of a run, and remembers those that could not be used.
 
-    A user's mistake ends the program with one sentence instead of a traceback.
-
     Args:
         dataset_dir: folder with the studies, see ``find_studies``.
         transform: preprocessing of one study, see ``study_transforms``.
@@ -68,11 +66,8 @@ class Cohort:
         if split_file is None and earlier.is_file():
             split_file = str(earlier)
             logger.info(f"using the split of {earlier}")
-        try:
-            items = find_studies(dataset_dir, pattern, patient_pattern)
-            self.parts = split_patients(items, fractions, seed, split_file)
-        except StudyError as error:
-            raise SystemExit(str(error)) from error
+        items = find_studies(dataset_dir, pattern, patient_pattern)
+        self.parts = split_patients(items, fractions, seed, split_file)
         if idist.get_rank() == 0:
             write_split(self.parts, earlier)
         sizes = ", ".join(f"{len(studies)} {part}" for part, studies in self.parts.items())
@@ -86,20 +81,17 @@ class Cohort:
             options: of ``SliceDataset``: ``choice``, ``count``, ``min_brain``, ``tumor_weight``.
 
         Raises:
-            SystemExit: with one sentence, if the part has no usable study.
+            StudyError: if the part has no usable study.
         """
-        try:
-            if not self.parts[part]:
-                raise StudyError(
-                    f"The {part} part of the split has no study: give more studies, other fractions or a split_file."
-                )
-            if part not in self._prepared:
-                self._prepared[part] = prepare_slices(
-                    self.parts[part], self.transform, self.cache_dir, self.num_workers, progress=idist.get_rank() == 0
-                )
-            dataset = SliceDataset(self._prepared[part], **options)
-        except StudyError as error:
-            raise SystemExit(str(error)) from error
+        if not self.parts[part]:
+            raise StudyError(
+                f"The {part} part of the split has no study: give more studies, other fractions or a split_file."
+            )
+        if part not in self._prepared:
+            self._prepared[part] = prepare_slices(
+                self.parts[part], self.transform, self.cache_dir, self.num_workers, progress=idist.get_rank() == 0
+            )
+        dataset = SliceDataset(self._prepared[part], **options)
         known = {(f["study"], f["reason"]) for f in self.failures}
         self.failures += [f for f in dataset.failures if (f["study"], f["reason"]) not in known]
         return dataset
@@ -113,7 +105,7 @@ class Cohort:
         """Ends a run: a study that could not be used shows in the exit status and in ``failures.json``.
 
         Raises:
-            SystemExit: if a study failed.
+            StudyError: if a study failed.
         """
         report = self.output_dir / "failures.json"
         if not self.failures:
@@ -122,7 +114,7 @@ class Cohort:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(self.failures, indent=1) + "\n")
         total = sum(len(studies) for studies in self.parts.values())
-        raise SystemExit(
+        raise StudyError(
             f"The run is complete, but {len(self.failures)} of {total} studies could not be used: {report} says why."
         )
 

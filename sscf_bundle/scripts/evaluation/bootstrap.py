@@ -329,7 +329,7 @@ class EvaluationTables:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: ScenarioEvaluator) -> None:
-        """Raises: SystemExit: if nothing could be scored."""
+        """Raises: StudyError: if nothing could be scored."""
         mine = {
             "rows": self.scores.rows,
             "regions": self.scores.regions,
@@ -341,7 +341,7 @@ class EvaluationTables:
             return
         frame = pd.DataFrame([row for part in parts for row in part["rows"]], columns=list(COLUMNS))
         if frame.empty:
-            raise SystemExit(
+            raise StudyError(
                 "Nothing could be scored: the evaluated studies have neither a missing contrast nor a mask."
             )
         names = sorted(set(frame["study"]))

@@ -26,7 +26,16 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..contrasts import CONTRASTS, NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, region_masks, scenario_name
+from ..contrasts import (
+    CONTRASTS,
+    NUM_CONTRASTS,
+    NUM_TUMOR_CLASSES,
+    REGIONS,
+    SCENARIOS,
+    StudyError,
+    region_masks,
+    scenario_name,
+)
 from ..networks.sscf import network_input
 from .metrics import fill_background
 from .protocols import Protocol, StudyTruth, region_dice, volume_scores
@@ -91,13 +100,13 @@ class UnseenPatients:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Raises: SystemExit: if a patient is in the bank."""
+        """Raises: StudyError: if a patient is in the bank."""
         if not hasattr(self.network, "bank_present"):
             return
         filled = self.network.bank_present.any(dim=1).cpu()
         shared = set(self.network.bank_patient.cpu()[filled].tolist()) & set(self.patients.tolist())
         if shared:
-            raise SystemExit(
+            raise StudyError(
                 f"{len(shared)} of the evaluated patients are in the memory bank of the weights, so the scores would "
                 "be too good: evaluate the split of the training (its output_dir or split_file)."
             )
@@ -221,7 +230,7 @@ class StudyScenarios:
 
     Raises:
         ValueError: for an unknown scenario name.
-        SystemExit: if there is nothing to evaluate, or less than a study for each process.
+        StudyError: if there is nothing to evaluate, or less than a study for each process.
     """
 
     def __init__(
@@ -238,9 +247,9 @@ class StudyScenarios:
         studies = list(range(rank, len(volumes), world_size))
         self._scenarios = [[s for s in chosen if bool(volumes.has_contrast[i][rows[s]].all())] for i in studies]
         if len(volumes) < world_size:
-            raise SystemExit(f"{len(volumes)} studies cannot be shared by {world_size} processes: start fewer.")
+            raise StudyError(f"{len(volumes)} studies cannot be shared by {world_size} processes: start fewer.")
         if not any(self._scenarios):
-            raise SystemExit("No evaluated study has the contrasts of a scenario: give complete studies, or others.")
+            raise StudyError("No evaluated study has the contrasts of a scenario: give complete studies, or others.")
         self._loader = DataLoader(
             volumes,
             batch_size=None,

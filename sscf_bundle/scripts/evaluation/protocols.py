@@ -265,14 +265,11 @@ def perceptual_distance(
         device: where it computes.
 
     Raises:
-        SystemExit: with one sentence, where ``PerceptualDistance`` refuses.
+        StudyError: where ``PerceptualDistance`` refuses.
     """
     if not enabled:
         return None
-    try:
-        return PerceptualDistance(weights).to(device)
-    except StudyError as error:
-        raise SystemExit(str(error)) from error
+    return PerceptualDistance(weights).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ protocols

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -62,7 +62,6 @@ _GEOMETRY_FIELDS = (
 _PREPROCESSED_KEYS = ("image", "label", "brain", FILE_BRAIN_KEY)
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
 
-_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -740,27 +739,6 @@ def list_studies(
         )
     # a mask on file is not needed, and a damaged one must not stop a study
     return [{k: v for k, v in item.items() if k != MASK_KEY} for item in find_studies(root, pattern)]
-
-
-def exit_on_user_error(function: Callable[[], _T]) -> _T:
-    """Call a function from a config, and end the program with one sentence where it raises a ``StudyError``.
-
-    MONAI's config parser wraps every ``Exception`` in a ``RuntimeError`` and prints a traceback, but lets
-    ``SystemExit`` pass.
-
-    Args:
-        function: called without arguments.
-
-    Returns:
-        What the function returns.
-
-    Raises:
-        SystemExit: with the sentence, so that the exit status is 1.
-    """
-    try:
-        return function()
-    except StudyError as error:
-        raise SystemExit(str(error)) from None
 
 
 def synthesize_study(

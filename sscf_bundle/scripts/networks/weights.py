@@ -224,10 +224,7 @@ def with_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
     """The network after ``load_weights``, for configs.
 
     Raises:
-        SystemExit: with one sentence, where ``load_weights`` refuses.
+        StudyError: where ``load_weights`` refuses.
     """
-    try:
-        load_weights(network, path, preprocessing)
-    except StudyError as error:
-        raise SystemExit(str(error)) from error
+    load_weights(network, path, preprocessing)
     return network

@@ -56,12 +56,12 @@ def complete_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
         options: of ``SliceDataset``.
 
     Raises:
-        SystemExit: with one sentence, if the part has no complete study.
+        StudyError: if the part has no complete study.
     """
     dataset = data.slices(part, **options)
     complete = [s for s in dataset._cached if all(s.info["has_contrast"]) and s.info["has_mask"]]
     if not complete:
-        raise SystemExit(
+        raise StudyError(
             f"None of {len(dataset.studies)} studies of the {part} part has all four contrasts and a mask, which the "
             "downstream task needs: give complete studies."
         )
@@ -127,21 +127,21 @@ def load_segmenter(
         preprocessing: ``image_size``, ``scaling`` and ``spacing`` of that dataset.
 
     Raises:
-        SystemExit: with one sentence, if the file is missing or damaged, if it was trained on patients of ``dataset``
+        StudyError: if the file is missing or damaged, if it was trained on patients of ``dataset``
             or with another preprocessing.
     """
     try:
         known = read_state(path)[1]
     except StudyError as error:
-        raise SystemExit(
+        raise StudyError(
             f"There is no segmenter to test with ({error}) Train one with configs/downstream_train.json first, or give "
             "segmenter_path."
         ) from error
     if "training_patients" not in known:
-        raise SystemExit(f"{path} holds no segmenter of configs/downstream_train.json: train one, or give its file.")
+        raise StudyError(f"{path} holds no segmenter of configs/downstream_train.json: train one, or give its file.")
     shared = set(known["training_patients"]) & set(dataset.patients.tolist())
     if shared:
-        raise SystemExit(
+        raise StudyError(
             f"{path} was trained on {len(shared)} of the patients that it shall be tested on, so the scores would be "
             "too good: use the split of its training (its output_dir or split_file)."
         )

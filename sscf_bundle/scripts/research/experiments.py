@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
@@ -38,7 +37,6 @@ from tqdm import tqdm
 
 from ..contrasts import StudyError
 from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
-from ..inference.inferer import exit_on_user_error
 from .figures import runs_panel
 from .report import PANEL_CAPTION, write_page
 from .tables import Runs, Table, read_runs, standard_tables, write_tables
@@ -139,7 +137,7 @@ class Experiments:
         devices: values of CUDA_VISIBLE_DEVICES, one for each job in turn; None leaves it alone.
 
     Raises:
-        SystemExit: with one sentence, for unknown names and settings that cannot be.
+        StudyError: for unknown names and settings that cannot be.
     """
 
     def __init__(
@@ -176,11 +174,11 @@ class Experiments:
         devices: Sequence[str | int] | None = None,
     ) -> None:
         if weights not in ("last", "best"):
-            raise SystemExit(f"weights must be last or best, got {weights!r}.")
+            raise StudyError(f"weights must be last or best, got {weights!r}.")
         self.experiments = {name: Experiment(**definition) for name, definition in experiments.items()}
         unknown = sorted(set(evaluate_with) - set(evaluations or {}))
         if unknown:
-            raise SystemExit(f"There is no evaluation {unknown[0]}: choose from {', '.join(evaluations or {})}.")
+            raise StudyError(f"There is no evaluation {unknown[0]}: choose from {', '.join(evaluations or {})}.")
         self.evaluations = {name: Evaluation(**(evaluations or {})[name]) for name in evaluate_with}
         self.sets = dict(sets or {})
         self.names = self._with_needs(self._members([names] if isinstance(names, str) else names))
@@ -212,7 +210,7 @@ class Experiments:
         for entry, values in seeds.items():
             for name in self._members([entry]):
                 if name not in self.experiments:
-                    raise SystemExit(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
+                    raise StudyError(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
                 if name in found:
                     found[name] |= set(values)
         for name in reversed(self.names):  # what is needed stands before what needs it
@@ -220,7 +218,7 @@ class Experiments:
                 found[needed] |= found[name]
         lacking = [name for name, values in found.items() if not values]
         if lacking:
-            raise SystemExit(f"seeds gives none for {lacking[0]}: name it or a set that has it.")
+            raise StudyError(f"seeds gives none for {lacking[0]}: name it or a set that has it.")
         return {name: sorted(values) for name, values in found.items()}
 
     def _evaluations(self, name: str) -> dict[str, Evaluation]:
@@ -239,9 +237,9 @@ class Experiments:
 
         def add(name: str, chain: tuple[str, ...] = ()) -> None:
             if name not in self.experiments:
-                raise SystemExit(f"There is no experiment {name}: choose from {', '.join(self.experiments)}.")
+                raise StudyError(f"There is no experiment {name}: choose from {', '.join(self.experiments)}.")
             if name in chain:
-                raise SystemExit(f"The experiments {' and '.join(chain)} need each other: correct after or weights_of.")
+                raise StudyError(f"The experiments {' and '.join(chain)} need each other: correct after or weights_of.")
             for needed in self._needs(name):
                 add(needed, (*chain, name))
             if name not in ordered:
@@ -294,24 +292,20 @@ class Experiments:
         """Writes the splits and returns their files, one for each fold.
 
         Raises:
-            SystemExit: with one sentence, if the studies cannot be split so.
+            StudyError: if the studies cannot be split so.
         """
-        items = exit_on_user_error(
-            functools.partial(find_studies, self.dataset_dir, self.file_pattern, self.patient_pattern)
-        )
+        items = find_studies(self.dataset_dir, self.file_pattern, self.patient_pattern)
         folder = self.output_dir / "splits"
         untouched = {i["patient"] for i in items if {i["study"], i["patient"]} & set(self.held_out)}
         used = [item for item in items if item["patient"] not in untouched]
         if self.split_file is not None:
             path = str(Path(self.split_file).expanduser())
-            splits = [
-                exit_on_user_error(functools.partial(split_patients, items, self.fractions, self.split_seed, path))
-            ]
+            splits = [split_patients(items, self.fractions, self.split_seed, path)]
         elif self.folds is None:
-            splits = [exit_on_user_error(functools.partial(split_patients, used, self.fractions, self.split_seed))]
+            splits = [split_patients(used, self.fractions, self.split_seed)]
         else:
             options = (self.folds, self.validation_fraction, self.held_out, self.split_seed)
-            splits = exit_on_user_error(functools.partial(cross_validation_splits, items, *options))
+            splits = cross_validation_splits(items, *options)
         if untouched:
             share = self.validation_fraction
             final = split_patients(used, (1 - share, share, 0), self.split_seed)
@@ -342,7 +336,7 @@ class Experiments:
             The number of training slices of the smallest fold.
 
         Raises:
-            SystemExit: with one sentence, if a study cannot be used.
+            StudyError: if a study cannot be used.
         """
         counts = []
         for fold, split_file in enumerate(split_files):
@@ -354,7 +348,7 @@ class Experiments:
                 if cohort.parts[part]:
                     cohort.slices(part)
             if cohort.failures:
-                raise SystemExit(
+                raise StudyError(
                     f"{cohort.failures[0]['reason']} Without it the rows would not be of the same cohort: mend it, "
                     "or leave it out of dataset_dir or name it in held_out."
                 )
@@ -376,7 +370,7 @@ class Experiments:
         """Runs everything and writes ``tables`` and ``index.html`` of what is complete.
 
         Raises:
-            SystemExit: with one sentence, if a run failed.
+            StudyError: if a run failed.
         """
         split_files = self.split_files()
         notes = self.too_large(self.prepare(split_files))
@@ -427,7 +421,7 @@ class Experiments:
         self.report(len(split_files), notes)
         if failed:
             (name, seed, fold), reason = next(iter(failed.items()))
-            raise SystemExit(
+            raise StudyError(
                 f"{len(failed)} of {len(tasks)} runs failed, the others are complete; first {name} (seed {seed}, fold "
                 f"{fold}): {reason}; the same command tries them again."
             )
@@ -478,7 +472,7 @@ class Experiments:
         return steps
 
     def _refuse_other_settings(self, tasks: Sequence[tuple[str, int, int]], split_files: Sequence[Path]) -> None:
-        """Raises: SystemExit: if a training that was begun here had other settings."""
+        """Raises: StudyError: if a training that was begun here had other settings."""
         for name, seed, fold in tasks:
             steps = self._steps(name, seed, fold, split_files[fold])
             path = self.directory(name, seed, fold) / "training.told.json"
@@ -486,7 +480,7 @@ class Experiments:
                 before, now = json.loads(path.read_text()), steps["training"][1][2]
                 if before != now:
                     key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-                    raise SystemExit(
+                    raise StudyError(
                         f"{path.parent} was trained with another {key}: give another output_dir, or remove this folder."
                     )
 
@@ -578,10 +572,7 @@ class Experiments:
 
     def report(self, folds: int, notes: Mapping[str, str]) -> None:
         """Writes ``tables`` (CSV, Markdown, LaTeX) and ``index.html``."""
-        try:
-            runs = self.runs(folds, notes)
-        except StudyError as error:
-            raise SystemExit(str(error)) from error
+        runs = self.runs(folds, notes)
         if runs is None:
             return
         tables = standard_tables(runs, self.table_definitions, self.paper_values, notes)

@@ -27,7 +27,7 @@ from monai.bundle import ConfigParser
 from monai.metrics import PSNRMetric, SSIMMetric
 from torch import nn
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, NUM_CONTRASTS
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, NUM_CONTRASTS, StudyError
 from ..data.datalist import find_studies
 from ..data.slices import SliceDataset
 from ..evaluation.metrics import fill_background, mean_of_available, zero_filling
@@ -128,7 +128,7 @@ def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, 
         part: of the split.
 
     Raises:
-        SystemExit: if the study is not in the part, or weights cannot be loaded.
+        StudyError: if the study is not in the part, or weights cannot be loaded.
     """
     predictions: dict[str, torch.Tensor] = {}
     item: dict[str, torch.Tensor] = {}
@@ -136,7 +136,7 @@ def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, 
         network, slices = load_run(part=part, **settings)
         chosen = slices.studies[0] if study is None else study
         if chosen not in slices.studies:
-            raise SystemExit(f"Study {chosen} is not in the {part} part of {name}: choose one of {slices.studies}.")
+            raise StudyError(f"Study {chosen} is not in the {part} part of {name}: choose one of {slices.studies}.")
         study = chosen
         item = slices[slices.index[:, 0].tolist().index(slices.studies.index(chosen))]
         predictions[name] = predict_one_missing(network, item["target"])

@@ -70,17 +70,14 @@ def write_report(
         draws: of the bootstrap over patients.
 
     Raises:
-        SystemExit: with one sentence, if an evaluation cannot be read or the runs cannot be compared.
+        StudyError: if an evaluation cannot be read or the runs cannot be compared.
     """
-    try:
-        read = read_runs(runs, draws)
-        reference = read.names[0] if reference is None else reference
-        if reference not in read.names:
-            raise StudyError(f"The reference {reference} is no run: write one of {', '.join(read.names)}.")
-        definitions = {name: {"reference": reference} | dict(one) for name, one in tables.items()}
-        built = standard_tables(read, definitions, paper_values)
-    except StudyError as error:
-        raise SystemExit(str(error)) from error
+    read = read_runs(runs, draws)
+    reference = read.names[0] if reference is None else reference
+    if reference not in read.names:
+        raise StudyError(f"The reference {reference} is no run: write one of {', '.join(read.names)}.")
+    definitions = {name: {"reference": reference} | dict(one) for name, one in tables.items()}
+    built = standard_tables(read, definitions, paper_values)
     figures = {}
     if panels:
         figures[PANEL_CAPTION] = runs_panel(panels, panel_study)

@@ -24,6 +24,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from ..contrasts import StudyError
 from ..networks.weights import atomic_saver, remove_leftovers, save_weights
 from .bank_builder import BankFreezer
 
@@ -84,7 +85,7 @@ class TrainingCheckpoint:
         """Restores the newest readable checkpoint, if there is one.
 
         Raises:
-            SystemExit: if a checkpoint does not fit the configured networks.
+            StudyError: if a checkpoint does not fit the configured networks.
         """
         remove_leftovers(self.directory)
         if not self.resume:
@@ -103,7 +104,7 @@ class TrainingCheckpoint:
                     item.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise SystemExit(
+                raise StudyError(
                     f"{path} does not fit the configured run ({reason}): restore the settings it was trained with, or "
                     "give another --output_dir, or --resume false to start anew."
                 ) from error

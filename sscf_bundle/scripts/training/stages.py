@@ -20,6 +20,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from ..contrasts import StudyError
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,12 +63,12 @@ def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
         path: state_dict of the first stage, which may lack parts of the network.
 
     Raises:
-        SystemExit: with one sentence, if the file cannot be read or shares nothing with the network.
+        StudyError: if the file cannot be read or shares nothing with the network.
     """
     try:
         state = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
-        raise SystemExit(f"{path} cannot be read as weights of the first stage: train it first.") from error
+        raise StudyError(f"{path} cannot be read as weights of the first stage: train it first.") from error
     ours = {name for name, _ in network.named_parameters()}
     shared = {
         name: value
@@ -74,7 +76,7 @@ def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
         if name in ours and value.shape == network.get_parameter(name).shape
     }
     if not shared:
-        raise SystemExit(f"{path} has no tensor of this network: give the weights of its first stage.")
+        raise StudyError(f"{path} has no tensor of this network: give the weights of its first stage.")
     network.load_state_dict(shared, strict=False)
     logger.info("%d of %d tensors are those of %s", len(shared), len(ours), path)
     return network

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..contrasts import NUM_CONTRASTS, scenario_table
+from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.sscf import network_input
@@ -408,7 +408,7 @@ class SynthesisTrainer(Trainer):
         self._totals, self._batches = {}, 0
         broken = [name for name, value in self.state.metrics.items() if value != value or abs(value) == float("inf")]
         if broken:
-            raise SystemExit(
+            raise StudyError(
                 f"{', '.join(broken)} became non-finite in epoch {self.state.epoch}: lower the learning rate or switch "
                 "mixed precision off, then start again; the run goes on from the last checkpoint."
             )

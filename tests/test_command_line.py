@@ -1,0 +1,151 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Settings are checked, errors are one sentence, and the bundle works from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import BUNDLE_ROOT, TINY_CHANNELS, config_files, run_bundle, run_python, tiny_run
+from monai.bundle import create_workflow
+
+from scripts.command_line import checked_settings, refuse_unknown
+from scripts.contrasts import StudyError
+from scripts.data.transforms import find_study_error
+from scripts.networks.sscf import SSCFNet
+from scripts.networks.weights import save_weights
+
+PREPROCESSING = {"image_size": 48, "spacing": 2.0, "scaling": "brain"}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = SSCFNet(channels=TINY_CHANNELS, bank_size=5)
+    save_weights(tmp_path / "weights" / "model.pt", network, {"preprocessing": PREPROCESSING})
+    return tmp_path / "weights" / "model.pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_epoch", 3, "There is no setting max_epoch: did you mean max_epochs?"),
+        ("train#dataloade#batch_size", 3, "did you mean"),
+        ("max_epochs", "three", "max_epochs must be a whole number, got 'three'."),
+        ("max_epochs", 2.5, "max_epochs must be a whole number"),
+        ("batch_size", True, "batch_size must be a whole number"),
+        ("learning_rate", "small", "learning_rate must be a number"),
+        ("beta", 3, "beta must be a list"),
+        ("compile", "perhaps", "compile must be True or False, got 'perhaps'."),
+        ("device", "nonsense", "device must be cpu, cuda or cuda:<number>, got 'nonsense'."),
+    ],
+)
+def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
+    with pytest.raises(StudyError) as raised:
+        checked_settings(config_files("train"), {name: value})
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_epochs", 3),
+        ("learning_rate", 1),
+        ("channels", [4, 8, 8, 8, 8]),
+        ("device", "cuda:0"),
+        ("batch_size", "$2 * 2"),
+        ("epoch_samples", 8),
+        ("dataset_dir", {"_target_": "x"}),
+        ("train#handlers#4#log_dir", "x"),
+        ("train::trainer::amp_dtype", "$torch.float16"),  # an argument that the config does not give
+        ("tracking_uri", "x"),  # of MONAI's tracking
+        ("run_id", "training"),
+    ],
+)
+def test_right_setting_is_taken_as_it_is(name: str, value: object) -> None:
+    assert checked_settings(config_files("train"), {name: value}) == {}
+
+
+def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Path) -> None:
+    given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off", "output_dir": "no"}
+    expected = {"compile": False, "resume": False, "val_at_start": True, "amp": False}
+    assert {k: v for k, v in checked_settings(config_files("train"), given).items() if k != "output_dir"} == expected
+    workflow = create_workflow(
+        config_file=config_files("inference")[0],
+        workflow_type="inference",
+        logging_file=False,
+        ckpt_path=str(weights),
+        output_dir=str(tmp_path),
+        compile="false",
+    )
+    assert workflow.inferer.compile is False  # type: ignore[attr-defined]
+
+
+def test_unknown_choice_is_refused() -> None:
+    refuse_unknown("protocols", ["volume"], ["per_slice", "volume"])
+    with pytest.raises(StudyError, match="protocols has no per_slize: choose from per_slice, volume"):
+        refuse_unknown("protocols", ["volume", "per_slize"], ["per_slice", "volume"])
+
+
+def test_errors_are_exceptions_in_python(tmp_path: Path, weights: Path) -> None:
+    common = {"config_file": config_files("inference")[0], "workflow_type": "inference", "logging_file": False}
+    with pytest.raises(RuntimeError) as raised:
+        create_workflow(**common, sw_batchsize=3)
+    assert "did you mean sw_batch_size" in str(find_study_error(raised.value))
+    with pytest.raises(StudyError, match="nowhere does not exist"):
+        create_workflow(
+            **common, ckpt_path=str(weights), dataset_dir=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "out")
+        ).run()
+
+
+def test_mistake_on_the_command_line_is_one_sentence(tmp_path: Path, phantom_cohort: Path) -> None:
+    # from an empty folder, without bundle_root
+    settings = tiny_run(phantom_cohort, tmp_path / "out", channels="big")
+    status, printed = run_bundle("training", config_files("train"), settings, tmp_path / "log.txt", cwd=tmp_path)
+    assert status == 1 and "Traceback" not in printed
+    assert printed.strip().splitlines()[-1].startswith("channels must be numbers or one of"), printed
+    assert not (tmp_path / "out" / "traceback.log").exists()
+
+
+def test_traceback_of_an_unexpected_error_is_in_a_file(tmp_path: Path, weights: Path) -> None:
+    overrides = {"output_dir": tmp_path / "out", "ckpt_path": weights, "writer#outputdir": 3, "flair": weights}
+    status, printed = run_bundle("inference", config_files("inference"), overrides, tmp_path / "log.txt", cwd=tmp_path)
+    assert status == 1 and "Traceback" not in printed
+    log = tmp_path / "out" / "traceback.log"
+    assert "TypeError" in log.read_text() and "outputdir" in log.read_text()
+    assert printed.strip().splitlines()[-1].startswith("Unexpected TypeError: "), printed
+    status, printed = run_bundle(
+        "inference", config_files("inference"), overrides | {"debug": True}, tmp_path / "log.txt", cwd=tmp_path
+    )
+    assert status == 1 and "Traceback" in printed and "TypeError" in printed
+
+
+def test_parts_and_exports_are_had_from_any_folder_without_a_run(tmp_path: Path, weights: Path) -> None:
+    config = config_files("inference")[0]
+    script = tmp_path / "script.py"
+    common = f"config_file={config!r}, ckpt_path={str(weights)!r}"
+    script.write_text(
+        "from monai.bundle import ckpt_export, create_workflow\n"
+        "import sys\n"
+        "if sys.argv[1] == 'export':\n"
+        f"    ckpt_export(bundle_root={str(BUNDLE_ROOT)!r}, ckpt_file={str(weights)!r}, "
+        f"filepath='model.ts', {common})\n"
+        "else:\n"
+        f"    made = create_workflow(workflow_type='inference', logging_file=False, {common})\n"
+        "    print(type(made.network_def).__name__, type(made.preprocessing.transforms[0]).__name__)\n"
+    )
+    status, printed = run_python([str(script), "parts"], tmp_path / "log.txt", cwd=tmp_path)
+    assert status == 0 and "SSCFNet FindStudyd" in printed, printed
+    status, printed = run_python([str(script), "export"], tmp_path / "log.txt", cwd=tmp_path)
+    assert status == 0, printed
+    exported, saved = torch.jit.load(str(tmp_path / "model.ts")).state_dict(), torch.load(weights)
+    assert exported.keys() == saved.keys() and all(torch.equal(exported[name], saved[name]) for name in saved)
