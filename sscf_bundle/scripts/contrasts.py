@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The vocabulary: contrasts, tumor classes, regions and availability scenarios, each defined once."""
+"""The vocabulary: contrasts, tumor classes, regions, availability scenarios and a user's error, each defined once."""
 
 from __future__ import annotations
 
