@@ -12,12 +12,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from scripts.contrasts import StudyError
 from scripts.data.datalist import PARTS, find_studies, patient_of, single_study, split_patients, write_split
+from scripts.data.transforms import LoadStudyd
 
 BRATS_2021 = {key: f"BraTS2021_00031_{key}.nii.gz" for key in ("flair", "t1", "t1ce", "t2", "seg")}
 BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
@@ -175,17 +178,37 @@ def test_own_file_names(tmp_path):
         find_studies(tmp_path, {"flare": "*.nii"})
 
 
-def test_two_files_for_one_contrast(tmp_path):
+def test_what_cannot_be_used_is_named_and_stops_no_other_study(tmp_path, monkeypatch):
     touch(tmp_path / "S1", "S1_t1.nii.gz", "S1_t1.nii")
-    with pytest.raises(StudyError, match=r"S1 has two files for t1, .*S1_t1\.nii and .*S1_t1\.nii\.gz"):
-        find_studies(tmp_path)
+    touch(tmp_path / "S2", "S2_t1.nii.gz")
+    touch(tmp_path / "line\nbreak", "line\nbreak_t1.nii.gz")
+    (tmp_path / "S4" / "S4_t2.nii.gz").mkdir(parents=True)
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # whom permissions do not bind, root, could list it
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    items = {item["study"]: item for item in find_studies(tmp_path)}
+    assert set(items) == {"S1", "S2", "line\nbreak", "S4", "locked"}
+    assert [name for name, item in items.items() if "failure" in item] == ["S1", "locked"]
+    assert re.search(r"S1 has two files for t1, .*S1_t1\.nii and .*S1_t1\.nii\.gz", items["S1"]["failure"])
+    assert "locked cannot be listed (Permission denied)" in items["locked"]["failure"]
+    for name in ("S1", "locked"):
+        with pytest.raises(StudyError, match=re.escape(items[name]["failure"])):
+            LoadStudyd()(items[name])
+    with pytest.raises(StudyError, match=r"S4_t2\.nii\.gz cannot be read"):
+        LoadStudyd()(items["S4"])
 
 
 def test_one_study_in_two_places(tmp_path):
     touch(tmp_path / "a", "S1_t1.nii.gz")
     touch(tmp_path / "b", "S1_t1.nii.gz")
-    with pytest.raises(StudyError, match=r"a/S1_t1\.nii\.gz and .*b/S1_t1\.nii\.gz"):
-        find_studies(tmp_path)
+    (item,) = find_studies(tmp_path)
+    assert re.search(r"a/S1_t1\.nii\.gz and .*b/S1_t1\.nii\.gz", item["failure"])
 
 
 def test_nothing_found(tmp_path):

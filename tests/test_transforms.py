@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import os
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
+from monai.data import MetaTensor, NibabelReader
 from monai.inferers import SliceInferer
 from monai.transforms import Invertd
 
@@ -89,8 +90,8 @@ def test_missing_contrasts_and_mask(study):
 
 def test_each_file_is_read_once(study, monkeypatch):
     calls = []
-    load = nib.load
-    monkeypatch.setattr(nib, "load", lambda path, *a, **k: calls.append(str(path)) or load(path, *a, **k))
+    decode = NibabelReader.get_data
+    monkeypatch.setattr(NibabelReader, "get_data", lambda r, img: calls.append(img.get_filename()) or decode(r, img))
     study_transforms(32)(study)
     assert sorted(calls) == sorted(study[key] for key in (*CONTRAST_KEYS, "seg"))
 
@@ -138,6 +139,18 @@ def without_affine(path):
     path.write_bytes(gzip.compress(content))
 
 
+def with_nan_in_the_affine(path):
+    content = bytearray(nib.Nifti1Image(brain_volume(1), LPS).to_bytes())
+    content[296:300] = np.float32(np.nan).tobytes()  # srow_y[0] of the header
+    path.write_bytes(gzip.compress(content))
+
+
+def sheared():
+    affine = LPS.copy()
+    affine[:3, 1] = affine[:3, 0] + [0, 1e-3, 0]
+    return affine
+
+
 def z_scored():
     array = brain_volume(1).astype(np.float32)
     inside = array > 0
@@ -156,6 +169,13 @@ BAD_FILES = {
     "infinite": ("t1", lambda p: write(p, with_value(np.inf)), "NaN or infinite"),
     "4-D": ("t1", lambda p: write(p, np.stack([brain_volume(1)] * 2, -1)), "4-D with shape 24 x 20 x 6 x 2"),
     "2-D": ("t1", lambda p: write(p, brain_volume(1)[..., 3]), "2-D"),
+    "complex": ("t1", lambda p: write(p, brain_volume(1).astype(np.complex64)), "complex numbers"),
+    "flat affine": ("t1", lambda p: write(p, brain_volume(1), np.diag([1, 1, 1e-4, 1])), "no valid affine|voxels of"),
+    "dependent axes": ("t1", lambda p: write(p, brain_volume(1), sheared()), "no valid affine"),
+    "NaN in the affine": ("t1", with_nan_in_the_affine, "no valid affine"),
+    "meters": ("t1", lambda p: write(p, brain_volume(1), LPS * 1e-3), "voxels of 0.001 x 0.001 x 0.002 mm"),
+    "micrometers": ("t1", lambda p: write(p, brain_volume(1), LPS * 1e3), "voxels of 1e\\+03 x"),
+    "constant": ("t1", lambda p: write(p, (brain_volume(1) > 0).astype(np.uint8)), "one value only"),
     "negative": ("t1", lambda p: write(p, z_scored()), "negative values .* before intensity normalization"),
     "empty": ("t1", lambda p: write(p, np.zeros(SHAPE, np.int16)), "0 everywhere"),
     "unknown label": ("seg", lambda p: write(p, np.full(SHAPE, 7, np.uint8)), "unknown label value 7"),
@@ -189,8 +209,47 @@ def test_what_is_accepted(study, tmp_path):
     # an axis of one volume, rounding in the header, interpolation overshoot
     study["t1"] = write(tmp_path / "axis.nii.gz", brain_volume(1)[..., None])
     study["t2"] = write(tmp_path / "overshoot.nii.gz", with_value(-40.0), shifted(1e-3))
+    # other byte order, a background of -1e-7 from rescaling
+    study["flair"] = write(tmp_path / "order.nii.gz", brain_volume(0).astype(">f4"))
+    study["t1ce"] = write(tmp_path / "rescaled.nii.gz", brain_volume(2).astype(np.float32) - 1e-7)
     out = study_transforms(32)(study)
     assert out["image"].shape == (4, 32, 32, 6) and float(out["image"].min()) == -1
+    np.testing.assert_array_equal(LoadStudyd()(study)["image"][0], brain_volume(0))
+
+
+def test_axes_in_another_order_are_the_same_grid(study, tmp_path):
+    expected = LoadStudyd()(study)
+    for key in ("t1", "seg"):
+        image = nib.load(study[key]).as_reoriented(nib.orientations.axcodes2ornt("SAL"))
+        study[key] = str(tmp_path / f"turned_{key}.nii.gz")
+        nib.save(image, study[key])
+    found = LoadStudyd()(study)
+    assert torch.equal(found["image"], expected["image"]) and torch.equal(found["label"], expected["label"])
+
+
+def test_another_grid_of_the_same_frame_is_resampled_where_asked_for(study, tmp_path):
+    coarse = nib.Nifti1Image(brain_volume(1, (12, 10, 6)).astype(np.float32), LPS @ np.diag([2, 2, 1, 1]))
+    study["t1"] = str(tmp_path / "coarse_t1.nii.gz")
+    nib.save(coarse, study["t1"])
+    with pytest.raises(StudyError, match="set resample"):
+        LoadStudyd()(study)
+    out = LoadStudyd(resample=True)(study)
+    assert out["image"].shape[1:] == SHAPE
+    np.testing.assert_allclose(out["image"][1][::2, ::2], coarse.get_fdata(), rtol=1e-4, atol=0.01)
+    nib.save(nib.Nifti1Image(brain_volume(1), shifted(500)), tmp_path / "far.nii.gz")
+    with pytest.raises(StudyError, match="no place in common"):
+        LoadStudyd(resample=True)({**study, "t1": str(tmp_path / "far.nii.gz")})
+
+
+def test_one_file_for_two_contrasts(study):
+    with pytest.raises(StudyError, match="name one file twice"):
+        LoadStudyd()({**study, "t2": study["t1"]})
+
+
+def test_a_file_that_may_not_be_read(study, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: "t1" not in os.path.basename(path))  # root may read anything
+    with pytest.raises(StudyError, match="may not be read: change its permissions"):
+        LoadStudyd()(study)
 
 
 def test_scale_brain_against_a_loop(study):

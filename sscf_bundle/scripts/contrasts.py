@@ -23,6 +23,8 @@ CONTRASTS = ("FLAIR", "T1", "T1ce", "T2")
 CONTRAST_KEYS = ("flair", "t1", "t1ce", "t2")
 #: Key of the tumor mask file in a datalist item.
 MASK_KEY = "seg"
+#: Key of a datalist item that says in one sentence why the study cannot be used.
+FAILURE_KEY = "failure"
 #: Tumor classes in channel order (c = 3). In a label map class k + 1 is ``TUMOR_CLASSES[k]``; 0 is background.
 TUMOR_CLASSES = ("ED", "ET", "NET")
 #: Evaluated regions as unions of tumor classes.

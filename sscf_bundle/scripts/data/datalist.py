@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from monai.data import partition_dataset
 
-from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError
 
 #: Parts of a split, in the order of the fractions.
 PARTS = ("training", "validation", "test")
@@ -45,9 +45,9 @@ _ENDINGS = (
     ("seg", r"label-lesion_(?:mask|dseg)", 0),
     ("seg", r"(?:dseg|segm?|tumor_segmentation|gold_standard)", 1),
 )
-_NIFTI = re.compile(r"^(?P<stem>.+)\.nii(?:\.gz)?$", re.IGNORECASE)
+_NIFTI = re.compile(r"^(?P<stem>.+)\.nii(?:\.gz)?$", re.IGNORECASE | re.DOTALL)
 _BUILT_IN = tuple(
-    (key, re.compile(rf"^(?:(?P<prefix>.*?)[_.\- ])?(?P<ending>{ending})$", re.IGNORECASE), precedence)
+    (key, re.compile(rf"^(?:(?P<prefix>.*?)[_.\- ])?(?P<ending>{ending})$", re.IGNORECASE | re.DOTALL), precedence)
     for key, ending, precedence in _ENDINGS
 )
 _BIDS = re.compile(r"^(?P<patient>sub-[a-z0-9]+)(?:_(?P<session>ses-[a-z0-9]+))?(?=_|$)", re.IGNORECASE)
@@ -98,10 +98,11 @@ def find_studies(
     Returns:
         Items sorted by study name: ``study``, ``patient``, a path for each of the keys that exist, and
         ``synthesized`` (list of contrast keys) if a file name says that its series was synthesized. A study that has
-        a mask only is an item too; loading it says what is wrong.
+        a mask only is an item too, as is one with two files for a contrast or a folder that cannot be listed, which
+        have ``failure``, one sentence; loading them says what is wrong.
 
     Raises:
-        StudyError: when nothing is found, a contrast has two files, or ``pattern`` or ``patient_pattern`` is wrong.
+        StudyError: when nothing is found, two studies have one name, or ``pattern`` or ``patient_pattern`` is wrong.
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
@@ -114,14 +115,15 @@ def find_studies(
 
     groups: dict[tuple[str, str], list[tuple[Path, _Match]]] = defaultdict(list)
     prefixes: dict[str, set[str]] = defaultdict(set)
-    for path in _files(root):
+    unreadable: list[OSError] = []
+    for path in _files(root, unreadable):
         match = _match_built_in(path.name) if globs is None else _match_globs(path.name, globs)
         if match is not None:
             folder = path.parent.relative_to(root).as_posix()
             # a prefix with a number names a study in the whole data set, others ("brain_T1") only in their folder
             groups["" if _is_identity(match.prefix) else folder, match.prefix].append((path, match))
             prefixes[folder].add(match.prefix)
-    if not groups:
+    if not groups and not unreadable:
         wanted = _KNOWN_NAMES if pattern is None else ", ".join(pattern.values())
         raise StudyError(
             f"No study was found in {root} or below it: expected are {wanted}; correct dataset_dir or give your own "
@@ -142,6 +144,10 @@ def find_studies(
             if len(folders_called[study]) > 1:
                 study = folder.replace("/", "_")
         items.append(_item(study, files, root, patient_expression))
+    for error in unreadable:
+        study = Path(error.filename).relative_to(root).as_posix().replace("/", "_")
+        reason = f"The folder {error.filename} cannot be listed ({error.strerror}): change its permissions."
+        items.append({"study": study, "patient": study, FAILURE_KEY: reason})
     items.sort(key=lambda item: item["study"])
     for one, other in itertools.pairwise(items):
         if one["study"] == other["study"]:
@@ -319,11 +325,15 @@ def patient_of(study: str) -> str:
     return study
 
 
-def _files(root: Path) -> list[Path]:
-    """All files below ``root`` without hidden ones, sorted, linked folders included but each folder only once."""
+def _files(root: Path, unreadable: list[OSError]) -> list[Path]:
+    """All files below ``root`` without hidden ones, sorted, linked folders included but each folder only once.
+
+    A folder that is named as a NIfTI file counts as one, so that loading it says what is wrong. Folders that cannot be
+    listed are added to ``unreadable``.
+    """
     found = []
     visited = set()
-    for folder, children, names in os.walk(root, followlinks=True):
+    for folder, children, names in os.walk(root, followlinks=True, onerror=unreadable.append):
         real = os.path.realpath(folder)
         if real in visited:
             children.clear()
@@ -331,6 +341,7 @@ def _files(root: Path) -> list[Path]:
         visited.add(real)
         children[:] = sorted(child for child in children if not child.startswith("."))
         found += [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [Path(folder, child) for child in children if _NIFTI.match(child)]
     return sorted(found)
 
 
@@ -410,10 +421,11 @@ def _item(
 ) -> dict[str, Any]:
     """Datalist item of one group of files."""
     chosen: dict[str, tuple[Path, _Match]] = {}
+    failure = None
     for key in (*CONTRAST_KEYS, MASK_KEY):
         candidates = sorted((f for f in files if f[1].key == key), key=lambda f: f[1].precedence)
         if len(candidates) > 1 and candidates[0][1].precedence == candidates[1][1].precedence:
-            raise StudyError(
+            failure = (
                 f"Study {study} has two files for {key}, {candidates[0][0]} and {candidates[1][0]}: remove or rename "
                 "one of them, or give your own file names as pattern."
             )
@@ -424,6 +436,8 @@ def _item(
     synthesized = [key for key, (_, match) in chosen.items() if match.synthesized and key != MASK_KEY]
     if synthesized:
         item["synthesized"] = synthesized
+    if failure:
+        item[FAILURE_KEY] = failure
     if patient_expression is not None:
         folder = Path(_any_path(item)).parent.relative_to(root).as_posix()
         match = patient_expression.search(f"{folder}/{study}")
@@ -437,7 +451,7 @@ def _item(
 
 
 def _any_path(item: Mapping[str, Any]) -> str:
-    return next(item[key] for key in (*CONTRAST_KEYS, MASK_KEY) if key in item)
+    return next((item[key] for key in (*CONTRAST_KEYS, MASK_KEY) if key in item), item["study"])
 
 
 def _common_name(paths: Sequence[Path]) -> str:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -28,15 +29,23 @@ from monai.transforms import (
     CropForegroundd,
     LoadImage,
     MapTransform,
+    Orientation,
     Orientationd,
+    ResampleToMatch,
     Spacingd,
 )
 from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, TUMOR_CLASSES, StudyError
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, MASK_KEY, TUMOR_CLASSES, StudyError
 
+#: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
+VOXEL_SIZES = (0.05, 50.0)
 #: Mask coding of BraTS: enhancing tumor is 4 up to 2021 and 3 from 2023 on, never both in one file.
 BRATS_MASK_VALUES = {"NET": (1,), "ED": (2,), "ET": (4, 3)}
+
+_REPAIR = "repair the header or export the file again"
+#: Codes of complex numbers in a NIfTI header.
+_COMPLEX = (32, 1792, 2048)
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +107,14 @@ class LoadStudyd(MapTransform):
         max_negative: share of negative among the non-zero voxels up to which negative values count as interpolation
             overshoot and are set to 0; above it the volume is taken for z-scored and refused.
         reader: name of a MONAI image reader; ``None`` chooses by the file name.
+        resample: take a volume on another grid to that of the first contrast, by the affines on file, instead of
+            refusing it. Volumes on the same grid whose axes are flipped or in another order are always taken.
 
     Raises:
         ValueError: when ``mask_values`` or ``contrast_keys`` make no sense.
-        StudyError: from the call, when there is no contrast or a file is missing, damaged, not 3-D, not finite,
-            negative, empty, of another shape or position than the others, or holds an unknown mask value.
+        StudyError: from the call, when there is no contrast, one file is given twice, or a file is missing, unreadable,
+            damaged, not 3-D, complex, not finite, negative, empty, constant, without a sound affine in mm, of another
+            shape or position than the others, or holds an unknown mask value.
     """
 
     def __init__(
@@ -115,6 +127,7 @@ class LoadStudyd(MapTransform):
         tolerance: float = 1e-2,
         max_negative: float = 0.05,
         reader: str | None = None,
+        resample: bool = False,
     ) -> None:
         super().__init__(contrast_keys, allow_missing_keys=True)
         if len(self.keys) != len(CONTRASTS):
@@ -137,9 +150,12 @@ class LoadStudyd(MapTransform):
         self.tolerance = tolerance
         self.max_negative = max_negative
         self.reader = reader
+        self.resample = resample
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        if d.get(FAILURE_KEY):
+            raise StudyError(d[FAILURE_KEY])
         paths = {key: str(d[key]) for key in self.keys if d.get(key)}
         if not paths:
             raise StudyError(
@@ -147,6 +163,8 @@ class LoadStudyd(MapTransform):
                 f"{', '.join(map(str, self.keys))}."
             )
         first_path = next(iter(paths.values()))
+        if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
+            raise StudyError(f"{' and '.join(paths)} name one file twice: give each contrast its own file.")
         first: MetaTensor | None = None
         image = torch.empty(0)
         for channel, key in enumerate(self.keys):
@@ -157,7 +175,7 @@ class LoadStudyd(MapTransform):
                 first = volume
                 image = torch.zeros((len(self.keys), *volume.shape), dtype=torch.float32)
             else:
-                self._check_geometry(first, first_path, volume, paths[key])
+                volume = self._on_grid(first, first_path, volume, paths[key])
             image[channel] = volume.as_tensor()
         meta = dict(first.meta)
         d[self.image_key] = MetaTensor(image, meta=meta)
@@ -166,20 +184,23 @@ class LoadStudyd(MapTransform):
         mask_path = d.get(self.mask_key)
         label = torch.zeros(image.shape[1:], dtype=torch.uint8)
         if mask_path:
-            mask = self._read(str(mask_path))
-            self._check_geometry(first, first_path, mask, str(mask_path))
+            mask = self._on_grid(first, first_path, self._read(str(mask_path)), str(mask_path), is_mask=True)
             label = self._internal_classes(mask.as_tensor(), str(mask_path))
         d[self.label_key] = MetaTensor(label[None], meta=dict(meta))
         d["has_mask"] = torch.tensor(bool(mask_path))
         return d
 
     def _read(self, path: str) -> MetaTensor:
-        """One file as a 3-D ``MetaTensor`` with the data type on file."""
+        """One file as a 3-D float32 ``MetaTensor``."""
         if not os.path.exists(path):
             raise StudyError(f"{path} does not exist: correct the path or leave this file out.")
+        if not os.access(path, os.R_OK):
+            raise StudyError(f"{path} may not be read: change its permissions or leave this file out.")
         try:
             # readers keep state between reading and decoding, so that threads must not share one
-            volume = LoadImage(reader=self.reader, image_only=True, dtype=None)(path)
+            volume = LoadImage(reader=self.reader, image_only=True, dtype=np.float32)(path)
+        except np.linalg.LinAlgError as error:
+            raise StudyError(f"{path} has no valid affine in its header: {_REPAIR}.") from error
         except Exception as error:  # readers raise whatever their decoders do
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
             raise StudyError(
@@ -195,19 +216,32 @@ class LoadStudyd(MapTransform):
             )
         # a file with a trailing axis must leave the same trace as one without
         volume.meta["original_channel_dim"] = float("nan")
-        affine = volume.affine
-        if not torch.isfinite(affine).all() or torch.linalg.det(affine[:3, :3]).abs() < 1e-9:
-            raise StudyError(f"{path} has no valid affine in its header: repair the header or export the file again.")
+        if int(volume.meta.get("datatype", 0)) in _COMPLEX:
+            raise StudyError(f"{path} holds complex numbers: give the magnitude image.")
+        affines = [volume.affine[:3]]
+        if "sform_code" in volume.meta:
+            # the reader puts another in the place of one that does not fit the voxel sizes
+            affines.append(torch.as_tensor(nib.load(path).affine[:3]))
+        for affine in affines:
+            sizes = affine[:, :3].norm(dim=0)
+            if not torch.isfinite(affine).all() or torch.linalg.det(affine[:, :3]).abs() <= 1e-2 * sizes.prod():
+                raise StudyError(f"{path} has no valid affine in its header: {_REPAIR}.")
+            if not ((sizes > VOXEL_SIZES[0]) & (sizes < VOXEL_SIZES[1])).all():
+                raise StudyError(
+                    f"{path} has voxels of {' x '.join(f'{size:.3g}' for size in sizes.tolist())} mm, so its header "
+                    f"seems to be in another unit: {_REPAIR}."
+                )
         return volume
 
     def _read_contrast(self, path: str) -> MetaTensor:
         """One contrast as float32, checked, with overshoot below 0 removed."""
-        volume = self._read(path).to(torch.float32)
+        volume = self._read(path)
         values = volume.as_tensor()
         # NaN passes through both extrema
         if not torch.isfinite(torch.stack(values.aminmax())).all():
             raise StudyError(f"{path} holds NaN or infinite values: repair or export it again.")
-        negative = int(torch.count_nonzero(values < 0))
+        # rescaling leaves a background of some -1e-7
+        negative = int(torch.count_nonzero(values < -1e-4 * values.abs().max()))
         if negative > self.max_negative * int(torch.count_nonzero(values)):
             raise StudyError(
                 f"{path} has negative values in {negative} voxels as a z-scored volume has: give the skull-stripped "
@@ -217,16 +251,33 @@ class LoadStudyd(MapTransform):
         foreground = int(torch.count_nonzero(values))
         if foreground == 0:
             raise StudyError(f"{path} is 0 everywhere: it holds no brain, so export it again or leave it out.")
-        if foreground > 0.9 * values.numel():
-            logger.warning("%s has hardly any background of 0: it seems not to be skull-stripped.", path)
+        if float(values.max()) == float(values[values > 0].min()):
+            raise StudyError(f"{path} holds one value only, as a mask does: give the volume itself.")
         return volume
+
+    def _on_grid(
+        self, first: MetaTensor, first_path: str, other: MetaTensor, path: str, is_mask: bool = False
+    ) -> MetaTensor:
+        """``other`` on the grid of ``first``: axes in its order, and resampled where that is asked for."""
+        axcodes = nib.aff2axcodes(first.affine.numpy())
+        if nib.aff2axcodes(other.affine.numpy()) != axcodes:
+            other = Orientation(axcodes=axcodes, labels=None)(other[None])[0]
+        if self.resample and not (first.shape == other.shape and torch.allclose(first.affine, other.affine, atol=1e-3)):
+            mode = "nearest" if is_mask else "bilinear"
+            other = ResampleToMatch(mode, padding_mode="zeros", dtype=np.float32)(other[None], first[None])[0]
+            # what interpolation leaves of nothing is no brain
+            other[other < 1e-4 * other.max()] = 0
+            if not is_mask and not other.any():
+                raise StudyError(f"{path} and {first_path} have no place in common: register the files of the study.")
+        self._check_geometry(first, first_path, other, path)
+        return other
 
     def _check_geometry(self, first: MetaTensor, first_path: str, other: MetaTensor, path: str) -> None:
         """Refuse ``other`` if its grid is not that of ``first``."""
         if first.shape != other.shape:
             raise StudyError(
                 f"{path} has shape {_times(other.shape)} but {first_path} has {_times(first.shape)}: register all "
-                "files of a study to one grid."
+                "files of a study to one grid, or set resample if they are registered already."
             )
         upper = np.asarray(first.shape) - 1
         corners = np.asarray([[*(upper * bits), 1.0] for bits in np.ndindex(2, 2, 2)]).T
@@ -235,7 +286,7 @@ class LoadStudyd(MapTransform):
         if distance > self.tolerance:
             raise StudyError(
                 f"{path} and {first_path} have different affines (corners up to {distance:.3g} mm apart): register "
-                "all files of a study to one grid."
+                "all files of a study to one grid, or set resample if they are registered already."
             )
 
     def _internal_classes(self, mask: torch.Tensor, path: str) -> torch.Tensor:
@@ -274,6 +325,9 @@ class BrainMaskd(MapTransform):
     Args:
         keys: key of the stacked contrasts, intensities >= 0.
         brain_key: key of the mask.
+
+    Raises:
+        StudyError: from the call, when there is no brain.
     """
 
     def __init__(self, keys: KeysCollection = "image", brain_key: str = "brain") -> None:
@@ -285,6 +339,8 @@ class BrainMaskd(MapTransform):
         for key in self.key_iterator(d):
             # the maximum first: a comparison of every contrast would be a volume of its own
             d[self.brain_key] = (d[key].amax(dim=0, keepdim=True) > 0).to(torch.uint8)
+            if not d[self.brain_key].any():
+                raise StudyError(f"Study {d.get('study')} holds no brain after resampling: check its affine.")
         return d
 
 
@@ -443,6 +499,7 @@ def study_transforms(
     percentile: float = 99.5,
     mask_values: Mapping[str, int | Sequence[int]] | None = None,
     reader: str | None = None,
+    resample: bool = False,
 ) -> StudyCompose:
     """The preprocessing of this bundle, the same for training, evaluation and inference.
 
@@ -458,6 +515,7 @@ def study_transforms(
         percentile: of ``ScaleBraind``.
         mask_values: of ``LoadStudyd``.
         reader: of ``LoadStudyd``.
+        resample: of ``LoadStudyd``.
 
     Returns:
         An invertible composition of transforms for one datalist item.
@@ -480,14 +538,15 @@ def study_transforms(
                 max_pixdim=(spacing + near, spacing + near),
                 # linear weights are never negative, so neither is the result
                 mode=("bilinear", "nearest"),
-                padding_mode="zeros",
+                # outside the field of view lies what is at its edge; with zeros the edge itself would be lost
+                padding_mode="border",
                 dtype=np.float32,
             ),
             CastToTyped("label", dtype=torch.uint8),
         ]
     return StudyCompose(
         [
-            LoadStudyd(mask_values=mask_values, reader=reader),
+            LoadStudyd(mask_values=mask_values, reader=reader, resample=resample),
             Orientationd(grids, axcodes="RAS", labels=None),
             *resampling,
             BrainMaskd("image"),
