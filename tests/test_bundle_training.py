@@ -31,6 +31,7 @@ from builders import (
 )
 
 from scripts.contrasts import StudyError
+from scripts.networks.weights import network_from_weights
 
 ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
 REPOSITORY = BUNDLE_ROOT.parent
@@ -136,12 +137,18 @@ def test_bank_of_a_site_is_built_without_training(
 ) -> None:
     paths = {"source_path": str(trained / "model.pt"), "site_path": str(tmp_path / "site.pt")}
     overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=[1.0, 0.0, 0.0], **paths)
-    train_in_process(config_files("train", "build_bank"), overrides)
-    ours, theirs = load(tmp_path / "site.pt"), load(trained / "model.pt")
-    for name, value in theirs.items():
-        if not name.startswith("bank_"):
-            assert torch.equal(ours[name], value), name
-    assert len(set(ours["bank_patient"].tolist())) == 5 and len(set(theirs["bank_patient"].tolist())) == 3
+    theirs = load(trained / "model.pt")
+    for changes in ({}, {"bank_size": 12, "half": True}):
+        train_in_process(config_files("train", "build_bank"), {**overrides, **changes})
+        ours = load(tmp_path / "site.pt")
+        assert len(ours["bank_patient"]) == changes.get("bank_size", 8)
+        assert len(set(ours["bank_patient"].tolist())) == 5 and len(set(theirs["bank_patient"].tolist())) == 3
+        network = network_from_weights(tmp_path / "site.pt")
+        for name, value in network.named_parameters():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, theirs[name].to(ours[name].dtype).float()), name
+    assert any(value.dtype == torch.float16 for value in ours.values())
+    assert (tmp_path / "site.pt").stat().st_size < (trained / "model.pt").stat().st_size
 
 
 def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:

@@ -40,6 +40,9 @@ NETWORKS = {
     "MMGANGenerator": "..research.baselines",
 }
 
+#: Tensors of fewer values are never kept in half precision.
+_SMALL = 1024
+
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,9 @@ def remove_leftovers(directory: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def save_weights(path: str | Path, network: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    path: str | Path, network: nn.Module, settings: Mapping[str, Any] | None = None, half: bool = False
+) -> None:
     """Writes the state_dict of a network with its settings inside, complete or not at all.
 
     Args:
@@ -70,13 +75,18 @@ def save_weights(path: str | Path, network: nn.Module, settings: Mapping[str, An
             keeps the settings itself from then on, so that its exports have them too.
         settings: ``preprocessing``, the arguments of ``study_transforms`` named in ``PREPROCESSING_SETTINGS``; another
             network than a ``ConfiguredNetwork`` adds whatever is needed to build it.
+        half: keep large tensors as float16, for weights that are handed on; they are float32 again when loaded.
     """
     path = Path(path)
     settings = dict(settings or {})
     if isinstance(network, ConfiguredNetwork):
         settings = network.read_settings() | settings
         network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
-    state = {**network.state_dict(), SETTINGS_KEY: encode_settings(settings)}
+    state = {
+        # small tensors, such as the squares of the keys, are kept: they cost nothing and have the widest ranges
+        name: value.half() if half and value.is_floating_point() and value.numel() > _SMALL else value
+        for name, value in network.state_dict().items()
+    } | {SETTINGS_KEY: encode_settings(settings)}
     atomic_saver(path.parent)(state, path.name)
 
 
@@ -163,25 +173,30 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def network_from_weights(path: str | Path) -> ConfiguredNetwork:
+def network_from_weights(path: str | Path, bank_size: int | None = None) -> ConfiguredNetwork:
     """The network that a file of weights is of, with these weights.
 
     Args:
         path: see ``find_weights``.
+        bank_size: of a new, empty bank in the place of that of the weights; None keeps theirs.
 
     Raises:
         StudyError: as ``read_state``, or if the file names an unknown network.
     """
-    settings = read_state(path)[1]
+    state, settings, _ = read_state(path)
     name = settings.get("network")
     if name not in NETWORKS:
         raise StudyError(f"{path} holds weights of the unknown network {name}: known are {', '.join(NETWORKS)}.")
     module = importlib.import_module(NETWORKS[name], __package__)
+    changes = {} if bank_size is None else {"bank_size": bank_size}
     try:
-        network = getattr(module, name)(**settings.get("arguments", {}))
-    except (TypeError, ValueError) as error:
+        network = getattr(module, name)(**settings.get("arguments", {}) | changes)
+        if bank_size is not None:
+            network.load_state_dict({name: state[name] for name, _ in network.named_parameters()}, strict=False)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise StudyError(f"{path} names settings that build no {name} ({error}): update the bundle.") from error
-    load_weights(network, path)
+    if bank_size is None:
+        load_weights(network, path)
     return network.eval()
 
 
