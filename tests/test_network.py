@@ -599,6 +599,7 @@ VARIANTS: list[tuple[dict[str, object], set[str]]] = [
     ({"synthesis": False}, {"predicted"}),
     ({"segmentation": "plain"}, {"class_map"}),
     ({"closed_loop": False}, set()),
+    ({"mask_input": False}, set()),
     ({"retrieval": "mean"}, set()),
     ({"entry": "literal", "normalize_prototypes": False}, set()),
     ({}, set()),

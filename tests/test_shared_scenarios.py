@@ -26,6 +26,7 @@ VARIANTS = [
     {"segmentation": "none"},
     {"segmentation": "plain", "closed_loop": False},
     {"prediction": "mean"},
+    {"mask_input": False},
     {"synthesis": False},
     {"segmentation": "none", "prediction": "mean"},
 ]

@@ -91,9 +91,10 @@ class SSCFNet(ConfiguredNetwork):
             the start; or ``literal``, in its place (eq. 9) and concatenated (section 2.1), as in the paper.
         normalize_prototypes: see ``class_prototypes``; False is the paper.
         segmentation: ``citim``, the branch of the paper; ``plain``, one without CITIM; ``none``, no branch: the
-            probabilities are 0 and there is one pass. All but the first are ablations, as the next four.
+            probabilities are 0 and there is one pass. All but the first are ablations, as the next five.
         synthesis: False leaves the segmentation branch alone: all images are -1.
         prediction: ``ccp``; or ``mean``, which predicts F^j of a missing contrast as the mean over the available ones.
+        mask_input: False is one pass for both branches: encoders see no mask, and the loop is open.
         closed_loop: False detaches the mask that the second pass sees.
         retrieval: ``nearest``; the controls are ``random``, any usable entry, and ``mean``, the mean of all.
 
@@ -103,7 +104,16 @@ class SSCFNet(ConfiguredNetwork):
 
     FREE_ARGUMENTS = ("closed_loop", "retrieval")
     # constants, so that TorchScript leaves out what a variant does not have
-    __constants__ = ["closed_loop", "residual", "retrieval", "synthesis", "with_ccp", "with_citim", "with_segmentation"]
+    __constants__ = [
+        "closed_loop",
+        "two_passes",
+        "residual",
+        "retrieval",
+        "synthesis",
+        "with_ccp",
+        "with_citim",
+        "with_segmentation",
+    ]
 
     def __init__(
         self,
@@ -120,6 +130,7 @@ class SSCFNet(ConfiguredNetwork):
         segmentation: str = "citim",
         synthesis: bool = True,
         prediction: str = "ccp",
+        mask_input: bool = True,
         closed_loop: bool = True,
         retrieval: str = "nearest",
     ) -> None:
@@ -142,6 +153,7 @@ class SSCFNet(ConfiguredNetwork):
         self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
         self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
         self.residual, self.normalize_prototypes = entry == "residual", normalize_prototypes
+        self.two_passes = self.with_segmentation and synthesis and mask_input
         self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
@@ -454,7 +466,7 @@ class SSCFNet(ConfiguredNetwork):
         second = first
         if self.with_segmentation:
             logits, class_map = self.segment(first, available, bank, allowed)
-            if self.synthesis:
+            if self.two_passes:
                 mask = torch.sigmoid(logits).to(images.dtype)
                 second = self.encode(images, mask if self.closed_loop else mask.detach())
         else:
@@ -542,7 +554,7 @@ class ScenarioNetwork(nn.Module):
         if net.with_segmentation:
             logits, _ = self.segment(features, bank, allowed)
             mask = torch.sigmoid(logits.float())
-            if self.targets and net.synthesis:
+            if self.targets and net.two_passes:
                 features = self.encode(image, mask.to(image.dtype), self.sources)
         images = [image[:, i : i + 1].float() for i in range(net.num_contrasts)]
         if not net.synthesis:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -99,7 +100,7 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         found["CITIM zero"] = replaced(net.citim, "forward", after(torch.zeros_like))
         found["CITIM constant over space"] = replaced(net.citim, "forward", after(mean_over_space))
         found["CITIM, classes of the bank exchanged"] = changed([net.bank_value], lambda value: value.roll(1, dims=2))
-    if net.with_segmentation and net.synthesis:
+    if net.two_passes:
 
         def second_pass(mask: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager:
             def make(encode: Callable) -> Callable:
@@ -208,19 +209,20 @@ def gradient_shares(trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tens
 
 
 def diagnose(
-    evaluator: SliceEvaluator, trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tensor]], output_dir: str | Path
+    evaluator: SliceEvaluator, trainer: SSCFTrainer, loader: Iterable, number: int, output_dir: str | Path
 ) -> None:
     """Writes ``diagnosis.md`` with the tables of ``effects`` and ``gradient_shares``, and each as a CSV file.
 
     Args:
         evaluator: see ``effects``.
         trainer: see ``gradient_shares``.
-        batches: see ``gradient_shares``.
+        loader: of the training batches.
+        number: how many of them ``gradient_shares`` gets.
         output_dir: made if it does not exist.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {"effects": effects(evaluator), "gradient_shares": gradient_shares(trainer, list(batches))}
+    tables = {"effects": effects(evaluator), "gradient_shares": gradient_shares(trainer, list(islice(loader, number)))}
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv")
     text = "\n\n".join(f"## {name}\n\n{table.to_markdown(floatfmt='.4f')}" for name, table in tables.items())

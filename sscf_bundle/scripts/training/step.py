@@ -167,7 +167,7 @@ class SSCFTrainingStep(nn.Module):
             logits, class_map = part.segment(first, bank, allowed)
             output["logits"] = logits.float()
             probabilities = torch.sigmoid(logits)
-            if net.synthesis:
+            if net.two_passes:
                 mask = probabilities.to(images.dtype)
                 second = part.encode(images, mask if net.closed_loop else mask.detach(), part.sources)
         made = list((images if net.synthesis else torch.full_like(images, -1.0)).float().split(1, dim=1))
@@ -198,9 +198,9 @@ class SSCFTrainingStep(nn.Module):
         order = [*part.sources, *part.targets]
         place = [order.index(i) for i in range(NUM_CONTRASTS)]
         with torch.no_grad():
-            unmasked = (
-                part.encode(images[:number], empty[:number], part.targets)[-1] if net.with_segmentation else others[-1]
-            )
+            unmasked = others[-1]
+            if net.two_passes:
+                unmasked = part.encode(images[:number], empty[:number], part.targets)[-1]
             bottleneck = stack_contrasts([(*first[-1], *unmasked)[row][:number] for row in place])
             features = [
                 stack_contrasts([(*own, *other)[row][:number] for row in place])
