@@ -7,7 +7,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Logs and pictures of a run, and the page of several."""
+"""Logs and figures of a run, and the report of several."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import config_files, tiny_net, tiny_run
+from builders import (
+    config_files,
+    generator,
+    make_scores,
+    random_batch,
+    tiny_net,
+    tiny_run,
+    write_scores,
+    write_study,
+)
 from ignite.engine import Engine
-from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
-from test_metrics import complete_batch
-from test_slices import write_study
-from test_tables import make_scores, write_scores
 
-import scripts.evaluation.panels
+from scripts.contrasts import SCENARIOS, scenario_name
 from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
 from scripts.networks.sscf import network_input
 from scripts.networks.weights import save_weights
@@ -90,44 +95,41 @@ def test_tensorboard_gets_the_scores_where_it_is_asked_for(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------- panels
-def test_panel_shows_truth_and_prediction_of_each_sample() -> None:
-    batch = complete_batch(2)
-    batch["pred"][:, :4] = torch.rand(batch["target"].shape) * 1.5 - 0.75
-    figure = scenario_panel(batch)
-    axes = np.array(figure.axes).reshape(2, 10)
+def filled_in(number: int) -> dict[str, torch.Tensor]:
+    """Output of an evaluator for slices of which T1ce and T2 were given."""
+    available = torch.tensor([[False, False, True, True]]).expand(number, -1)
+    batch = {**random_batch(available, (16, 12)), "available": available}
+    scenario = [scenario_name(row) for row in SCENARIOS].index("T1ce+T2")
+    pred = torch.rand((number, 7, 16, 12), generator=generator(5)) * 1.5 - 0.75
+    return {**batch, "pred": pred, "scenario": torch.full((number,), scenario)}
+
+
+def test_panel_shows_target_and_prediction_of_each_sample() -> None:
+    batch = filled_in(2)
+    axes = np.array(scenario_panel(batch).axes).reshape(2, 10)
     for r in range(2):
         for k in range(4):
-            shown = axes[r, 5 + k].images[0].get_array()
             expected = batch["target"] if k >= 2 else batch["pred"]
-            np.testing.assert_array_equal(shown, expected[r, k].numpy().T)
+            np.testing.assert_array_equal(axes[r, 5 + k].images[0].get_array(), expected[r, k].numpy().T)
             np.testing.assert_array_equal(axes[r, k].images[0].get_array(), batch["target"][r, k].numpy().T)
         titles = [axis.get_title() for axis in axes[r, 5:]]
-        assert titles[:4] == ["FLAIR (synthetic)", "T1 (synthetic)", "T1ce (input)", "T2 (input)"]
-        assert titles[4] == "T1ce+T2"
+        assert titles == ["FLAIR (synthetic)", "T1 (synthetic)", "T1ce (input)", "T2 (input)", "T1ce+T2"]
         # the class colors of the annotated mask: transparent exactly where there is no tumor
         opaque = axes[r, 4].images[1].get_array()[..., 3] > 0
         np.testing.assert_array_equal(opaque, batch["label"][r, 0].numpy().T > 0)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_panels_show_the_first_batch_of_each_run(batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[float] = []
-
-    def watched(output: dict[str, torch.Tensor]) -> Figure:
-        shown.append(float(output["pred"][0, 0, 0, 0]))
-        return scenario_panel(output)
-
-    monkeypatch.setattr(scripts.evaluation.panels, "scenario_panel", watched)
-    batch = complete_batch(4)
-    engine = Engine(lambda _, number: batch | {"pred": torch.full_like(batch["pred"], number)})
+def test_every_evaluation_has_one_panel(batches: int, tmp_path: Path) -> None:
+    batch = filled_in(4)
+    engine = Engine(lambda *_: batch)
     ScenarioPanels(tmp_path, rows=2).attach(engine)
-    engine.run([0.1 * (i + 1) for i in range(batches)], max_epochs=2)
-    assert shown == [pytest.approx(0.1)] * 2
-    (first, second) = tmp_path.iterdir()
-    assert all(path.read_bytes().count(b"validation/panel") == 1 for path in (first, second))
+    engine.run(range(batches), max_epochs=2)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2 and all(path.read_bytes().count(b"validation/panel") == 1 for path in files)
 
 
-# ------------------------------------------------------------------------------------------------- one study's picture
+# --------------------------------------------------------------------------------------------------------- one study
 def write_result(truth: dict, folder: Path, key: str, scale: float = 1.0, offset: float = 0.0) -> Path:
     """The true volume as a perfect network would write it, or a little brighter within the brain."""
     image = nib.load(truth[key])
@@ -250,12 +252,17 @@ def test_plots_show_every_patient_and_every_interval() -> None:
     points = [line.get_ydata() for line in axis.lines if line.get_marker() == "."]
     assert [list(p) for p in points] == [[1.0, 2.0, 4.0], [3.0]]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["A", "B"]
-    axis = difference_plot({"A": (0.5, 0.2, 0.9), "B": (1.0, None, None)}, "difference").axes[0]
-    lines = [list(line.get_xdata()) for line in axis.lines if line.get_color() == "tab:blue"]
-    assert lines == [[0.2, 0.9], [0.5], [1.0]]
+    rows = {"A": {"mean": 0.5, "low": 0.2, "high": 0.9}, "B": {"mean": 1.0, "low": None, "high": None}}
+    axis = difference_plot(rows, "difference").axes[0]
+    (points, _, (intervals,)) = axis.containers[0]
+    assert list(points.get_xdata()) == [0.5, 1.0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["A", "B"]
+    (first, second) = intervals.get_segments()
+    np.testing.assert_allclose(first[:, 0], [0.2, 0.9])
+    assert not second.size
 
 
-# ---------------------------------------------------------------------------------------------------------------- page
+# -------------------------------------------------------------------------------------------------------------- report
 class Page(HTMLParser):
     """Texts of the table cells, sources of everything that a browser would load, and open tags."""
 
@@ -281,14 +288,14 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_holds_tables_figures_and_facts_and_loads_nothing(tmp_path: Path) -> None:
-    facts = {"image_size": 96, "protocols": {"per_slice": "2-D <slices>"}}
+def test_report_holds_tables_figures_and_metadata_and_loads_nothing(tmp_path: Path) -> None:
+    metadata = {"image_size": 96, "protocols": {"per_slice": "2-D <slices>"}}
     runs = {
-        "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **facts)),
-        "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **facts)),
+        "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **metadata)),
+        "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **metadata)),
     }
     tables = json.loads((Path(config_files("report")[0])).read_text())["tables"]
-    write_report(runs, tmp_path / "out", tables, config_files("paper_values")[0], draws=50)
+    write_report(runs, tmp_path / "out", tables, config_files("paper_values")[0], bootstrap_samples=50)
     text = (tmp_path / "out" / "index.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -321,7 +328,7 @@ def test_report_config_is_a_run(tmp_path: Path) -> None:
     parser = ConfigParser()
     parser.read_config(config_files("report"))
     parser.update({"bundle_root": str(Path(config_files("report")[0]).parents[1]), "runs": {"A": str(folder)}})
-    parser.update({"report_dir": str(tmp_path / "out"), "draws": 20})
+    parser.update({"report_dir": str(tmp_path / "out"), "bootstrap_samples": 20})
     assert parser["reporting"] == "%run"
     parser.get_parsed_content("run")
     assert (tmp_path / "out" / "index.html").is_file()

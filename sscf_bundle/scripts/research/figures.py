@@ -19,6 +19,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -163,22 +164,20 @@ def patient_plot(values: Mapping[str, Sequence[float]], title: str) -> Figure:
     return figure
 
 
-def difference_plot(rows: Mapping[str, tuple[float, float | None, float | None]], title: str) -> Figure:
+def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
     """Differences from a reference with their intervals, one line for each method.
 
     Args:
-        rows: for each method the mean difference and the ends of its interval; None draws none.
+        differences: for each method ``mean``, ``low`` and ``high``; None draws no interval.
         title: of the horizontal axis, with its unit.
     """
-    figure = Figure(figsize=(5, 1 + 0.35 * len(rows)), layout="tight")
+    frame = pd.DataFrame.from_dict(differences, orient="index", columns=["mean", "low", "high"], dtype=float)
+    figure = Figure(figsize=(5, 1 + 0.35 * len(frame)), layout="tight")
     axis = figure.subplots()
-    for y, (mean, low, high) in enumerate(rows.values()):
-        if low is not None:
-            axis.plot([low, high], [y, y], color="tab:blue")
-        axis.plot([mean], [y], "o", color="tab:blue")
+    spread = [frame["mean"] - frame["low"], frame["high"] - frame["mean"]]
+    axis.errorbar(frame["mean"], list(frame.index), xerr=spread, fmt="o")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), labels=list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axis.set_ylim(len(frame) - 0.5, -0.5)  # the first on top
     axis.set_xlabel(title)
     axis.grid(axis="x", alpha=0.3)
     return figure
