@@ -41,7 +41,7 @@ from scripts.networks.sscf import network_input
 from scripts.networks.weights import save_weights
 from scripts.research.figures import (
     compare_study,
-    demo_picture,
+    demo_figure,
     difference_plot,
     one_missing_panel,
     patient_plot,
@@ -130,23 +130,26 @@ def test_every_evaluation_has_one_panel(batches: int, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- one study
-def write_result(truth: dict, folder: Path, key: str, scale: float = 1.0, offset: float = 0.0) -> Path:
+def write_result(target: dict, folder: Path, key: str, scale: float = 1.0, offset: float = 0.0) -> Path:
     """The true volume as a perfect network would write it, or a little brighter within the brain."""
-    image = nib.load(truth[key])
+    image = nib.load(target[key])
     values = image.get_fdata(dtype=np.float32)
     values = np.clip(values / np.percentile(values[values > 0], 99.5), 0, 1)
     values = scale * np.where(values > 0, values + offset, 0).astype(np.float32)
     folder.mkdir(exist_ok=True, parents=True)
-    path = folder / f"{truth['study']}_{key}_synthetic.nii.gz"
+    path = folder / f"{target['study']}_{key}_synthetic.nii.gz"
     nib.save(nib.Nifti1Image(values, image.affine), path)
     return path
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_perfect_copy_of_a_study_has_the_largest_scores(scale: float, tmp_path: Path) -> None:
-    truth = write_study(tmp_path, "Case_1")
-    result = {key: write_result(truth, tmp_path / "out", key, scale) for key in ("flair", "t2")}
-    scores = compare_study(truth, result, tmp_path / "picture.png", scale)
+    target = write_study(tmp_path, "Case_1")
+    for key in ("flair", "t1", "t1ce", "t2"):  # as BraTS has it, from left to right and back to front
+        volume = np.asarray(nib.load(target[key]).dataobj)
+        nib.save(nib.Nifti1Image(volume, np.diag((-1, -1, 1, 1))), target[key])
+    result = {key: write_result(target, tmp_path / "out", key, scale) for key in ("flair", "t2")}
+    scores = compare_study(target, result, tmp_path / "study.png", scale)
     reference_methods = ("", "mean_of_available_", "zero_filling_")
     assert set(scores) == {
         f"{f}{key}_{s}" for f in reference_methods for key in ("flair", "t2") for s in ("psnr", "ssim")
@@ -154,19 +157,19 @@ def test_perfect_copy_of_a_study_has_the_largest_scores(scale: float, tmp_path: 
     for key in ("flair", "t2"):
         assert scores[f"{key}_psnr"] == 100.0 and scores[f"{key}_ssim"] == pytest.approx(1.0, abs=1e-6)
         assert scores[f"zero_filling_{key}_psnr"] < scores[f"mean_of_available_{key}_psnr"] < 20
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_error_of_a_study_is_counted_in_units_of_its_brightest_brain(tmp_path: Path) -> None:
-    truth = write_study(tmp_path, "Case_1", mask=False)
-    result = {"t1": write_result(truth, tmp_path / "out", "t1", offset=-0.1)}
-    scores = compare_study(truth, result, tmp_path / "picture.png")
+    target = write_study(tmp_path, "Case_1", mask=False)
+    result = {"t1": write_result(target, tmp_path / "out", "t1", offset=-0.1)}
+    scores = compare_study(target, result, tmp_path / "study.png")
     # 16 x 12 of 24 x 20 pixels are brain in five slices, 1 x 12 in the sixth; clipping at 0 makes some errors smaller
     squared = 0.1**2 * np.array([16 * 12] * 5 + [1 * 12]) / (24 * 20)
     assert scores["t1_psnr"] == pytest.approx(float(np.mean(-10 * np.log10(squared))), abs=0.4)
 
 
-def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figure_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     studies = {}
     for name in ("Case_1", "Case_2"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -175,9 +178,9 @@ def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: 
     folder = tmp_path / "filled" / "Case_2"
     write_result(studies["Case_2"], folder, "t1ce")
     (folder / "Case_2_seg.nii.gz").write_bytes(Path(studies["Case_2"]["seg"]).read_bytes())
-    picture = tmp_path / "demo.png"
-    scores = demo_picture(tmp_path / "split.json", tmp_path / "data", tmp_path / "filled", picture)
-    assert scores["t1ce_psnr"] == 100.0 and picture.is_file()
+    path = tmp_path / "demo.png"
+    scores = demo_figure(tmp_path / "split.json", tmp_path / "data", tmp_path / "filled", path)
+    assert scores["t1ce_psnr"] == 100.0 and path.is_file()
     printed = capsys.readouterr().out
     assert printed.startswith("Case_2: t1ce PSNR / SSIM 100.00 dB / 1.000 (mean of available ")
     assert printed.count("\n") == 1
@@ -213,7 +216,7 @@ def test_methods_stand_side_by_side_with_their_errors_and_the_box_of_the_tumor()
     for k, name in enumerate(("FLAIR", "T1", "T1ce", "T2")):
         titles = [axis.get_title() for axis in axes[2 * k]]
         others = [f"{other} (input)" for other in ("FLAIR", "T1", "T1ce", "T2") if other != name]
-        assert titles == [*others, f"{name}, truth", f"{name}, A", f"{name}, B"]
+        assert titles == [*others, f"{name}, target", f"{name}, A", f"{name}, B"]
         # cut to the brain, which begins at 3, 2
         np.testing.assert_array_equal(axes[2 * k, 5].images[0].get_array(), made["B"][k, 3:21, 2:18].numpy().T)
         np.testing.assert_allclose(axes[2 * k + 1, 5].images[0].get_array(), 0.1, atol=1e-6)
