@@ -12,17 +12,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow, create_workflow
 
-from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, scenario_table
+from scripts.contrasts import (
+    CONTRAST_KEYS,
+    CONTRASTS,
+    NUM_CONTRASTS,
+    NUM_TUMOR_CLASSES,
+    REGIONS,
+    SCENARIOS,
+    scenario_name,
+    scenario_table,
+)
 from scripts.networks.memory_bank import BankEntries, MemoryBank
 from scripts.networks.sscf import SSCFNet, network_input
 from scripts.training.step import SSCFTrainingStep
@@ -117,6 +130,98 @@ def tiny_step(seed: int = 0, size: Sequence[int] = (32, 32), filled: int = 4, **
         past = random_batch(scenario_table()[:filled], size, seed=seed + 77, first_patient=10)
         step.bank.enqueue(step(**past)["entries"])
     return step
+
+
+# ------------------------------------------------------------------------------------------------- studies and scores
+STUDY_SHAPE = (24, 20, 8)
+
+
+def write_study(
+    folder: Path,
+    name: str,
+    seed: int = 0,
+    keys: Sequence[str] = CONTRAST_KEYS,
+    mask: bool = True,
+    shape: tuple[int, int, int] = STUDY_SHAPE,
+) -> dict[str, str]:
+    """Brain in slices 1 to 6, tumor in slices 3 and 4."""
+    rng = np.random.default_rng(seed)
+    item = {"study": name, "patient": name[:-1]}
+    for key in keys:
+        volume = np.zeros(shape, np.int16)
+        volume[4:-4, 4:-4, 1:7] = rng.integers(1, 2000, (shape[0] - 8, shape[1] - 8, 6))
+        volume[5:-4, 4:-4, 1] = 0
+        item[key] = str(folder / f"{name}_{key}.nii.gz")
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), item[key])
+    if mask:
+        labels = np.zeros(shape, np.uint8)
+        labels[8:12, 8:10, 3], labels[8:12, 8:12, 4] = 2, 4
+        item["seg"] = str(folder / f"{name}_seg.nii.gz")
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), item["seg"])
+    return item
+
+
+def make_scores(
+    seed: int,
+    shift: float = 0.0,
+    studies: Mapping[str, str] | None = None,
+    keep: float = 1.0,
+) -> pd.DataFrame:
+    """Random rows of ``scores.csv`` of a network and a reference method.
+
+    Args:
+        seed: of the numbers.
+        shift: makes the network's PSNR larger.
+        studies: patients by study; None has two studies of the first patient and one of two others.
+        keep: share of the rows.
+    """
+    draw = np.random.default_rng(seed)
+    rows = []
+    given = {"Case_1a": "Case_1", "Case_1b": "Case_1", "Case_2": "Case_2", "Case_3": "Case_3"}
+    for study, patient in (given if studies is None else studies).items():
+        for scenario in SCENARIOS:
+            place = (study, patient, scenario_name(scenario), sum(scenario))
+            for k in np.flatnonzero(np.array(scenario) == 0):
+                for method, better in (("network", shift), ("zero_filling", -1.0)):
+                    # scenarios, contrasts and patients differ, so that the order of averaging shows
+                    level = 20 + better + k + 2 * sum(scenario) + 0.2 * sum(map(ord, patient))
+                    measures = (("psnr", level + draw.normal()), ("lpips", 0.2 + 0.01 * draw.normal()))
+                    rows += [(*place, CONTRASTS[k], method, "per_slice", "whole", *measure) for measure in measures]
+            for region in REGIONS:
+                rows.append((*place, region, "network", "segmentation", "whole", "dice", draw.uniform()))
+    columns = ["study", "patient", "scenario", "available", "of", "method", "protocol", "region", "score", "value"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame[draw.random(len(frame)) < keep]
+
+
+def write_scores(folder: Path, frame: pd.DataFrame, **metadata: object) -> Path:
+    """An evaluation's folder."""
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "scores.csv", index=False)
+    usual = {
+        "cohort": "Phantom_8",
+        "part": "test",
+        "split": "fedcba9876543210",
+        "seed": 3,
+        "sha256": "0123456789abcdef",
+    }
+    usual["protocols"] = {"per_slice": "2-D"}
+    (folder / "metrics.json").write_text(json.dumps({"facts": usual | metadata, "summary": []}))
+    return folder
+
+
+def literal_mean(frame: pd.DataFrame, score: str, of: str | None = None, **chosen: object) -> float:
+    """Mean over scenarios of the mean over targets of the mean over studies of the network, in loops."""
+    rows = [row for row in frame.to_dict("records") if row["score"] == score and row["method"] == "network"]
+    rows = [row for row in rows if all(row[key] == value for key, value in chosen.items()) and of in (None, row["of"])]
+    scenario_means = []
+    for scenario in {row["scenario"] for row in rows}:
+        means = []
+        for target in {row["of"] for row in rows if row["scenario"] == scenario}:
+            values = [row["value"] for row in rows if (row["scenario"], row["of"]) == (scenario, target)]
+            means.append(sum(values) / len(values))
+        scenario_means.append(sum(means) / len(means))
+    return sum(scenario_means) / len(scenario_means)
 
 
 # ------------------------------------------------------------------------------------------------- runs of the bundle

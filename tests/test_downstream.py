@@ -39,6 +39,8 @@ from scripts.research.downstream import (
 )
 
 SIZE = 6
+#: Configs of the evaluation of a U-Net by the downstream task.
+EVALUATION = ("train", "baselines/unet", "evaluate", "downstream")
 #: Classes of each region, written out here once more.
 REGION_CLASSES = {"WT": {1, 2, 3}, "TC": {2, 3}, "ET": {2}}
 TINY_SEGMENTER = {
@@ -166,7 +168,7 @@ def test_dice_of_every_scenario_equals_a_literal_loop(tmp_path: Path) -> None:
     assert 0 < values["real", "FLAIR+T1+T1ce+T2", "WT"] < 1
 
 
-def test_missing_truth_reaches_no_score_of_a_scenario(tmp_path: Path) -> None:
+def test_missing_contrast_reaches_no_score_of_a_scenario(tmp_path: Path) -> None:
     # a reference_method that would read the missing contrasts too
     reference_methods = {
         **REFERENCE_METHODS,
@@ -183,7 +185,7 @@ def test_missing_truth_reaches_no_score_of_a_scenario(tmp_path: Path) -> None:
     assert hidden.rows == [row for row in scores.rows if row["method"] != "real"]
 
 
-def test_the_truth_in_the_place_of_missing_contrasts_scores_as_the_real_ones(tmp_path: Path) -> None:
+def test_real_images_in_the_place_of_missing_contrasts_scores_as_the_real_ones(tmp_path: Path) -> None:
     target = TARGET.clamp(min=-0.9)  # brain everywhere, so that no background is filled
     rows = scored(tmp_path / "s.pt", target, {"oracle": lambda *_: target}).rows
     real = {r["of"]: r["value"] for r in rows if r["method"] == "real"}
@@ -197,7 +199,7 @@ def test_the_batch_size_changes_nothing_and_background_has_no_tumor(tmp_path: Pa
     assert (probabilities[..., 0] == 0).all() and (probabilities[..., 1:] > 0.99).all()
 
 
-def test_facts_name_the_segmenter_and_the_studies_with_a_region(tmp_path: Path) -> None:
+def test_metadata_name_the_segmenter_and_the_studies_with_a_region(tmp_path: Path) -> None:
     scores = scored(tmp_path / "s.pt")
     (protocol,) = scores.protocols
     assert hashlib.sha256(b"weights").hexdigest() in protocol.definitions()["downstream"]
@@ -276,16 +278,16 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     assert files == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
 
     save_weights(tmp_path / "model.pt", PlainUNet(2, TINY_RUN["channels"]))  # type: ignore[arg-type]
-    train_in_process(config_files("train", "baselines/unet", "evaluate", "downstream"), overrides)
+    train_in_process(config_files(*EVALUATION), overrides)
     report = json.loads((tmp_path / "downstream" / "metrics.json").read_text())
     with (tmp_path / "downstream" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     methods = {"real", "network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert {row["method"] for row in rows} == methods and len(rows) == (1 + 14 * 4) * 3
     assert {(row["protocol"], row["score"]) for row in rows} == {("downstream", "dice")}
-    facts = report["facts"]
-    assert facts["studies"] == json.loads((tmp_path / "split.json").read_text())["test"]
-    assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in facts["protocols"]["downstream"]
+    metadata = report["facts"]
+    assert metadata["studies"] == json.loads((tmp_path / "split.json").read_text())["test"]
+    assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in metadata["protocols"]["downstream"]
     overall = {e["method"]: e["mean"] for e in report["summary"] if (e["group"], e["of"]) == ("all", "all")}
     assert set(overall) == methods
     mean = sum(float(r["value"]) for r in rows if r["method"] == "network") / 42
@@ -294,6 +296,6 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     # the patients of its training are refused
     with pytest.raises(StudyError, match="trained on 3 of the patients"):
         train_in_process(
-            config_files("train", "baselines/unet", "evaluate", "downstream"),
+            config_files(*EVALUATION),
             overrides | {"evaluated_part": "training"},
         )

@@ -7,29 +7,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Experiments: folds, the runner that skips, goes on and fails as it should, overlays of the ablations, stages."""
+"""Experiments: folds, a plan that skips, goes on and fails as it should, overlays of the ablations, stages."""
 
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
-from builders import BUNDLE_ROOT, TINY_CHANNELS, config_files, tiny_net
+from builders import BUNDLE_ROOT, TINY_CHANNELS, config_files, make_scores, tiny_net, write_scores
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
-from test_tables import FACTS, make_scores
 
 import scripts.training.stages
 from scripts.contrasts import StudyError
 from scripts.data.datalist import PARTS, cross_validation_splits
-from scripts.research.experiments import Experiments
+from scripts.research.experiments import Experiments, write_splits
+from scripts.research.report import write_report
 from scripts.research.tables import KINDS
 from scripts.training.stages import TimeLimit, with_shared_weights
 
@@ -72,56 +71,64 @@ def test_folds_that_cannot_be_are_refused() -> None:
             cross_validation_splits(cohort(3), folds, fraction)
 
 
-# ------------------------------------------------------------------------------------------------------------- runner
-class FakeExperiments(Experiments):
-    """Runs no process: a training writes its weights, an evaluation the scores of its test studies."""
+# --------------------------------------------------------------------------------------------------------------- plan
+#: Stands in the place of Python in the commands: ``-m monai.bundle run <id> --config_file <file>``.
+FAKE_PYTHON = """
+    #!{python} -S
+    import json, os, pathlib, shutil, sys
+    config = json.loads(pathlib.Path(sys.argv[6]).read_text())
+    folder, root = pathlib.Path(config["output_dir"]), pathlib.Path(__file__).parent
+    step = f"{{pathlib.Path(sys.argv[6]).with_suffix('').relative_to(root / 'out')}}"
+    with (root / "calls.txt").open("a") as file:
+        print(sys.argv[4], step, os.getcwd(), file=file)
+    print("some lines\\nwhat went wrong\\n")
+    broken = root / "broken.txt"
+    if broken.is_file() and broken.read_text() in step:
+        sys.exit(3)
+    if sys.argv[4] == "training":
+        pathlib.Path(config["last_ckpt_path"]).write_bytes(b"weights")
+        (folder / "checkpoints").mkdir()
+    else:
+        assert pathlib.Path(config["ckpt_path"]).is_file()
+        fold = pathlib.Path(config["split_file"]).stem
+        shutil.copytree(root / "scores" / fold, config["report_dir"], dirs_exist_ok=True)
+"""
 
-    commands: list[list[str]]
-    broken: str = ""
-    with_report: bool = False
 
-    def report(self, folds: int, notes: Mapping[str, str]) -> None:
-        if self.with_report:
-            super().report(folds, notes)
+class PreparedExperiments(Experiments):
+    """As if the slices of every fold were in the cache."""
 
-    def prepare(self, split_files: Sequence[Path]) -> int:
+    def prepare(self) -> int:
         return 40
-
-    def execute(self, command: Sequence[str], log: Path, device: str | int | None) -> int:
-        overlay = json.loads(Path(json.loads(command[-1].partition("=")[2].replace("'", '"'))[-1]).read_text())
-        self.commands.append([command[4], str(log.relative_to(self.output_dir)), device])
-        log.write_text("some lines\nwhat went wrong\n\n")
-        if self.broken and self.broken in str(log):
-            return 3
-        if command[4] == "training":
-            Path(overlay["last_ckpt_path"]).write_bytes(b"weights")
-            checkpoints = Path(overlay["output_dir"]) / "checkpoints"
-            checkpoints.mkdir()
-            (checkpoints / "checkpoint_epoch=8.pt").write_bytes(b"state")
-        else:
-            assert Path(overlay["ckpt_path"]).is_file()
-            studies = json.loads(Path(overlay["split_file"]).read_text())["test"]
-            folder = Path(overlay["report_dir"])
-            folder.mkdir(exist_ok=True)
-            scores = make_scores(overlay["seed"], studies={name: name[:3] for name in studies})
-            scores.to_csv(folder / "scores.csv", index=False)
-            (folder / "metrics.json").write_text(json.dumps({"facts": FACTS | {"seed": overlay["seed"]}}))
-        return 0
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Empty files with the names of seven patients' studies, of two visits the first."""
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty files with the names of seven patients' studies, of two visits the first; and no Python but a fake."""
     for i in range(7):
         for visit in "ab" if i == 0 else "a":
             folder = tmp_path / "data" / f"P{i:02d}_{visit}"
             folder.mkdir(parents=True)
             (folder / f"P{i:02d}_{visit}_t1.nii").touch()
+    fake = tmp_path / "fake python"  # a path that a shell would take apart
+    fake.write_text(textwrap.dedent(FAKE_PYTHON).strip().format(python=sys.executable))
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
     return tmp_path / "data"
 
 
-def experiments(data: Path, with_report: bool = False, **changes: Any) -> FakeExperiments:
+def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiments:
     """Two experiments and a control over two seeds and three folds."""
+    output_dir = changes.get("output_dir", data.parent / "out")
+    split_files = write_splits(
+        output_dir / "splits", data, patient_pattern=r"(P\d\d)_\w$", folds=folds, held_out=["P06"]
+    )
+    for path in map(Path, split_files):
+        studies = json.loads(path.read_text())["test"]
+        if not (data.parent / "scores" / path.stem).is_dir():
+            scores = make_scores(0, studies={name: name[:3] for name in studies})
+            write_scores(data.parent / "scores" / path.stem, scores[scores["score"] == "psnr"])
+    tables = {"mean": {"title": "Mean", "kind": "scores", "reference": "first"}}
     settings = {
         "experiments": {
             "first": {"configs": ["ablations/ccp"], "share": 0.5},
@@ -129,204 +136,195 @@ def experiments(data: Path, with_report: bool = False, **changes: Any) -> FakeEx
             "control": {"overrides": {"retrieval": "random"}, "weights_of": "second"},
         },
         "names": ["control", "first"],
-        "output_dir": data.parent / "out",
+        "output_dir": output_dir,
+        "dataset_dir": data,
+        "split_files": split_files,
         "bundle_root": BUNDLE_ROOT,
-        "dataset_dir": str(data),
+        "report": lambda **runs: write_report(
+            directory=output_dir, tables=tables, bootstrap_samples=20, **runs | {"panels": None}
+        ),
         "settings": {"bank_size": 20, "image_size": 64},
         "budget": {"max_epochs": 8, "decay_start": 4, "epoch_samples": 10},
         "seeds": [0, 1],
-        "folds": 3,
-        "held_out": ["P06"],
-        "patient_pattern": r"(P\d\d)_\w$",
         "evaluations": CONFIG["evaluations"],
         "evaluate_with": ["evaluation"],
-        "draws": 20,
-        "tables": {"mean": {"title": "Mean", "kind": "scores", "reference": "first"}},
     }
-    runner = FakeExperiments(**{**settings, **changes})
-    runner.commands, runner.with_report = [], with_report
-    return runner
+    return PreparedExperiments(**{**settings, **changes})
+
+
+def one_run(data: Path, **changes: Any) -> Experiments:
+    """The first experiment for one seed and one split."""
+    return experiments(data, folds=None, **{"names": "first", "seeds": [0], **changes})
+
+
+ONE_RUN = (("training", "training"), ("evaluating", "evaluation"))
+
+
+def calls(data: Path) -> list[str]:
+    """The steps that were run since the last call of this function."""
+    path = data.parent / "calls.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    path.unlink(missing_ok=True)
+    assert all(line.endswith(f" {BUNDLE_ROOT}") for line in lines)
+    return [line.removesuffix(f" {BUNDLE_ROOT}") for line in lines]
 
 
 def test_everything_runs_once_and_is_skipped_afterwards(data: Path) -> None:
-    runner = experiments(data, with_report=True)
-    assert runner.names == ["first", "second", "control"]
-    runner.run()
+    plan = experiments(data)
+    plan.run()
+    done = calls(data)
     # six runs of each: two train and evaluate, the control evaluates alone
-    assert len(runner.commands) == 6 * (2 + 2 + 1)
-    assert sorted(command[0] for command in runner.commands) == ["evaluating"] * 18 + ["training"] * 12
-    scores = pd.concat(
-        pd.read_csv(path) for path in sorted((runner.output_dir / "first" / "seed_1").glob("*/evaluation/scores.csv"))
-    )
-    tested = scores.drop_duplicates(["study", "scenario", "of", "method", "score"])
-    assert len(tested) == len(scores) and set(scores["patient"]) == {f"P{i:02d}" for i in range(6)}
-    assert not list(runner.output_dir.rglob("checkpoint_*.pt"))
-    untouched = json.loads((runner.output_dir / "splits" / "untouched.json").read_text())
+    assert sorted(call.split()[0] for call in done) == ["evaluating"] * 18 + ["training"] * 12
+    assert len(set(done)) == 30
+    out = Path(plan.output_dir)
+    assert not list(out.rglob("checkpoints"))
+    untouched = json.loads((out / "splits" / "untouched.json").read_text())
     assert untouched["test"] == ["P06_a"] and len(untouched["training"]) + len(untouched["validation"]) == 7
-    text = (runner.output_dir / "tables" / "mean.md").read_text()
+    text = (out / "tables" / "mean.md").read_text()
     assert "6 patients (7 studies)" in text and "(2 seeds" in text and "| control |" in text
-    assert "first" in (runner.output_dir / "index.html").read_text()
-    times = runner.times(3)
+    assert "first" in (out / "index.html").read_text()
+    (times,) = plan.times()
     assert set(zip(times.cells["row"], times.cells["block"], strict=True)) == {
         *((name, step) for name in ("first", "second") for step in ("training", "evaluation")),
         ("control", "evaluation"),
     }
-    assert "max_epochs 8, decay_start 4, epoch_samples 10" in (runner.output_dir / "tables" / "times.md").read_text()
-    again = experiments(data)
-    again.run()
-    assert again.commands == []
+    assert "max_epochs 8, decay_start 4, epoch_samples 10" in (out / "tables" / "times.md").read_text()
+    experiments(data).run()
+    assert calls(data) == []
 
 
-def test_failed_run_is_named_and_the_others_go_on(data: Path) -> None:
-    runner = experiments(data, with_report=True)
-    runner.broken = "second/seed_1/fold_2/training"
-    with pytest.raises(StudyError) as stopped:
-        runner.run()
-    # the control of the same seed and fold cannot run either
-    assert str(stopped.value).startswith("2 of 18 runs failed, the others are complete; first ")
-    assert "(seed 1, fold 2)" in str(stopped.value)
-    assert len(runner.commands) == 30 - 2
-    text = (runner.output_dir / "tables" / "mean.md").read_text()
-    assert "| first |" in text and "| second |" in text and text.count("not complete") == 2
-    again = experiments(data)
-    again.run()
-    assert [(command[0], command[1]) for command in again.commands] == [
-        ("training", "second/seed_1/fold_2/training.log"),
-        ("evaluating", "second/seed_1/fold_2/evaluation.log"),
-        ("evaluating", "control/seed_1/fold_2/evaluation.log"),
+def test_dry_run_prints_commands_that_another_program_can_run(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = one_run(data, names=["control", "first"], dry_run=True)
+    plan.run()
+    assert calls(data) == []
+    scripts = sorted(Path(plan.output_dir).glob("plan_*.sh"))
+    commands = [path.read_text().splitlines() for path in scripts]
+    printed = capfd.readouterr().out.splitlines()
+    assert [line for line in printed if not line.startswith("#")] == [line for lines in commands for line in lines]
+    # what stands in one file needs nothing of the same file
+    steps = [[line.split("started")[0].rpartition("/out/")[2] for line in lines] for lines in commands]
+    folder = "seed_0/fold_0"
+    assert steps == [
+        [f"first/{folder}/training."],
+        [f"first/{folder}/evaluation.", f"second/{folder}/training."],
+        [f"second/{folder}/evaluation.", f"control/{folder}/evaluation."],
     ]
+    for lines in commands:
+        for line in reversed(lines):
+            subprocess.run(["bash", "-c", line], check=True, cwd="/")
+    assert len(calls(data)) == 5
+    one_run(data, names=["control", "first"]).run()
+    assert calls(data) == [] and "| control |" in (Path(plan.output_dir) / "tables" / "mean.md").read_text()
 
 
-def test_reason_of_a_failure_is_its_last_line(data: Path) -> None:
-    runner = experiments(data, names="first", seeds=[0], folds=None)
-    runner.broken = "first"
-    with pytest.raises(StudyError, match=r"training ended with status 3 \(what went wrong\), see .*training\.log"):
-        runner.run()
+def test_failed_step_is_named_and_the_others_go_on(data: Path) -> None:
+    (data.parent / "broken.txt").write_text("second/seed_1/fold_2/training")
+    with pytest.raises(StudyError) as stopped:
+        experiments(data).run()
+    # its evaluation and that of the control cannot run either
+    assert str(stopped.value).startswith("3 of 30 steps failed, the others are complete; first ")
+    assert "fold_2/training: it ended with status 3 (what went wrong), see " in str(stopped.value)
+    assert len(calls(data)) == 30 - 2
+    text = (data.parent / "out" / "tables" / "mean.md").read_text()
+    assert "| first |" in text and "| second |" in text and text.count("not complete") == 2
+    (data.parent / "broken.txt").unlink()
+    experiments(data).run()
+    again = ["training second", "evaluating second", "evaluating control"]
+    assert [call.split("/")[0] for call in calls(data)] == again
 
 
 def test_training_without_weights_has_failed(data: Path) -> None:
-    with pytest.raises(StudyError, match=r"training ended without writing model\.pt, see"):
-        experiments(data, names="first", seeds=[0], folds=None, weights="best").run()
+    with pytest.raises(StudyError, match=r"2 of 2 steps failed.* ended with status 2 \(ls: .*model\.pt"):
+        one_run(data, weights="best").run()
+    assert not (data.parent / "out" / "index.html").exists()
 
 
 def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_again(data: Path) -> None:
-    experiments(data).run()
+    one_run(data, dry_run=True, budget={"max_epochs": 3}).run()  # nothing was trained with these
+    one_run(data).run()
+    assert len(calls(data)) == 2
     with pytest.raises(StudyError, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
-        experiments(data, budget={"max_epochs": 9, "decay_start": 4, "epoch_samples": 10}).run()
+        one_run(data, budget={"max_epochs": 12, "decay_start": 4, "epoch_samples": 10}).run()
+    (data / "P01_a" / "P01_a_t1.nii").unlink()
+    with pytest.raises(StudyError, match=r"fold_0 was trained with another split_studies"):
+        one_run(data).run()
+    (data / "P01_a" / "P01_a_t1.nii").touch()
     changed = CONFIG["evaluations"]["evaluation"] | {"overrides": {"lpips": False}}
-    runner = experiments(data, evaluations={"evaluation": changed})
-    runner.run()
-    assert [command[0] for command in runner.commands] == ["evaluating"] * 18
+    one_run(data, evaluations={"evaluation": changed}).run()
+    assert calls(data) == ["evaluating first/seed_0/fold_0/evaluation"]
 
 
-def test_configs_and_overrides_of_a_run_are_in_order(data: Path) -> None:
-    runner = experiments(data)
-    runner.run()
-
-    def overlay(path: str) -> dict[str, Any]:
-        return json.loads((runner.output_dir / path).read_text())
-
-    def combined(name: str, path: str) -> dict[str, Any]:
-        return overlay(f"{name}/seed_0/fold_1/{path}.told.json")
-
-    first, second = combined("first", "training"), combined("second", "training")
+def test_settings_of_a_step_are_in_order(data: Path) -> None:
+    plan = experiments(
+        data,
+        minutes=3.0,
+        evaluations={"evaluation": {**CONFIG["evaluations"]["evaluation"], "overrides": {"reference_methods": []}}},
+    )
+    config = {(name, step.path.name): step.config for name in plan.names for step in plan.steps(name, 0, 1)}
+    first, second = config["first", "training"], config["second", "training"]
     # an own config stands above the common settings, the budget above both
     assert (first["bank_size"], second["bank_size"]) == (20, 10) and first["segmentation"] == "none"
     assert (first["max_epochs"], first["decay_start"], first["epoch_samples"]) == (4, 2, 10)
     assert (second["max_epochs"], second["decay_start"], second["image_size"]) == (8, 4, 64)
-    assert first["seed"] == 0 and first["split"] == overlay("splits/fold_1.json")
-    weights = str(runner.output_dir / "first" / "seed_0" / "fold_1" / "model_last.pt")
-    assert overlay("second/seed_0/fold_1/training.json")["pretrained_path"] == weights
-    control = overlay("control/seed_0/fold_1/evaluation.json")
-    assert control["retrieval"] == "random"
-    assert control["ckpt_path"] == weights.replace("first", "second")
-    assert control["report_dir"] == str(runner.output_dir / "control" / "seed_0" / "fold_1" / "evaluation")
-    caches = {overlay(str(path))["cache_dir"] for path in runner.output_dir.rglob("training.json")}
-    assert caches == {str(runner.output_dir / "cache")}
+    # the share of the first is one half
+    limit = {"_target_": "scripts.training.stages.TimeLimit", "minutes": 1.5}
+    assert first["train"]["handlers"][-1] == limit and first["resume"] is False
+    folder = plan.directory("first", 0, 1)
+    assert second["pretrained_path"] == str(folder / "model_last.pt") and first["output_dir"] == str(folder)
+    control = config["control", "evaluation"]
+    assert control["retrieval"] == "random" and control["reference_methods"] == [] != first.get("reference_methods")
+    assert control["ckpt_path"] == str(plan.directory("second", 0, 1) / "model_last.pt")
+    assert control["report_dir"] == str(plan.directory("control", 0, 1) / "evaluation")
+    assert {one["cache_dir"] for one in config.values()} == {str(Path(plan.output_dir) / "cache")}
 
 
 def test_bank_larger_than_the_training_slices_is_not_run(data: Path) -> None:
-    rows = {"sscf": {}, "bank_100": {"configs": ["ablations/bank_100"]}}
-    runner = experiments(data, experiments=rows, names=["sscf", "bank_100"], seeds=[0], with_report=True)
-    runner.run()
-    assert not any("bank_100" in command[1] for command in runner.commands)
-    assert "n/a: 40 training slices cannot fill a bank of 100" in (runner.output_dir / "tables/mean.md").read_text()
-
-
-def test_what_only_an_evaluation_reads_does_not_belong_to_the_training(data: Path) -> None:
-    rows = {"first": {"evaluation_overrides": {"reference_methods": []}}}
-    evaluations = {
-        "evaluation": {**CONFIG["evaluations"]["evaluation"], "overrides": {"reference_methods": ["zero_filling"]}}
-    }
-    runner = experiments(data, experiments=rows, names="first", seeds=[0], folds=None, evaluations=evaluations)
-    runner.run()
-    folder = runner.directory("first", 0, 0)
-    assert "reference_methods" not in json.loads((folder / "training.told.json").read_text())
-    assert json.loads((folder / "evaluation.told.json").read_text())["reference_methods"] == []
-    # so that other reference_methods are only evaluated anew
-    again = experiments(data, experiments={"first": {}}, names="first", seeds=[0], folds=None, evaluations=evaluations)
-    again.run()
-    assert [command[0] for command in again.commands] == ["evaluating"]
-
-
-def test_minutes_replace_the_end_of_the_epochs(data: Path) -> None:
-    runner = experiments(data, names="first", seeds=[0], folds=None, minutes=3.0)
-    runner.run()
-    told = json.loads((runner.directory("first", 0, 0) / "training.told.json").read_text())
-    # the share of the experiment is one half
-    assert told["train"]["handlers"][-1] == {"_target_": "scripts.training.stages.TimeLimit", "minutes": 1.5}
-    assert told["resume"] is False
+    rows = {"unet": {"configs": ["baselines/unet"]}, "bank_100": {"configs": ["ablations/bank_100"]}}
+    one_run(data, experiments=rows, names=["unet", "bank_100"]).run()
+    assert calls(data) == [f"{call} unet/seed_0/fold_0/{step}" for call, step in ONE_RUN]
+    text = (data.parent / "out" / "tables" / "mean.md").read_text()
+    assert "n/a: 40 training slices cannot fill a bank of 100" in text
 
 
 def test_sets_have_their_own_seeds_and_what_is_needed_has_them_too(data: Path) -> None:
     sets = {"once": ["first"], "often": ["control"]}
-    runner = experiments(data, sets=sets, seeds={"once": [3], "often": [0, 1]}, folds=None, with_report=True)
+    plan = one_run(data, names=["control", "first"], sets=sets, seeds={"once": [3], "often": [0, 1]})
     # the control evaluates the second's weights, which start from the first's
-    assert runner.seeds == {"first": [0, 1, 3], "second": [0, 1], "control": [0, 1]}
-    runner.run()
-    trained = sorted(command[1] for command in runner.commands if command[0] == "training")
-    expected = [f"first/seed_{seed}" for seed in (0, 1, 3)] + [f"second/seed_{seed}" for seed in (0, 1)]
-    assert trained == [f"{run}/fold_0/training.log" for run in expected]
-    assert "second 2, control 2 alone" in (runner.output_dir / "tables" / "mean.md").read_text()
+    assert plan.seeds == {"first": [0, 1, 3], "second": [0, 1], "control": [0, 1]}
+    plan.run()
+    assert len(calls(data)) == 3 * 2 + 2 * 2 + 2
+    assert "second 2, control 2 alone" in (data.parent / "out" / "tables" / "mean.md").read_text()
 
 
 def test_evaluation_is_done_for_those_that_it_names(data: Path) -> None:
     evaluations = {"evaluation": CONFIG["evaluations"]["evaluation"]}
     evaluations["task"] = {**evaluations["evaluation"], "uses": {"other_path": "first"}, "only": ["chosen"]}
-    runner = experiments(
+    plan = one_run(
         data,
         names=["second", "fourth"],
         experiments={"first": {"evaluated": False}, "second": {}, "third": {}, "fourth": {}},
         sets={"chosen": ["second", "third"]},
         evaluations=evaluations,
         evaluate_with=["evaluation", "task"],
-        seeds=[0],
-        folds=None,
     )
     # the first is needed by the task alone
-    assert runner.names == ["first", "second", "fourth"]
-    runner.run()
-    done = [command[1] for command in runner.commands if command[0] == "evaluating"]
-    assert sorted(done) == [
-        "fourth/seed_0/fold_0/evaluation.log",
-        "second/seed_0/fold_0/evaluation.log",
-        "second/seed_0/fold_0/task.log",
+    steps = [f"{name} {step.path.name}" for name in plan.names for step in plan.steps(name, 0, 0)]
+    assert sorted(steps) == [
+        *("first training", "fourth evaluation", "fourth training"),
+        *("second evaluation", "second task", "second training"),
     ]
+    (task,) = [step for step in plan.steps("second", 0, 0) if step.path.name == "task"]
+    assert task.config["other_path"] == str(plan.directory("first", 0, 0) / "model_last.pt")
+    assert plan.directory("first", 0, 0) / "training" in task.needs
 
 
 def test_given_split_is_the_only_one(data: Path) -> None:
-    first = experiments(data)
-    first.split_files()
-    given = first.output_dir / "splits" / "untouched.json"
-    runner = experiments(data, output_dir=data.parent / "final", split_file=given)
-    files = runner.split_files()
-    assert len(files) == 1 and json.loads(files[0].read_text()) == json.loads(given.read_text())
-
-
-def test_jobs_share_the_devices(data: Path) -> None:
-    runner = experiments(data, jobs=2, devices=["4", "5"])
-    runner.run()
-    assert len(runner.commands) == 30 and {command[2] for command in runner.commands} <= {"4", "5"}
+    experiments(data)
+    given = data.parent / "out" / "splits" / "untouched.json"
+    (file,) = write_splits(data.parent / "final", data, split_file=given)
+    assert json.loads(Path(file).read_text()) == json.loads(given.read_text())
+    with pytest.raises(StudyError, match="nowhere"):
+        write_splits(data.parent / "final", data / "nowhere")
 
 
 def test_unknown_names_are_refused(data: Path) -> None:
@@ -336,18 +334,10 @@ def test_unknown_names_are_refused(data: Path) -> None:
         ({"weights": "newest"}, "weights must be last or best"),
         ({"seeds": {"frist": [0]}}, "seeds names frist, which is no set and no experiment"),
         ({"seeds": {"second": [0]}}, "seeds gives none for control: name it or a set that has it"),
-        ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "need each other"),
+        ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "a and b need each other"),
     ):
         with pytest.raises(StudyError, match=message):
             experiments(data, **changes)
-
-
-def test_a_process_gets_its_threads_and_its_device(data: Path, tmp_path: Path) -> None:
-    runner = Experiments({}, [], tmp_path / "out", BUNDLE_ROOT, dataset_dir=str(data), threads=3)
-    code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], os.getcwd()); exit(7)"
-    assert runner.execute([sys.executable, "-c", code], tmp_path / "log.txt", "1") == 7
-    assert (tmp_path / "log.txt").read_text().split() == ["3", "1", str(BUNDLE_ROOT)]
-    assert os.environ.get("OMP_NUM_THREADS") != "3"
 
 
 # ------------------------------------------------------------------------------------------------------------ configs

@@ -7,7 +7,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Logs and pictures of a run, and the page of several."""
+"""Logs and figures of a run, and the report of several."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import config_files, tiny_net, tiny_run
+from builders import (
+    config_files,
+    generator,
+    make_scores,
+    random_batch,
+    tiny_net,
+    tiny_run,
+    write_scores,
+    write_study,
+)
 from ignite.engine import Engine
-from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
-from test_metrics import complete_batch
-from test_slices import write_study
-from test_tables import make_scores, write_scores
 
-import scripts.evaluation.panels
-from scripts.contrasts import StudyError
+from scripts.contrasts import SCENARIOS, StudyError, scenario_name
 from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
 from scripts.networks.sscf import network_input
 from scripts.networks.weights import save_weights
 from scripts.research.figures import (
     compare_study,
-    demo_picture,
+    demo_figure,
     difference_plot,
     one_missing_panel,
     patient_plot,
@@ -91,61 +95,61 @@ def test_tensorboard_gets_the_scores_where_it_is_asked_for(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------- panels
-def test_panel_shows_truth_and_prediction_of_each_sample() -> None:
-    batch = complete_batch(2)
-    batch["pred"][:, :4] = torch.rand(batch["target"].shape) * 1.5 - 0.75
-    figure = scenario_panel(batch)
-    axes = np.array(figure.axes).reshape(2, 10)
+def filled_in(number: int) -> dict[str, torch.Tensor]:
+    """Output of an evaluator for slices of which T1ce and T2 were given."""
+    available = torch.tensor([[False, False, True, True]]).expand(number, -1)
+    batch = {**random_batch(available, (16, 12)), "available": available}
+    scenario = [scenario_name(row) for row in SCENARIOS].index("T1ce+T2")
+    pred = torch.rand((number, 7, 16, 12), generator=generator(5)) * 1.5 - 0.75
+    return {**batch, "pred": pred, "scenario": torch.full((number,), scenario)}
+
+
+def test_panel_shows_target_and_prediction_of_each_sample() -> None:
+    batch = filled_in(2)
+    axes = np.array(scenario_panel(batch).axes).reshape(2, 10)
     for r in range(2):
         for k in range(4):
-            shown = axes[r, 5 + k].images[0].get_array()
             expected = batch["target"] if k >= 2 else batch["pred"]
-            np.testing.assert_array_equal(shown, expected[r, k].numpy().T)
+            np.testing.assert_array_equal(axes[r, 5 + k].images[0].get_array(), expected[r, k].numpy().T)
             np.testing.assert_array_equal(axes[r, k].images[0].get_array(), batch["target"][r, k].numpy().T)
         titles = [axis.get_title() for axis in axes[r, 5:]]
-        assert titles[:4] == ["FLAIR (synthetic)", "T1 (synthetic)", "T1ce (input)", "T2 (input)"]
-        assert titles[4] == "T1ce+T2"
+        assert titles == ["FLAIR (synthetic)", "T1 (synthetic)", "T1ce (input)", "T2 (input)", "T1ce+T2"]
         # the class colors of the annotated mask: transparent exactly where there is no tumor
         opaque = axes[r, 4].images[1].get_array()[..., 3] > 0
         np.testing.assert_array_equal(opaque, batch["label"][r, 0].numpy().T > 0)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_panels_show_the_first_batch_of_each_run(batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[float] = []
-
-    def watched(output: dict[str, torch.Tensor]) -> Figure:
-        shown.append(float(output["pred"][0, 0, 0, 0]))
-        return scenario_panel(output)
-
-    monkeypatch.setattr(scripts.evaluation.panels, "scenario_panel", watched)
-    batch = complete_batch(4)
-    engine = Engine(lambda _, number: batch | {"pred": torch.full_like(batch["pred"], number)})
+def test_every_evaluation_has_one_panel(batches: int, tmp_path: Path) -> None:
+    batch = filled_in(4)
+    engine = Engine(lambda *_: batch)
     ScenarioPanels(tmp_path, rows=2).attach(engine)
-    engine.run([0.1 * (i + 1) for i in range(batches)], max_epochs=2)
-    assert shown == [pytest.approx(0.1)] * 2
-    (first, second) = tmp_path.iterdir()
-    assert all(path.read_bytes().count(b"validation/panel") == 1 for path in (first, second))
+    engine.run(range(batches), max_epochs=2)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2 and all(path.read_bytes().count(b"validation/panel") == 1 for path in files)
 
 
-# ------------------------------------------------------------------------------------------------- one study's picture
-def write_result(truth: dict, folder: Path, key: str, scale: float = 1.0, offset: float = 0.0) -> Path:
+# --------------------------------------------------------------------------------------------------------- one study
+def write_result(target: dict, folder: Path, key: str, scale: float = 1.0, offset: float = 0.0) -> Path:
     """The true volume as a perfect network would write it, or a little brighter within the brain."""
-    image = nib.load(truth[key])
+    image = nib.load(target[key])
     values = image.get_fdata(dtype=np.float32)
     values = np.clip(values / np.percentile(values[values > 0], 99.5), 0, 1)
     values = scale * np.where(values > 0, values + offset, 0).astype(np.float32)
     folder.mkdir(exist_ok=True, parents=True)
-    path = folder / f"{truth['study']}_{key}_synthetic.nii.gz"
+    path = folder / f"{target['study']}_{key}_synthetic.nii.gz"
     nib.save(nib.Nifti1Image(values, image.affine), path)
     return path
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_perfect_copy_of_a_study_has_the_largest_scores(scale: float, tmp_path: Path) -> None:
-    truth = write_study(tmp_path, "Case_1")
-    result = {key: write_result(truth, tmp_path / "out", key, scale) for key in ("flair", "t2")}
-    scores = compare_study(truth, result, tmp_path / "picture.png", scale)
+    target = write_study(tmp_path, "Case_1")
+    for key in ("flair", "t1", "t1ce", "t2"):  # as BraTS has it, from left to right and back to front
+        volume = np.asarray(nib.load(target[key]).dataobj)
+        nib.save(nib.Nifti1Image(volume, np.diag((-1, -1, 1, 1))), target[key])
+    result = {key: write_result(target, tmp_path / "out", key, scale) for key in ("flair", "t2")}
+    scores = compare_study(target, result, tmp_path / "study.png", scale)
     reference_methods = ("", "mean_of_available_", "zero_filling_")
     assert set(scores) == {
         f"{f}{key}_{s}" for f in reference_methods for key in ("flair", "t2") for s in ("psnr", "ssim")
@@ -153,19 +157,19 @@ def test_perfect_copy_of_a_study_has_the_largest_scores(scale: float, tmp_path: 
     for key in ("flair", "t2"):
         assert scores[f"{key}_psnr"] == 100.0 and scores[f"{key}_ssim"] == pytest.approx(1.0, abs=1e-6)
         assert scores[f"zero_filling_{key}_psnr"] < scores[f"mean_of_available_{key}_psnr"] < 20
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_error_of_a_study_is_counted_in_units_of_its_brightest_brain(tmp_path: Path) -> None:
-    truth = write_study(tmp_path, "Case_1", mask=False)
-    result = {"t1": write_result(truth, tmp_path / "out", "t1", offset=-0.1)}
-    scores = compare_study(truth, result, tmp_path / "picture.png")
+    target = write_study(tmp_path, "Case_1", mask=False)
+    result = {"t1": write_result(target, tmp_path / "out", "t1", offset=-0.1)}
+    scores = compare_study(target, result, tmp_path / "study.png")
     # 16 x 12 of 24 x 20 pixels are brain in five slices, 1 x 12 in the sixth; clipping at 0 makes some errors smaller
     squared = 0.1**2 * np.array([16 * 12] * 5 + [1 * 12]) / (24 * 20)
     assert scores["t1_psnr"] == pytest.approx(float(np.mean(-10 * np.log10(squared))), abs=0.4)
 
 
-def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figure_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     studies = {}
     for name in ("Case_1", "Case_2"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -174,9 +178,9 @@ def test_picture_of_the_demo_is_of_the_first_test_study(tmp_path: Path, capsys: 
     folder = tmp_path / "filled" / "Case_2"
     write_result(studies["Case_2"], folder, "t1ce")
     (folder / "Case_2_seg.nii.gz").write_bytes(Path(studies["Case_2"]["seg"]).read_bytes())
-    picture = tmp_path / "demo.png"
-    scores = demo_picture(str(tmp_path / "split.json"), tmp_path / "data", tmp_path / "filled", picture)
-    assert scores["t1ce_psnr"] == 100.0 and picture.is_file()
+    path = tmp_path / "demo.png"
+    scores = demo_figure(str(tmp_path / "split.json"), tmp_path / "data", tmp_path / "filled", path)
+    assert scores["t1ce_psnr"] == 100.0 and path.is_file()
     printed = capsys.readouterr().out
     assert printed.startswith("Case_2: t1ce PSNR / SSIM 100.00 dB / 1.000 (mean of available ")
     assert printed.count("\n") == 1
@@ -212,7 +216,7 @@ def test_methods_stand_side_by_side_with_their_errors_and_the_box_of_the_tumor()
     for k, name in enumerate(("FLAIR", "T1", "T1ce", "T2")):
         titles = [axis.get_title() for axis in axes[2 * k]]
         others = [f"{other} (input)" for other in ("FLAIR", "T1", "T1ce", "T2") if other != name]
-        assert titles == [*others, f"{name}, truth", f"{name}, A", f"{name}, B"]
+        assert titles == [*others, f"{name}, target", f"{name}, A", f"{name}, B"]
         # cut to the brain, which begins at 3, 2
         np.testing.assert_array_equal(axes[2 * k, 5].images[0].get_array(), made["B"][k, 3:21, 2:18].numpy().T)
         np.testing.assert_allclose(axes[2 * k + 1, 5].images[0].get_array(), 0.1, atol=1e-6)
@@ -251,12 +255,17 @@ def test_plots_show_every_patient_and_every_interval() -> None:
     points = [line.get_ydata() for line in axis.lines if line.get_marker() == "."]
     assert [list(p) for p in points] == [[1.0, 2.0, 4.0], [3.0]]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["A", "B"]
-    axis = difference_plot({"A": (0.5, 0.2, 0.9), "B": (1.0, None, None)}, "difference").axes[0]
-    lines = [list(line.get_xdata()) for line in axis.lines if line.get_color() == "tab:blue"]
-    assert lines == [[0.2, 0.9], [0.5], [1.0]]
+    rows = {"A": {"mean": 0.5, "low": 0.2, "high": 0.9}, "B": {"mean": 1.0, "low": None, "high": None}}
+    axis = difference_plot(rows, "difference").axes[0]
+    (points, _, (intervals,)) = axis.containers[0]
+    assert list(points.get_xdata()) == [0.5, 1.0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["A", "B"]
+    (first, second) = intervals.get_segments()
+    np.testing.assert_allclose(first[:, 0], [0.2, 0.9])
+    assert not second.size
 
 
-# ---------------------------------------------------------------------------------------------------------------- page
+# -------------------------------------------------------------------------------------------------------------- report
 class Page(HTMLParser):
     """Texts of the table cells, sources of everything that a browser would load, and open tags."""
 
@@ -282,14 +291,14 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_holds_tables_figures_and_facts_and_loads_nothing(tmp_path: Path) -> None:
-    facts = {"image_size": 96, "protocols": {"per_slice": "2-D <slices>"}}
+def test_report_holds_tables_figures_and_metadata_and_loads_nothing(tmp_path: Path) -> None:
+    metadata = {"image_size": 96, "protocols": {"per_slice": "2-D <slices>"}}
     runs = {
-        "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **facts)),
-        "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **facts)),
+        "U-Net": str(write_scores(tmp_path / "unet", make_scores(0), **metadata)),
+        "A & B": str(write_scores(tmp_path / "sscf", make_scores(1, 3.0), **metadata)),
     }
     tables = json.loads((Path(config_files("report")[0])).read_text())["tables"]
-    write_report(runs, tmp_path / "out", tables, config_files("paper_values")[0], draws=50)
+    write_report(runs, tmp_path / "out", tables, config_files("paper_values")[0], bootstrap_samples=50)
     text = (tmp_path / "out" / "index.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -322,7 +331,7 @@ def test_report_config_is_a_run(tmp_path: Path) -> None:
     parser = ConfigParser()
     parser.read_config(config_files("report"))
     parser.update({"bundle_root": str(Path(config_files("report")[0]).parents[1]), "runs": {"A": str(folder)}})
-    parser.update({"report_dir": str(tmp_path / "out"), "draws": 20})
+    parser.update({"report_dir": str(tmp_path / "out"), "bootstrap_samples": 20})
     assert parser["reporting"] == "%run"
     parser.get_parsed_content("run")
     assert (tmp_path / "out" / "index.html").is_file()

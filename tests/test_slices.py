@@ -14,38 +14,19 @@ from __future__ import annotations
 import json
 import os
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from builders import write_study
 from monai.data import DataLoader
 from monai.engines import Workflow
 
-from scripts.contrasts import CONTRAST_KEYS, StudyError
+from scripts.contrasts import StudyError
 from scripts.data.randomness import stable_hash
 from scripts.data.slices import EpochSampler, SliceDataset, describe_transform, prepare_slices, select_slices
 from scripts.data.transforms import study_transforms
 
-SHAPE = (24, 20, 8)
 TRANSFORM = study_transforms(32)
-
-
-def write_study(folder, name, seed=0, keys=CONTRAST_KEYS, mask=True, shape=SHAPE):
-    """Brain in slices 1 to 6, tumor in slices 3 and 4."""
-    rng = np.random.default_rng(seed)
-    item = {"study": name, "patient": name[:-1]}
-    for key in keys:
-        volume = np.zeros(shape, np.int16)
-        volume[4:-4, 4:-4, 1:7] = rng.integers(1, 2000, (shape[0] - 8, shape[1] - 8, 6))
-        volume[5:-4, 4:-4, 1] = 0
-        item[key] = str(folder / f"{name}_{key}.nii.gz")
-        nib.save(nib.Nifti1Image(volume, np.eye(4)), item[key])
-    if mask:
-        labels = np.zeros(shape, np.uint8)
-        labels[8:12, 8:10, 3], labels[8:12, 8:12, 4] = 2, 4
-        item["seg"] = str(folder / f"{name}_seg.nii.gz")
-        nib.save(nib.Nifti1Image(labels, np.eye(4)), item["seg"])
-    return item
 
 
 @pytest.fixture

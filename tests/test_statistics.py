@@ -15,25 +15,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import literal_mean, make_scores
 from ignite.engine import Engine
 from torch import nn
 
-from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from scripts.contrasts import CONTRASTS, REGIONS, StudyError
 from scripts.evaluation.bootstrap import (
-    COLUMNS,
     EvaluationTables,
     overview,
     paired_differences,
-    patient_draws,
-    patient_means,
     read_scores,
     sign_flip_p_value,
     summarize,
@@ -42,49 +39,22 @@ from scripts.evaluation.evaluator import StudyScores
 from scripts.evaluation.protocols import VolumeProtocol
 from scripts.networks.sscf import SSCFNet
 
-
-def make_frame(
-    patients: int = 5, seed: int = 0, keep: float = 0.85, scores: tuple[str, ...] = ("psnr",)
-) -> pd.DataFrame:
-    """Random scores of one method; the first patient has three studies, some cells are missing."""
-    rng, rows = np.random.default_rng(seed), []
-    for score in scores:
-        for patient in range(patients):
-            for study in range(3 if patient == 0 else 1):
-                for scenario in SCENARIOS:
-                    missing = [name for name, given in zip(CONTRASTS, scenario, strict=True) if not given]
-                    for of in REGIONS if score == "dice" else missing:
-                        value = patient + 3 * sum(scenario) + CONTRASTS.index(of if of in CONTRASTS else "T1")
-                        row = (f"s{patient}_{study}", f"p{patient}", scenario_name(scenario), sum(scenario), of)
-                        if rng.random() < keep:
-                            kind = ("segmentation", "whole") if score == "dice" else ("volume", "whole")
-                            rows.append((*row, "network", *kind, score, value + rng.normal()))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+#: For some groups of a summary, which rows belong to them.
+GROUPS = {
+    ("all", "all"): {},
+    ("contrast", "T2"): {"of": "T2"},
+    ("available:2", "all"): {"available": 2},
+    ("available:1", "T1"): {"available": 1, "of": "T1"},
+    ("scenario:FLAIR+T2", "all"): {"scenario": "FLAIR+T2"},
+    ("scenario:FLAIR+T2", "T1ce"): {"scenario": "FLAIR+T2", "of": "T1ce"},
+}
 
 
-def literal_means(rows: list[tuple], weights: dict[str, int]) -> dict[tuple[str, str], float]:
-    """Every group's mean by loops; a patient counts as often as its weight says."""
-    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _, patient, scenario, _, of, *_, value in rows:
-        cells[scenario, of] += [value] * weights[patient]
-    means = {key: float(np.mean(values)) for key, values in cells.items() if values}
-
-    def by_scenario(wanted) -> float:
-        scenarios = defaultdict(list)
-        for key, value in means.items():
-            if wanted(*key):
-                scenarios[key[0]].append(value)
-        return float(np.mean([np.mean(values) for values in scenarios.values()])) if scenarios else math.nan
-
-    out = {("all", "all"): by_scenario(lambda s, o: True), ("pairs", "all"): float(np.mean(list(means.values())))}
-    for name in CONTRASTS:
-        out["contrast", name] = by_scenario(lambda s, o, name=name: o == name)
-    for n in (1, 2, 3):
-        out[f"available:{n}", "all"] = by_scenario(lambda s, o, n=n: s.count("+") + 1 == n)
-        out[f"available:{n}", "T1"] = by_scenario(lambda s, o, n=n: s.count("+") + 1 == n and o == "T1")
-    out["scenario:FLAIR+T2", "all"] = by_scenario(lambda s, o: s == "FLAIR+T2")
-    out["scenario:FLAIR+T2", "T1ce"] = by_scenario(lambda s, o: s == "FLAIR+T2" and o == "T1ce")
-    return out
+def network_psnr(seed: int = 0, patients: int = 3, keep: float = 0.8, shift: float = 0.0) -> pd.DataFrame:
+    """PSNR of one network; the first patient has three studies."""
+    studies = {f"s{i}_{k}": f"p{i}" for i in range(patients) for k in range(3 if i == 0 else 1)}
+    frame = make_scores(seed, shift, studies, keep)
+    return frame[(frame["method"] == "network") & (frame["score"] == "psnr")].reset_index(drop=True)
 
 
 def by_group(entries: list[dict]) -> dict[tuple[str, str], dict]:
@@ -95,77 +65,52 @@ def by_group(entries: list[dict]) -> dict[tuple[str, str], dict]:
 
 @pytest.mark.parametrize("keep", [1.0, 0.7])
 def test_means_are_over_studies_then_targets_then_scenarios(keep: float) -> None:
-    frame = make_frame(keep=keep)
-    summary = by_group(summarize(frame, draws=10))
-    rows = list(frame.itertuples(index=False, name=None))
-    for key, value in literal_means(rows, Counter({f"p{i}": 1 for i in range(5)})).items():
-        assert summary[key]["mean"] == pytest.approx(value), key
-    everything = summary["all", "all"]
-    assert (everything["patients"], everything["studies"], everything["values"]) == (5, 7, len(frame))
-    assert summary["contrast", "T2"]["values"] == int((frame["of"] == "T2").sum())
-
-
-def test_mean_of_scenarios_is_not_the_mean_of_pairs() -> None:
-    summary = by_group(summarize(make_frame(keep=1.0), draws=10))
-    assert abs(summary["all", "all"]["mean"] - summary["pairs", "all"]["mean"]) > 0.3
-    contrasts = np.mean([summary["contrast", name]["mean"] for name in CONTRASTS])
-    assert summary["pairs", "all"]["mean"] == pytest.approx(contrasts)  # each contrast is missing in 7 scenarios
+    frame = network_psnr(keep=keep)
+    summary = by_group(summarize(frame, 10))
+    for group, chosen in GROUPS.items():
+        assert summary[group]["mean"] == pytest.approx(literal_mean(frame, "psnr", **chosen)), group
+    pairs = frame.groupby(["scenario", "of"])["value"].mean()
+    assert summary["pairs", "all"]["mean"] == pytest.approx(pairs.mean())
+    assert abs(pairs.mean() - summary["all", "all"]["mean"]) > 0.1
+    numbers = [summary["all", "all"][key] for key in ("patients", "studies", "values")]
+    assert numbers == [3, 5, len(frame)]
 
 
 def test_interval_is_that_of_a_literal_resampling_of_patients() -> None:
-    frame, draws = make_frame(patients=4, keep=0.6), 60
-    summary = by_group(summarize(frame, draws=draws, seed=3))
-    rows = list(frame.itertuples(index=False, name=None))
-    samples: dict[tuple[str, str], list[float]] = defaultdict(list)
-    drawn = np.random.default_rng(3).integers(4, size=(draws, 4))
-    for sample in drawn:
-        weights = Counter(f"p{i}" for i in sample)
-        for key, value in literal_means(rows, weights).items():
-            samples[key].append(value)
-    for key, values in samples.items():
-        low, high = np.nanpercentile(values, (2.5, 97.5))
-        assert summary[key]["low"] == pytest.approx(low) and summary[key]["high"] == pytest.approx(high), key
-        assert summary[key]["low"] <= summary[key]["mean"] <= summary[key]["high"]
-
-
-def test_draws_count_patients() -> None:
-    counts = patient_draws(5, 100, seed=1)
-    assert counts.shape == (100, 5) and (counts.sum(axis=1) == 5).all()
-    assert (counts == patient_draws(5, 100, seed=1)).all() and (counts != patient_draws(5, 100, seed=2)).any()
+    frame, number = network_psnr(keep=0.5), 60
+    summary = by_group(summarize(frame, number, seed=3))
+    samples = defaultdict(list)
+    for drawn in np.random.default_rng(3).integers(3, size=(number, 3)):
+        sample = pd.concat([frame[frame["patient"] == f"p{i}"] for i in drawn])
+        for group, chosen in GROUPS.items():
+            if (sample[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1).any():
+                samples[group].append(literal_mean(sample, "psnr", **chosen))
+    for group, values in samples.items():
+        interval = summary[group]["low"], summary[group]["high"]
+        assert interval == pytest.approx(tuple(np.percentile(values, (2.5, 97.5)))), group
 
 
 def test_one_patient_has_no_interval() -> None:
-    entry = summarize(make_frame(patients=1), draws=10)[0]
+    entry = summarize(network_psnr(patients=1), 10)[0]
     assert entry["low"] is None and entry["high"] is None and (entry["patients"], entry["studies"]) == (1, 3)
 
 
 def test_dice_has_a_mean_for_each_region() -> None:
-    summary = by_group(summarize(make_frame(scores=("dice",), keep=1.0), draws=10))
+    frame = make_scores(0)
+    summary = by_group(summarize(frame[frame["score"] == "dice"], 10))
     assert {of for group, of in summary if group == "all"} == {"all", *REGIONS}
     assert not [of for group, of in summary if group == "contrast"]
 
 
-def test_patient_means_are_those_of_each_patient_alone() -> None:
-    frame = make_frame(keep=0.8)
-    means = patient_means(frame).set_index("patient")["value"]
-    rows = list(frame.itertuples(index=False, name=None))
-    for i in range(5):
-        expected = literal_means(rows, Counter({f"p{i}": 1}))["all", "all"]
-        assert means[f"p{i}"] == pytest.approx(expected)
-
-
 # -------------------------------------------------------------------------------------------------------- differences
 def test_difference_is_of_what_both_have_scored() -> None:
-    ours, theirs = make_frame(patients=7, keep=0.9), make_frame(patients=7, seed=1, keep=0.9)
-    theirs["method"] = "mean_of_available"
-    theirs["value"] -= 2
-    entry = by_group(paired_differences(ours, theirs, draws=200))["all", "all"]
-    keys = ["study", "scenario", "of"]
-    both = pd.merge(ours, theirs, on=keys)
+    ours, theirs = network_psnr(0, patients=7, shift=5.0), network_psnr(1, patients=7)
+    entry = by_group(paired_differences(ours, theirs.assign(method="mean_of_available"), 200))["all", "all"]
+    both = ours.merge(theirs, on=["study", "scenario", "of"])
+    both = both.assign(value=both["value_x"] - both["value_y"], score="psnr", method="network")
     assert entry["values"] == len(both) < len(ours)
-    rows = [(r.study, r.patient_x, r.scenario, 0, r.of, r.value_x - r.value_y) for r in both.itertuples()]
-    assert entry["mean"] == pytest.approx(literal_means(rows, Counter({f"p{i}": 1 for i in range(7)}))["all", "all"])
-    assert entry["low"] <= entry["mean"] <= entry["high"] and 1 < entry["mean"] < 3
+    assert entry["mean"] == pytest.approx(literal_mean(both, "psnr"))
+    assert entry["low"] <= entry["mean"] <= entry["high"] and 4 < entry["mean"] < 6
     assert entry["p_value"] == pytest.approx(2 / 2**7)  # every patient gains: the smallest possible
 
 
@@ -174,15 +119,12 @@ def test_p_value_is_that_of_all_sign_flips() -> None:
     flipped = [np.mean(values * signs) for signs in itertools.product((1, -1), repeat=7)]
     expected = np.mean(np.abs(flipped) >= abs(values.mean()) - 1e-12)
     assert sign_flip_p_value(values) == pytest.approx(expected) and 0.01 < expected < 0.5
-
-
-def test_few_patients_have_no_p_value() -> None:
-    assert sign_flip_p_value(np.ones(5)) is None
-    assert sign_flip_p_value(np.ones(6)) == pytest.approx(2 / 64)
+    # five patients cannot be told from chance
+    assert sign_flip_p_value(np.ones(5)) is None and sign_flip_p_value(np.ones(6)) == pytest.approx(2 / 64)
 
 
 def test_difference_needs_one_method_each_and_common_scores() -> None:
-    frame = make_frame(patients=2)
+    frame = network_psnr(patients=2)
     with pytest.raises(ValueError, match="select one method"):
         paired_differences(pd.concat([frame, frame.assign(method="zero_filling")]), frame)
     with pytest.raises(ValueError, match="no score of the same study"):
@@ -190,78 +132,78 @@ def test_difference_needs_one_method_each_and_common_scores() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-def write(directory: Path, frame: pd.DataFrame, weights: Path, network: nn.Module | None = None) -> None:
+def write(directory: Path, frame: pd.DataFrame, network: nn.Module | None = None) -> dict:
+    """Content of ``metrics.json`` of an evaluation with these scores."""
+    weights = directory.parent / "model.pt"
+    weights.write_bytes(b"weights")
     scores = StudyScores([VolumeProtocol()], {"zero_filling": lambda target, available: target})
     scores.rows = frame.to_dict("records")
     scores.regions.update({"WT": 3, "ET": 2})
-    scores.seconds.update({name: 2.0 for name in set(frame["study"])})
+    scores.seconds.update(dict.fromkeys(frame["study"], 2.0))
     engine = Engine(lambda *_: None)
-    engine.seconds = dict.fromkeys(set(frame["study"]), 0.5)  # type: ignore[attr-defined]
+    engine.seconds = dict.fromkeys(frame["study"], 0.5)  # type: ignore[attr-defined]
     engine.network = network or nn.Identity()  # type: ignore[attr-defined]
     EvaluationTables(scores, directory, {"part": "test", "weights": str(weights)}, draws=20).attach(engine)
     engine.run([0])
+    return json.loads((directory / "metrics.json").read_text())
 
 
-def test_files_have_all_rows_the_summary_and_the_facts(tmp_path: Path) -> None:
-    weights, frame = tmp_path / "model.pt", make_frame(scores=("psnr", "dice"))
-    weights.write_bytes(b"weights")
-    write(tmp_path / "out", frame, weights)
+def test_files_have_all_rows_the_summary_and_the_metadata(tmp_path: Path) -> None:
+    frame = make_scores(0)
+    report = write(tmp_path / "out", frame)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "scores.csv"]
     pd.testing.assert_frame_equal(read_scores(tmp_path / "out" / "scores.csv"), frame, check_dtype=False)
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["summary"] == summarize(frame, draws=20)
+    assert report["summary"] == summarize(frame, 20)
     names = {"method", "protocol", "region", "score", "group", "of", "mean", "low", "high"}
     assert set(report["summary"][0]) == names | {"patients", "studies", "values"}
-    facts = report["facts"]
-    assert facts["sha256"] == hashlib.sha256(b"weights").hexdigest() and facts["part"] == "test"
-    assert facts["patients"] == [f"p{i}" for i in range(5)] and len(facts["studies"]) == 7
-    assert facts["studies_with_region"] == {"WT": 3, "ET": 2}
-    assert facts["seconds_per_study"] == {"network": 0.5, "scoring": 2.0}
-    assert facts["methods"] == ["network", "zero_filling"] and facts["lpips_sha256"] is None
-    assert list(facts["protocols"]) == ["volume", "segmentation"] and facts["versions"]["monai"]
+    metadata = report["facts"]
+    assert metadata["sha256"] == hashlib.sha256(b"weights").hexdigest() and metadata["part"] == "test"
+    assert metadata["patients"] == ["Case_1", "Case_2", "Case_3"] and len(metadata["studies"]) == 4
+    assert metadata["studies_with_region"] == {"WT": 3, "ET": 2}
+    assert metadata["seconds_per_study"] == {"network": 0.5, "scoring": 2.0}
+    assert metadata["methods"] == ["network", "zero_filling"] and metadata["lpips_sha256"] is None
+    assert list(metadata["protocols"]) == ["volume", "segmentation"] and metadata["versions"]["monai"]
+    assert "bank_entries" not in metadata
 
 
-def test_facts_tell_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> None:
-    weights = tmp_path / "model.pt"
-    weights.write_bytes(b"weights")
-    write(tmp_path / "none", make_frame(), weights, SSCFNet(channels=(4,) * 5, segmentation="none", prediction="mean"))
-    assert not any(
-        name.startswith("bank_") for name in json.loads((tmp_path / "none/metrics.json").read_text())["facts"]
-    )
+def test_metadata_say_how_much_the_entries_of_the_bank_differ(tmp_path: Path) -> None:
     net, draw = SSCFNet(channels=(4,) * 5, bank_size=6), torch.Generator().manual_seed(0)
     net.bank_mean.normal_(generator=draw)
     net.bank_std.uniform_(0.5, 1.5, generator=draw)
     net.bank_present[:5] = True
     net.bank_present[2, 1] = False
-    dice = make_frame().assign(protocol="segmentation", score="dice")
-    write(tmp_path / "bank", dice, weights, net)
-    facts = json.loads((tmp_path / "bank" / "metrics.json").read_text())["facts"]
-    assert facts["bank_entries"] == 5 and "both empty 1" in facts["protocols"]["segmentation"]
+    metadata = write(tmp_path / "bank", network_psnr(), net)["facts"]
+    assert metadata["bank_entries"] == 5
     for name, values in (("mean", net.bank_mean.numpy()), ("std", net.bank_std.numpy())):
         relative = []
-        for contrast, channel in itertools.product(range(4), range(20)):
+        for contrast, channel in itertools.product(range(len(CONTRASTS)), range(20)):
             rows = [row for row in range(6) if net.bank_present[row, contrast]]
             level = np.mean([net.bank_std[row, contrast, channel].item() for row in rows])
             relative.append(np.std([values[row, contrast, channel] for row in rows]) / level)
-        assert facts[f"bank_{name}_spread"] == pytest.approx(np.mean(relative), abs=1e-4)
+        assert metadata[f"bank_{name}_spread"] == pytest.approx(np.mean(relative), abs=1e-4)
 
 
 def test_nothing_scored_ends_with_a_sentence_and_no_file(tmp_path: Path) -> None:
-    weights = tmp_path / "model.pt"
-    weights.write_bytes(b"weights")
     with pytest.raises(StudyError, match="Nothing could be scored"):
-        write(tmp_path / "out", make_frame().head(0), weights)
+        write(tmp_path / "out", make_scores(0).head(0))
     assert not (tmp_path / "out").exists()
 
 
 def test_scores_that_are_none_are_refused_by_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="run the evaluation first"):
-        read_scores(tmp_path / "scores.csv")
-    (tmp_path / "scores.csv").write_text("study,value\na,1\n")
-    with pytest.raises(StudyError, match="has no column patient, scenario"):
-        read_scores(tmp_path / "scores.csv")
+    path = tmp_path / "scores.csv"
+    for text, message in (
+        (None, "run the evaluation first"),
+        ("study,value\na,1\n", "has no column patient, scenario"),
+        ("", "cannot be read as a table"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(StudyError, match=message):
+            read_scores(path)
 
 
-def test_overview_has_a_line_for_each_method_convention_and_region() -> None:
-    lines = overview(summarize(make_frame(scores=("psnr", "ssim")), draws=20))
-    assert len(lines) == 1 and lines[0].startswith("volume, whole, network: psnr ") and ", ssim " in lines[0]
+def test_overview_has_a_line_for_each_method_protocol_and_region() -> None:
+    frame = make_scores(0)
+    lines = overview(summarize(frame[frame["score"] != "dice"], 20))
+    assert [line.partition(":")[0] for line in lines] == [f"per_slice, whole, {m}" for m in ("network", "zero_filling")]
+    assert "psnr " in lines[0] and ", lpips " in lines[0]

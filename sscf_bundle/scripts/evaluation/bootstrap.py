@@ -19,235 +19,189 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
-from scipy.stats import permutation_test
+from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test
 
 from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
 from ..networks.memory_bank import style_spread
 from .evaluator import ScenarioEvaluator, StudyScores
 from .protocols import PerceptualDistance
 
-#: Columns of ``scores.csv``. ``available`` is the number of available contrasts, ``of`` the scored contrast or region.
-COLUMNS = (
-    "study",
-    "patient",
-    "scenario",
-    "available",
-    "of",
-    "method",
-    "protocol",
-    "region",
-    "score",
-    "value",
-)
 #: Columns that say what is measured; rows that agree in them are averaged.
-MEASURE = ("method", "protocol", "region", "score")
+MEASURE = ["method", "protocol", "region", "score"]
+#: Columns of ``scores.csv``. ``available`` is the number of available contrasts, ``of`` the scored contrast or region.
+COLUMNS = ["study", "patient", "scenario", "available", "of", *MEASURE, "value"]
 #: With fewer patients no p-value is given: of five, the smallest possible one is 2 / 2^5 = 0.06.
 MIN_PATIENTS = 6
 
 #: What the protocol of the network's own mask is.
 SEGMENTATION = "Dice of the evaluated slices of a study together, both empty 1, one empty 0"
 
-_OF = (*CONTRASTS, *REGIONS)
-_SCENARIOS = tuple(scenario_name(row) for row in SCENARIOS)
 _PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lpips")
-
-
-class Group(NamedTuple):
-    """A mean over (scenario, contrast or region) cells.
-
-    Args:
-        name: ``all`` (mean over scenarios of the mean over a scenario's targets), ``pairs`` (mean over the cells),
-            ``contrast`` (mean over the scenarios of one target), ``available:<n>`` and ``scenario:<name>`` (as ``all``,
-            of these scenarios alone).
-        of: the contrast or region, or ``all``.
-        cells: positions of the cells.
-        scenarios: the scenario of each cell, by which it is averaged first.
-    """
-
-    name: str
-    of: str
-    cells: np.ndarray
-    scenarios: np.ndarray
 
 
 def read_scores(path: str | Path) -> pd.DataFrame:
     """Rows of a ``scores.csv``.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        Frame with ``COLUMNS``.
+
     Raises:
-        StudyError: if there is no such file, or it lacks a column.
+        StudyError: if there is no such file, or it is no such table.
     """
     path = Path(path)
     if not path.is_file():
         raise StudyError(f"There are no scores at {path}: run the evaluation first, or correct the path.")
-    frame = pd.read_csv(path, dtype={"study": str, "patient": str})
+    try:
+        frame = pd.read_csv(path, dtype={"study": str, "patient": str})
+    except (ValueError, OSError) as error:
+        raise StudyError(f"{path} cannot be read as a table ({error}): evaluate this run again.") from error
     lacking = [name for name in COLUMNS if name not in frame]
     if lacking:
         raise StudyError(f"{path} has no column {', '.join(lacking)}: it is not the scores.csv of an evaluation.")
     return frame
 
 
-def patient_draws(patients: int, draws: int, seed: int) -> np.ndarray:
-    """How often each patient is in each bootstrap sample.
+def group_masks(scenario: np.ndarray, of: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    """Which rows belong to each group of a summary.
 
     Args:
-        patients: number of patients.
-        draws: number of samples.
-        seed: of the draws; the same for equal arguments, so that two methods are resampled alike.
+        scenario: of each row.
+        of: contrast or region of each row.
 
     Returns:
-        draws x patients, rows add up to ``patients``.
+        By ``group`` and ``of``, of the groups that have a row: ``all`` (mean over scenarios of the mean over a
+        scenario's targets), ``pairs`` (mean over all pairs of scenario and target), ``contrast`` (mean over the
+        scenarios of one target), ``available:<n>`` and ``scenario:<name>`` (as ``all``, of these scenarios alone).
     """
-    drawn = np.random.default_rng(seed).integers(patients, size=(draws, patients))
-    offsets = np.arange(draws)[:, None] * patients
-    return np.bincount((drawn + offsets).ravel(), minlength=draws * patients).reshape(draws, patients)
+    everything = np.ones(len(of), dtype=bool)
+    available = np.char.count(scenario.astype(str), "+") + 1
+    names = {name: of == name for name in (*CONTRASTS, *REGIONS) if name in set(of)}
+    masks = {("all", "all"): everything, ("pairs", "all"): everything}
+    masks |= {("contrast" if name in CONTRASTS else "all", name): mask for name, mask in names.items()}
+    subsets = {f"available:{n}": available == n for n in sorted(set(available))}
+    subsets |= {f"scenario:{name}": scenario == name for name in map(scenario_name, SCENARIOS)}
+    for group, subset in subsets.items():
+        masks |= {(group, "all"): subset, **{(group, name): subset & mask for name, mask in names.items()}}
+    return {key: mask for key, mask in masks.items() if mask.any()}
 
 
-def group_mean(cells: np.ndarray, group: Group) -> np.ndarray:
-    """Mean of a group, first over the cells of a scenario, then over scenarios; NaN cells are left out.
+class GroupMeans:
+    """Means over studies, then targets, then scenarios of some patients; what is missing is left out.
+
+    Attributes: ``masks``, see ``group_masks``, of the cells (scenario and target); ``patients``, their number.
 
     Args:
-        cells: any number of rows x cells.
-        group: what to average.
-
-    Returns:
-        A value for each row.
+        frame: rows with ``COLUMNS`` of one measure.
     """
-    chosen = cells[:, group.cells]
-    # scenarios x cells; a matrix product averages all bootstrap samples at once
-    member = (np.unique(group.scenarios)[:, None] == group.scenarios).astype(float)
-    known = ~np.isnan(chosen)
-    with np.errstate(invalid="ignore"):
-        means = (np.where(known, chosen, 0.0) @ member.T) / (known @ member.T)
-        exists = ~np.isnan(means)
-        return np.where(exists, means, 0.0).sum(axis=1) / exists.sum(axis=1)
 
+    def __init__(self, frame: pd.DataFrame) -> None:
+        values = frame.pivot_table("value", "patient", ["scenario", "of"], ["sum", "count"], observed=True).fillna(0)
+        self._sums, self._numbers = values["sum"].to_numpy(), values["count"].to_numpy()
+        scenario, of = (values["sum"].columns.get_level_values(level).to_numpy() for level in ("scenario", "of"))
+        self.masks, self.patients = group_masks(scenario, of), len(values)
+        self._scenarios = [scenario == name for name in dict.fromkeys(scenario)]
 
-class _Cells(NamedTuple):
-    """Sums and numbers of values: patients x cells, and the same by study for counting."""
+    def __call__(self, patients: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Means of samples of patients, as ``scipy.stats`` calls a statistic.
 
-    patients: list[str]
-    keys: list[tuple[str, str]]
-    sums: np.ndarray
-    numbers: np.ndarray
-    by_study: np.ndarray
+        Args:
+            patients: samples x any number of positions of patients in alphabetical order; one that is there twice
+                counts twice.
+            axis: of the patients, the last one.
 
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> _Cells:
-        def table(name: str, how: str) -> pd.DataFrame:
-            grouped = frame.groupby([name, "scenario", "of"], observed=True)["value"].agg(how)
-            return grouped.unstack(["scenario", "of"]).sort_index(axis=0).sort_index(axis=1)
+        Returns:
+            Groups x samples.
+        """
+        times = np.zeros((len(patients), self.patients))
+        np.add.at(times, (np.arange(len(patients))[:, None], patients), 1)
 
-        sums = table("patient", "sum").fillna(0.0)
-        numbers, by_study = (table(name, "count").fillna(0).to_numpy() for name in ("patient", "study"))
-        return cls(list(sums.index), list(sums.columns), sums.to_numpy(), numbers, by_study)
+        def mean(values: np.ndarray) -> np.ndarray:
+            known = ~np.isnan(values)
+            return np.where(known, values, 0).sum(axis=1) / known.sum(axis=1)
 
-    def means(self, weights: np.ndarray) -> np.ndarray:
-        """Mean over studies of each cell, for samples x patients: samples x cells."""
         with np.errstate(invalid="ignore"):
-            return (weights @ self.sums) / (weights @ self.numbers)
-
-    def groups(self) -> list[Group]:
-        """All groups that have a cell."""
-        scenario, of = (np.array(column) for column in zip(*self.keys, strict=True))
-        available = np.array([name.count("+") + 1 for name in scenario])
-        everything = np.ones(len(self.keys), dtype=bool)
-        names = [name for name in _OF if name in set(of)]
-        subsets = [(f"available:{n}", available == n) for n in sorted(set(available.tolist()))]
-        subsets += [(f"scenario:{name}", scenario == name) for name in _SCENARIOS if name in set(scenario)]
-        listed = [("all", "all", everything), ("pairs", "all", everything)]
-        listed += [("contrast", name, of == name) for name in names if name in CONTRASTS]
-        listed += [("all", name, of == name) for name in names if name in REGIONS]
-        for group, mask in subsets:
-            listed += [(group, "all", mask), *((group, name, mask & (of == name)) for name in names)]
-        result = []
-        for group, name, mask in listed:
-            cells = np.flatnonzero(mask)
-            if cells.size:
-                result.append(Group(group, name, cells, cells if group == "pairs" else scenario[cells]))
-        return result
-
-    def entry(self, group: Group, draws: np.ndarray) -> dict[str, Any]:
-        """Mean of a group, its 95% percentile interval (None for a single patient), and the numbers behind it."""
-        mean = group_mean(self.means(np.ones((1, len(self.patients)))), group)[0]
-        low = high = None
-        seen = int((self.numbers[:, group.cells].sum(axis=1) > 0).sum())
-        if seen > 1:
-            samples = group_mean(self.means(draws), group)
-            low, high = (float(value) for value in np.nanpercentile(samples, (2.5, 97.5)))
-        return {
-            "group": group.name,
-            "of": group.of,
-            "mean": float(mean),
-            "low": low,
-            "high": high,
-            "patients": seen,
-            "studies": int((self.by_study[:, group.cells].sum(axis=1) > 0).sum()),
-            "values": int(self.numbers[:, group.cells].sum()),
-        }
+            cells = (times @ self._sums) / (times @ self._numbers)
+            means = [
+                mean(cells[:, mask])
+                if group == "pairs"
+                else mean(
+                    np.stack([mean(cells[:, mask & one]) for one in self._scenarios if (mask & one).any()], axis=1)
+                )
+                for (group, _), mask in self.masks.items()
+            ]
+        return np.stack(means)
 
 
-def summarize(frame: pd.DataFrame, draws: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+def summarize(
+    frame: pd.DataFrame, bootstrap_samples: int = 2000, seed: int = 0, p_values: bool = False
+) -> list[dict[str, Any]]:
     """Means over studies, then targets, then scenarios, with bootstrap intervals over patients.
 
     Args:
         frame: rows with ``COLUMNS``.
-        draws: bootstrap samples; a sample has as many patients as the frame, drawn with replacement, each with all of
-            its studies. The interval is from the 2.5th to the 97.5th percentile.
-        seed: of the draws.
+        bootstrap_samples: a sample has as many patients as the frame, drawn with replacement, each with all of its
+            studies. The interval is from the 2.5th to the 97.5th percentile. 0 gives no intervals.
+        seed: of the samples; the same for equal arguments, so that two methods are resampled alike.
+        p_values: also give ``p_value``, see ``sign_flip_p_value``, for values that are differences.
 
     Returns:
-        For each measure and ``Group``: ``method``, ``protocol``, ``region``, ``score``, ``group``, ``of``, ``mean``,
-        ``low``, ``high``, ``patients``, ``studies`` and ``values`` (numbers of those behind the mean).
+        For each measure and group (see ``group_masks``): ``method``, ``protocol``, ``region``, ``score``, ``group``,
+        ``of``, ``mean``, ``low`` and ``high`` (None for a single patient), ``patients``, ``studies`` and ``values``
+        (numbers of those behind the mean).
     """
     entries = []
-    for key, part in frame.groupby(list(MEASURE), sort=False, observed=True):
-        cells = _Cells.of(part)
-        weights = patient_draws(len(cells.patients), draws, seed)
-        entries += [{**dict(zip(MEASURE, key, strict=True)), **cells.entry(group, weights)} for group in cells.groups()]
+    for key, part in frame.groupby(MEASURE, sort=False, observed=True):
+        means = GroupMeans(part)
+        masks = group_masks(part["scenario"].to_numpy(), part["of"].to_numpy())
+        positions, study = np.arange(means.patients), part["study"].to_numpy()
+        low = high = np.full(len(masks), np.nan)
+        if bootstrap_samples and len(positions) > 1:
+            with warnings.catch_warnings():  # of samples without any patient of a group, which are left out
+                warnings.simplefilter("ignore", DegenerateDataWarning)
+                result = bootstrap(
+                    (positions,), means, n_resamples=bootstrap_samples, vectorized=True, method="percentile", rng=seed
+                )
+            low, high = np.nanpercentile(result.bootstrap_distribution, (2.5, 97.5), axis=-1)
+        alone = means(positions[:, None])
+        for k, (group, mean) in enumerate(zip(means.masks, means(positions[None])[:, 0], strict=True)):
+            rows, values = masks[group], alone[k][~np.isnan(alone[k])]
+            interval = bootstrap_samples and len(values) > 1
+            entry = dict(zip((*MEASURE, "group", "of"), (*key, *group), strict=True))
+            entry |= {"mean": float(mean)}
+            entry |= {"low": float(low[k]) if interval else None, "high": float(high[k]) if interval else None}
+            entry |= {"patients": len(values), "studies": len(set(study[rows])), "values": int(rows.sum())}
+            if p_values:
+                entry["p_value"] = sign_flip_p_value(values, bootstrap_samples, seed)
+            entries.append(entry)
     return entries
 
 
-def patient_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """The mean of the scenarios of every patient alone, for plots.
-
-    Args:
-        frame: rows with ``COLUMNS``.
-
-    Returns:
-        Frame with ``MEASURE``, ``patient`` and ``value`` (group ``all``).
-    """
-    parts = []
-    for key, part in frame.groupby(list(MEASURE), sort=False, observed=True):
-        cells = _Cells.of(part)
-        value = group_mean(cells.means(np.eye(len(cells.patients))), cells.groups()[0])
-        measure = dict(zip(MEASURE, key, strict=True))
-        parts.append(pd.DataFrame({**measure, "patient": cells.patients, "value": value}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*MEASURE, "patient", "value"])
-
-
 def paired_differences(
-    ours: pd.DataFrame, theirs: pd.DataFrame, draws: int = 2000, seed: int = 0
+    ours: pd.DataFrame, theirs: pd.DataFrame, bootstrap_samples: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Mean difference ``ours - theirs`` over what both have scored, with intervals and p-values over patients.
 
     Args:
         ours: rows with ``COLUMNS``; one method, for example those of ``network`` in one run.
         theirs: rows of the other run or method; of its ``method`` nothing is read.
-        draws: bootstrap samples, and sign flips where there are too many patients for all of them.
+        bootstrap_samples: of the patients, and sign flips where there are too many patients for all of them.
         seed: of both.
 
     Returns:
-        As ``summarize``, of the differences, with ``p_value``: two-sided sign-flip test of the patients' mean
-        differences in the group; None with fewer than ``MIN_PATIENTS`` patients.
+        As ``summarize`` with ``p_value``, of the differences.
 
     Raises:
         ValueError: if nothing was scored by both, or one frame holds several methods.
@@ -259,42 +213,28 @@ def paired_differences(
     joined = ours.merge(theirs.drop(columns="method"), on=keys, suffixes=("", "_theirs"), validate="one_to_one")
     if joined.empty:
         raise ValueError("the two runs have no score of the same study and scenario in common.")
-    difference = joined.assign(value=joined["value"] - joined["value_theirs"])[list(COLUMNS)]
-    entries = []
-    for key, part in difference.groupby(list(MEASURE), sort=False, observed=True):
-        cells = _Cells.of(part)
-        weights = patient_draws(len(cells.patients), draws, seed)
-        apart = cells.means(np.eye(len(cells.patients)))
-        for group in cells.groups():
-            values = group_mean(apart, group)
-            p_value = sign_flip_p_value(values[~np.isnan(values)], draws, seed)
-            entry = {**dict(zip(MEASURE, key, strict=True)), **cells.entry(group, weights), "p_value": p_value}
-            entries.append(entry)
-    return entries
+    difference = joined.assign(value=joined["value"] - joined["value_theirs"])
+    return summarize(difference[COLUMNS], bootstrap_samples, seed, p_values=True)
 
 
-def sign_flip_p_value(values: np.ndarray, draws: int = 2000, seed: int = 0) -> float | None:
+def sign_flip_p_value(values: np.ndarray, flips: int = 2000, seed: int = 0) -> float | None:
     """Two-sided p-value of a mean against 0 when every sign is as likely as its opposite.
 
     Args:
         values: one for each patient.
-        draws: sign flips; all 2^patients of them where these are not more.
-        seed: of the draws.
+        flips: number of random sign flips; all 2^patients of them where these are not more.
+        seed: of the flips.
 
     Returns:
         The p-value, or None with fewer than ``MIN_PATIENTS`` values.
     """
     if len(values) < MIN_PATIENTS:
         return None
-    result = permutation_test(
-        (values,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=draws,
-        rng=np.random.default_rng(seed),
+    return float(
+        permutation_test(
+            (values,), np.mean, permutation_type="samples", vectorized=True, n_resamples=flips, rng=seed
+        ).pvalue
     )
-    return float(result.pvalue)
 
 
 class EvaluationTables:
@@ -305,8 +245,8 @@ class EvaluationTables:
     Args:
         scores: attached to the evaluator before this.
         directory: where to write.
-        facts: what the run was, written as it is; where there is ``weights``, the hash of that file is added. For a
-            network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
+        facts: metadata of the run, written as they are; where there is ``weights``, the hash of that file is added. For
+            a network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
         lpips: the perceptual distance in use, for the hash of its weights.
         draws: bootstrap samples.
         seed: of the bootstrap.
@@ -325,11 +265,22 @@ class EvaluationTables:
         self.lpips, self.draws, self.seed = lpips, draws, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``."""
+        """Writes at ``COMPLETED``.
+
+        Args:
+            engine: the evaluator.
+        """
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: ScenarioEvaluator) -> None:
-        """Raises: StudyError: if nothing could be scored."""
+        """Joins the rows of all processes and writes both files.
+
+        Args:
+            engine: the evaluator.
+
+        Raises:
+            StudyError: if nothing could be scored.
+        """
         mine = {
             "rows": self.scores.rows,
             "regions": self.scores.regions,
@@ -339,7 +290,7 @@ class EvaluationTables:
         parts = idist.all_gather(mine) if idist.get_world_size() > 1 else [mine]
         if idist.get_rank() > 0:
             return
-        frame = pd.DataFrame([row for part in parts for row in part["rows"]], columns=list(COLUMNS))
+        frame = pd.DataFrame([row for part in parts for row in part["rows"]], columns=COLUMNS)
         if frame.empty:
             raise StudyError(
                 "Nothing could be scored: the evaluated studies have neither a missing contrast nor a mask."
@@ -373,25 +324,33 @@ class EvaluationTables:
             facts |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
         if "weights" in facts:
             facts["sha256"] = hashlib.sha256(Path(facts["weights"]).read_bytes()).hexdigest()
-        report = {"facts": facts, "summary": summarize(frame, self.draws, self.seed)}
+        summary = summarize(frame, self.draws, self.seed)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write(self.directory / "scores.csv", frame.to_csv(index=False))
-        _write(self.directory / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-        for line in overview(report["summary"]):
+        write_text(self.directory / "scores.csv", frame.to_csv(index=False))
+        text = json.dumps({"facts": facts, "summary": summary}, indent=1, allow_nan=False)
+        write_text(self.directory / "metrics.json", text + "\n")
+        for line in overview(summary):
             engine.logger.info(line)
         engine.logger.info(f"wrote scores.csv and metrics.json in {self.directory}")
 
 
 def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line for each method, protocol and region with the means of the scenarios (group ``all``)."""
-    lines: dict[tuple[str, str, str], list[str]] = {}
+    """The means of the scenarios (group ``all``) as text.
+
+    Args:
+        summary: of ``summarize``.
+
+    Returns:
+        One line for each method, protocol and region.
+    """
+    lines: dict[str, list[str]] = {}
     for entry in summary:
         if entry["group"] == "all":
             name = entry["score"] if entry["of"] == "all" else f"{entry['score']} {entry['of']}"
             interval = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
-            line = lines.setdefault((entry["protocol"], entry["region"], entry["method"]), [])
+            line = lines.setdefault(f"{entry['protocol']}, {entry['region']}, {entry['method']}", [])
             line.append(f"{name} {entry['mean']:.3f}{interval}")
-    return [f"{', '.join(key)}: {', '.join(parts)}" for key, parts in sorted(lines.items())]
+    return [f"{key}: {', '.join(parts)}" for key, parts in sorted(lines.items())]
 
 
 def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -401,7 +360,7 @@ def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

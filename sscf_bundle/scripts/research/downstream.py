@@ -82,7 +82,7 @@ def segmentation_batch(
         non_blocking: copy asynchronously.
 
     Returns:
-        Image, B x 4 x spatial, and truth, B x 3 x spatial of 0 and 1: ED, ET, NET.
+        Image, B x 4 x spatial, and label, B x 3 x spatial of 0 and 1: ED, ET, NET.
     """
     image = batchdata["target"].to(device, non_blocking=non_blocking)
     label = batchdata["label"].to(device, non_blocking=non_blocking)
@@ -110,7 +110,7 @@ def study_dice(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean Dice of WT, TC and ET of one study, for an Ignite metric.
 
     Args:
-        output: ``pred``, Z x 3 x spatial probabilities, and ``label``, the truth of ``segmentation_batch``.
+        output: ``pred``, Z x 3 x spatial probabilities, and ``label``, that of ``segmentation_batch``.
     """
     return region_dice(output["pred"], label_map(output["label"])).mean()
 
@@ -151,7 +151,7 @@ def load_segmenter(
 
 
 class DownstreamProtocol(Protocol):
-    """Describes the rows of the downstream task in the facts of an evaluation; it scores no single contrast.
+    """Describes the rows of the downstream task in the metadata of an evaluation; it scores no single contrast.
 
     Args:
         segmenter_path: file of the segmenter's weights.
@@ -186,7 +186,7 @@ class DownstreamScores(StudyScores):
 
     Args:
         segmenter: images to logits, see ``build_segmenter``.
-        segmenter_path: file of its weights, for the facts.
+        segmenter_path: file of its weights, for the metadata.
         reference_methods: functions of contrasts and availability by their names, see ``reference_methods``.
         batch_size: slices in one call of the segmenter.
     """

@@ -8,43 +8,87 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
-"""Experiments: named runs over seeds and folds at an equal budget, each in a process of its own, then their tables."""
+"""Experiments: named runs over seeds and folds at an equal budget, as a plan of commands, and then their tables."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
-import queue
+import shlex
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
-from tqdm import tqdm
 
 from ..contrasts import StudyError
 from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
-from .figures import runs_panel
-from .report import PANEL_CAPTION, write_page
-from .tables import Runs, Table, read_runs, standard_tables, write_tables
+from .tables import Table
 
 logger = logging.getLogger(__name__)
 
 #: Endings of the ids that say where something lies, not what is computed.
 _PLACES = ("_dir", "_path", "_file", "bundle_root")
+
+
+def write_splits(
+    directory: str | Path,
+    dataset_dir: str | Path,
+    file_pattern: Mapping[str, str] | None = None,
+    patient_pattern: str | None = None,
+    folds: int | None = None,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    split_file: str | Path | None = None,
+    validation_fraction: float = 0.1,
+    held_out: Sequence[str] = (),
+    seed: int = 0,
+) -> list[str]:
+    """Writes a split for each fold, each patient outside the untouched part being tested once.
+
+    Args:
+        directory: gets ``fold_<f>.json``, and ``untouched.json``, a split with the untouched part as its test part for
+            the one final run.
+        dataset_dir: folder of the studies.
+        file_pattern: see ``find_studies``.
+        patient_pattern: see ``find_studies``.
+        folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
+        fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
+        split_file: the one split to use in the place of folds, as ``split_patients`` reads it.
+        validation_fraction: see ``cross_validation_splits``.
+        held_out: names of studies or patients that no fold contains, the untouched part.
+        seed: of the splits.
+
+    Returns:
+        The file of each fold.
+
+    Raises:
+        StudyError: if the studies cannot be split so.
+    """
+    directory = Path(directory).absolute()
+    items = find_studies(Path(dataset_dir).expanduser(), file_pattern, patient_pattern)
+    untouched = {item["patient"] for item in items if {item["study"], item["patient"]} & set(held_out)}
+    used = [item for item in items if item["patient"] not in untouched]
+    if split_file is not None:
+        splits = [split_patients(items, fractions, seed, str(Path(split_file).expanduser()))]
+    elif folds is None:
+        splits = [split_patients(used, fractions, seed)]
+    else:
+        splits = cross_validation_splits(items, folds, validation_fraction, held_out, seed)
+    parts = {directory / f"fold_{fold}.json": split for fold, split in enumerate(splits)}
+    if untouched:
+        final = split_patients(used, (1 - validation_fraction, validation_fraction, 0), seed)
+        final |= {"test": [item for item in items if item["patient"] in untouched]}
+        write_split(final, directory / "untouched.json")
+    for path, split in parts.items():
+        write_split(split, path)
+    return [str(path) for path in parts]
 
 
 @dataclass(frozen=True)
@@ -78,7 +122,7 @@ class Evaluation:
 
     Args:
         configs: overlays, as those of ``Experiment``.
-        run_id: of the overlay.
+        run_id: of the overlays.
         overrides: of single ids.
         uses: for each id of the overlay that takes the file of other weights, the experiment that trains them.
         only: experiments or sets for which it is done; None means all.
@@ -91,23 +135,86 @@ class Evaluation:
     only: Sequence[str] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A training or an evaluation of one experiment, seed and fold; all of its files begin with ``path``.
+
+    Args:
+        path: folder of the run and name of the step.
+        run_id: of the config.
+        config: all settings of the step, written to ``<path>.json``.
+        writes: what it must leave behind.
+        needs: steps that must be finished before.
+    """
+
+    path: Path
+    run_id: str
+    config: Mapping[str, Any]
+    writes: Path
+    needs: Sequence[Path]
+
+    def file(self, suffix: str) -> Path:
+        """``json`` the settings, ``log`` what was printed, ``started`` and ``done`` empty, their times count."""
+        return self.path.with_name(f"{self.path.name}.{suffix}")
+
+    def command(self, bundle_root: Path) -> str:
+        """Line for a shell, which is the same whoever runs it."""
+        python = [sys.executable, "-m", "monai.bundle", "run", self.run_id, "--config_file", str(self.file("json"))]
+        root, written = shlex.quote(str(bundle_root)), shlex.quote(str(self.writes))
+        started, log, done = (shlex.quote(str(self.file(suffix))) for suffix in ("started", "log", "done"))
+        run = f"{{ {shlex.join(python)} && ls {written}; }} > {log} 2>&1"
+        return f"cd {root} && touch {started} && {run} && touch {done}"
+
+    def other_setting(self) -> str | None:
+        """An id that an earlier call set to another value, places aside; None where there is none."""
+        if not self.file("json").is_file():
+            return None
+        before, now = _read(self.file("json")), json.loads(json.dumps(self.config))
+        keys = sorted(key for key in {*before, *now} if not key.endswith(_PLACES))
+        return next((key for key in keys if before.get(key) != now.get(key)), None)
+
+    def is_finished(self) -> bool:
+        """Whether it was done with these settings and its file is still there."""
+        return self.file("done").is_file() and self.writes.is_file() and self.other_setting() is None
+
+    def write(self) -> None:
+        """Writes the settings."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file("done").unlink(missing_ok=True)
+        self.file("json").write_text(json.dumps(self.config, indent=1) + "\n")
+
+    def run(self, bundle_root: Path) -> str:
+        """Runs the command; returns the reason of a failure, empty where there is none."""
+        status = subprocess.run(self.command(bundle_root), shell=True).returncode
+        if not status:
+            return ""
+        log = self.file("log")
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"it ended with status {status} ({lines[-1] if lines else 'no output'}), see {log}"
+
+
+@dataclass
 class Experiments:
-    """Runs experiments over seeds and folds and writes their tables.
+    """Plans experiments over seeds and folds, runs or prints the plan, and reports what is complete.
 
     Every experiment is trained and evaluated by ``python -m monai.bundle run`` in a process of its own, once for each
     seed and fold, in ``<output_dir>/<experiment>/seed_<s>/fold_<f>``. Its configs are the base, the common settings and
-    its own, and above them the budget, which is the same for all. Calling it again skips what is finished and goes on
-    with what was stopped; a failed run is named, and the others go on without it. All runs share one slice cache. Each
-    patient outside the untouched part is tested once for each seed. The checkpoints of a finished training are removed.
+    its own, and above them the budget, which is the same for all. Finished steps are skipped; a failed step is named,
+    and the others go on without it. All runs share one slice cache. The checkpoints of a finished training are removed.
 
     Args:
         experiments: definitions by name, see ``Experiment``.
         names: which to run; those that they need are added. A name of ``sets`` stands for its list.
         output_dir: gets everything.
+        dataset_dir: folder of the studies.
+        split_files: of the folds, see ``write_splits``.
+        report: see ``write_report``; called with ``runs``, ``reference``, ``panels``, ``notes`` and ``more_tables``.
         bundle_root: folder of ``configs`` and ``scripts``.
         sets: lists of names.
-        dataset_dir: folder of the studies; None takes that of the base configs.
-        base: configs under every experiment.
+        file_pattern: see ``find_studies``.
+        patient_pattern: see ``find_studies``.
+        base: configs under every training.
+        evaluation_base: configs under every evaluation.
         settings: of every experiment, where its own configs do not say otherwise.
         budget: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment; an experiment's ``share``
             multiplies the first two.
@@ -115,221 +222,181 @@ class Experiments:
             then starts anew.
         seeds: of the training; every seed has the same splits. A mapping gives them by set or experiment; what is in
             several gets all of theirs, and what is needed those of what needs it.
-        folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
-        fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
-        split_file: the one split to use in the place of folds, as ``split_patients`` reads it.
-        validation_fraction: see ``cross_validation_splits``.
-        held_out: names of studies or patients that no fold contains. ``untouched.json`` is a split with them as its
-            test part, for the one final run.
-        split_seed: of folds or split.
-        file_pattern: see ``find_studies``.
-        patient_pattern: see ``find_studies``.
         evaluations: by name, see ``Evaluation``.
         evaluate_with: names of those that are done.
         weights: ``last`` or ``best`` (by the validation) are evaluated.
-        tables: see ``standard_tables``.
-        paper_values: JSON file with the values of the paper.
-        reference: experiment from which the page draws differences.
-        draws: of every bootstrap over patients.
-        panels: experiments whose images the page shows side by side, of the first seed and fold.
-        jobs: runs at the same time.
-        threads: of each run on the CPU.
-        devices: values of CUDA_VISIBLE_DEVICES, one for each job in turn; None leaves it alone.
+        reference: experiment from which the report draws differences; where it is not complete, the first one.
+        panels: experiments whose images the report shows side by side, of the first seed and fold.
+        dry_run: print the plan and run nothing.
 
     Raises:
         StudyError: for unknown names and settings that cannot be.
     """
 
-    def __init__(
-        self,
-        experiments: Mapping[str, Mapping[str, Any]],
-        names: str | Sequence[str],
-        output_dir: str | Path,
-        bundle_root: str | Path = ".",
-        sets: Mapping[str, Sequence[str]] | None = None,
-        dataset_dir: str | None = None,
-        base: Sequence[str] = ("train",),
-        settings: Mapping[str, Any] | None = None,
-        budget: Mapping[str, Any] | None = None,
-        minutes: float | None = None,
-        seeds: Sequence[int] | Mapping[str, Sequence[int]] = (0,),
-        folds: int | None = None,
-        fractions: Sequence[float] = (0.7, 0.1, 0.2),
-        split_file: str | Path | None = None,
-        validation_fraction: float = 0.1,
-        held_out: Sequence[str] = (),
-        split_seed: int = 0,
-        file_pattern: Mapping[str, str] | None = None,
-        patient_pattern: str | None = None,
-        evaluations: Mapping[str, Mapping[str, Any]] | None = None,
-        evaluate_with: Sequence[str] = (),
-        weights: str = "last",
-        tables: Mapping[str, Mapping[str, Any]] | None = None,
-        paper_values: str | Path | None = None,
-        reference: str | None = None,
-        draws: int = 2000,
-        panels: Sequence[str] = (),
-        jobs: int = 1,
-        threads: int = 1,
-        devices: Sequence[str | int] | None = None,
-    ) -> None:
-        if weights not in ("last", "best"):
-            raise StudyError(f"weights must be last or best, got {weights!r}.")
-        self.experiments = {name: Experiment(**definition) for name, definition in experiments.items()}
-        unknown = sorted(set(evaluate_with) - set(evaluations or {}))
-        if unknown:
-            raise StudyError(f"There is no evaluation {unknown[0]}: choose from {', '.join(evaluations or {})}.")
-        self.evaluations = {name: Evaluation(**(evaluations or {})[name]) for name in evaluate_with}
-        self.sets = dict(sets or {})
-        self.names = self._with_needs(self._members([names] if isinstance(names, str) else names))
-        self.seeds = self._seeds_by_name(seeds)
+    experiments: Mapping[str, Any]
+    names: str | Sequence[str]
+    output_dir: str | Path
+    dataset_dir: str | Path
+    split_files: Sequence[str]
+    report: Callable[..., None]
+    bundle_root: str | Path = "."
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    file_pattern: Mapping[str, str] | None = None
+    patient_pattern: str | None = None
+    base: Sequence[str] = ("train",)
+    evaluation_base: Sequence[str] = ("train",)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
+    seeds: Sequence[int] | Mapping[str, Sequence[int]] = (0,)
+    evaluations: Mapping[str, Any] = field(default_factory=dict)
+    evaluate_with: Sequence[str] = ()
+    weights: str = "last"
+    reference: str | None = None
+    panels: Sequence[str] = ()
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
         # the runs have another working directory
-        self.output_dir, self.bundle_root = Path(output_dir).absolute(), Path(bundle_root).absolute()
-        self.base, self.settings, self.budget = list(base), dict(settings or {}), dict(budget or {})
-        self.minutes, self.folds, self.fractions, self.split_file = minutes, folds, fractions, split_file
-        self.validation_fraction, self.held_out, self.split_seed = validation_fraction, list(held_out), split_seed
-        self.file_pattern, self.patient_pattern, self.weights = file_pattern, patient_pattern, weights
-        self.table_definitions, self.paper_values = dict(tables or {}), paper_values
-        self.reference, self.draws, self.panels = reference, draws, list(panels)
-        self.jobs, self.threads, self.devices = jobs, threads, devices
-        if dataset_dir is None:
-            parser = self._parser(self.base, {"output_dir": str(self.output_dir)})
-            dataset_dir = parser.get_parsed_content("dataset_dir")
-        self.dataset_dir = Path(dataset_dir).expanduser().absolute()
+        self.output_dir, self.bundle_root = Path(self.output_dir).absolute(), Path(self.bundle_root).absolute()
+        if self.weights not in ("last", "best"):
+            raise StudyError(f"weights must be last or best, got {self.weights!r}.")
+        for name in self.evaluate_with:
+            if name not in self.evaluations:
+                raise StudyError(f"There is no evaluation {name}: choose from {', '.join(self.evaluations)}.")
+        self.experiments = {name: Experiment(**definition) for name, definition in self.experiments.items()}
+        self.evaluations = {name: Evaluation(**self.evaluations[name]) for name in self.evaluate_with}
+        self.names = self._with_needs(self._members([self.names] if isinstance(self.names, str) else self.names))
+        self.seeds = self._seeds_by_name(self.seeds)
 
     # --------------------------------------------------------------------------------------------------------- plan
     def _members(self, entries: Sequence[str]) -> list[str]:
         """Names of experiments, where an entry may be a set."""
         return [name for entry in entries for name in self.sets.get(entry, [entry])]
 
-    def _seeds_by_name(self, seeds: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """The seeds of every experiment that is run."""
-        if not isinstance(seeds, Mapping):
-            return {name: list(seeds) for name in self.names}
-        found: dict[str, set[int]] = {name: set() for name in self.names}
-        for entry, values in seeds.items():
-            for name in self._members([entry]):
-                if name not in self.experiments:
-                    raise StudyError(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
-                if name in found:
-                    found[name] |= set(values)
-        for name in reversed(self.names):  # what is needed stands before what needs it
-            for needed in self._needs(name):
-                found[needed] |= found[name]
-        lacking = [name for name, values in found.items() if not values]
-        if lacking:
-            raise StudyError(f"seeds gives none for {lacking[0]}: name it or a set that has it.")
-        return {name: sorted(values) for name, values in found.items()}
-
     def _evaluations(self, name: str) -> dict[str, Evaluation]:
         """What is done with the weights of an experiment, by label."""
-        if not self.experiments[name].evaluated:
-            return {}
-        return {
-            label: evaluation
-            for label, evaluation in self.evaluations.items()
-            if evaluation.only is None or name in self._members(evaluation.only)
-        }
-
-    def _with_needs(self, names: Sequence[str]) -> list[str]:
-        """The experiments and those that they need, each behind what it needs."""
-        ordered: list[str] = []
-
-        def add(name: str, chain: tuple[str, ...] = ()) -> None:
-            if name not in self.experiments:
-                raise StudyError(f"There is no experiment {name}: choose from {', '.join(self.experiments)}.")
-            if name in chain:
-                raise StudyError(f"The experiments {' and '.join(chain)} need each other: correct after or weights_of.")
-            for needed in self._needs(name):
-                add(needed, (*chain, name))
-            if name not in ordered:
-                ordered.append(name)
-
-        for name in names:
-            add(name)
-        return ordered
+        chosen = self.evaluations.items() if self.experiments[name].evaluated else ()
+        return {label: one for label, one in chosen if one.only is None or name in self._members(one.only)}
 
     def _needs(self, name: str) -> list[str]:
         """Experiments whose weights one needs."""
         one = self.experiments[name]
         used = [n for e in self._evaluations(name).values() for n in e.uses.values()]
-        return list(dict.fromkeys(n for n in (one.after, one.weights_of, *used) if n is not None))
+        return [n for n in (one.after, one.weights_of, *used) if n is not None]
 
-    def _files(self, configs: Sequence[str]) -> list[str]:
-        """Paths of configs by their names; a path stays as it is."""
-        folder = self.bundle_root / "configs"
-        return [name if name.endswith(".json") else str(folder / f"{name}.json") for name in configs]
+    def _with_needs(self, names: Sequence[str]) -> list[str]:
+        """The experiments and those that they need, each behind what it needs."""
+        graph: dict[str, list[str]] = {}
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop(0)
+            if name not in self.experiments:
+                raise StudyError(f"There is no experiment {name}: choose from {', '.join(self.experiments)}.")
+            graph[name] = self._needs(name)
+            waiting += [needed for needed in graph[name] if needed not in graph]
+        try:
+            return list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            chain = " and ".join(sorted(set(error.args[1])))
+            raise StudyError(f"The experiments {chain} need each other: correct after or weights_of.") from error
 
-    def _parser(self, configs: Sequence[str], overrides: Mapping[str, Any]) -> ConfigParser:
-        """The configs, one over the other, with overrides."""
+    def _seeds_by_name(self, seeds: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """The seeds of every experiment that is run."""
+        by_entry = seeds if isinstance(seeds, Mapping) else {name: seeds for name in self.names}
+        found: dict[str, set[int]] = {name: set() for name in self.names}
+        for entry, values in by_entry.items():
+            for name in self._members([entry]):
+                if name not in self.experiments:
+                    raise StudyError(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
+                found.setdefault(name, set()).update(values)
+        for name in reversed(self.names):  # what is needed stands before what needs it
+            for needed in self._needs(name):
+                found[needed] |= found[name]
+            if not found[name]:
+                raise StudyError(f"seeds gives none for {name}: name it or a set that has it.")
+        return {name: sorted(found[name]) for name in self.names}
+
+    def _layers(self, *layers: Mapping[str, Any] | Sequence[str]) -> list[Mapping[str, Any]]:
+        """Contents of configs, given by their names, and overrides of single ids."""
+        folder = Path(self.bundle_root) / "configs"
+        nested = (
+            [one] if isinstance(one, Mapping) else [_read(folder / f"{name}.json") for name in one] for one in layers
+        )
+        return [layer for part in nested for layer in part]
+
+    def _config(self, *layers: Mapping[str, Any] | Sequence[str]) -> ConfigParser:
+        """The same as one config, the later over the earlier."""
         parser = ConfigParser()
-        parser.read_config(self._files(configs))
-        for key, value in overrides.items():
-            merge_kv(parser, key, value)  # as a config file is read: "+" adds to a list
+        for layer in self._layers(*layers):
+            for key, value in layer.items():
+                merge_kv(parser, key, value)  # "+" adds to a list
         return parser
-
-    def _settings_file(self) -> str:
-        """Overlay of the common settings, above the base and below the configs of an experiment."""
-        path = self.output_dir / "settings.json"
-        text = json.dumps(self.settings, indent=1) + "\n"
-        # written once: jobs read it at the same time
-        if not path.is_file() or path.read_text() != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return str(path)
 
     def directory(self, name: str, seed: int, fold: int) -> Path:
         """Folder of one run."""
-        return self.output_dir / name / f"seed_{seed}" / f"fold_{fold}"
+        return Path(self.output_dir) / name / f"seed_{seed}" / f"fold_{fold}"
 
-    def weights_file(self, name: str, seed: int, fold: int) -> Path:
-        """The evaluated weights of one run."""
+    def _weights(self, name: str, seed: int, fold: int) -> tuple[Path, Path]:
+        """The evaluated weights of one run and the step that trains them."""
         name = self.experiments[name].weights_of or name
+        folder = self.directory(name, seed, fold)
         usual = "model.pt" if self.weights == "best" else "model_last.pt"
-        return self.directory(name, seed, fold) / next(iter(self.experiments[name].writes.values()), usual)
+        return folder / next(iter(self.experiments[name].writes.values()), usual), folder / "training"
 
-    def split_files(self) -> list[Path]:
-        """Writes the splits and returns their files, one for each fold.
+    def _common(self, fold: int, directory: Path) -> dict[str, Any]:
+        """Where things lie, for every step of a fold."""
+        places = {"bundle_root": str(self.bundle_root), "cache_dir": str(Path(self.output_dir) / "cache")}
+        places["dataset_dir"] = str(Path(self.dataset_dir).expanduser().absolute())
+        names = {"file_pattern": self.file_pattern, "patient_pattern": self.patient_pattern}
+        return {**places, **names, "split_file": self.split_files[fold], "output_dir": str(directory)}
 
-        Raises:
-            StudyError: if the studies cannot be split so.
+    def steps(self, name: str, seed: int, fold: int) -> list[Step]:
+        """Everything that one run does, in order.
+
+        Args:
+            name: of the experiment.
+            seed: of the training.
+            fold: position in ``split_files``.
         """
-        items = find_studies(self.dataset_dir, self.file_pattern, self.patient_pattern)
-        folder = self.output_dir / "splits"
-        untouched = {i["patient"] for i in items if {i["study"], i["patient"]} & set(self.held_out)}
-        used = [item for item in items if item["patient"] not in untouched]
-        if self.split_file is not None:
-            path = str(Path(self.split_file).expanduser())
-            splits = [split_patients(items, self.fractions, self.split_seed, path)]
-        elif self.folds is None:
-            splits = [split_patients(used, self.fractions, self.split_seed)]
-        else:
-            options = (self.folds, self.validation_fraction, self.held_out, self.split_seed)
-            splits = cross_validation_splits(items, *options)
-        if untouched:
-            share = self.validation_fraction
-            final = split_patients(used, (1 - share, share, 0), self.split_seed)
-            write_split(
-                final | {"test": [item for item in items if item["patient"] in untouched]}, folder / "untouched.json"
-            )
-        files = []
-        for fold, split in enumerate(splits):
-            files.append(folder / f"fold_{fold}.json")
-            write_split(split, files[-1])
-        return files
+        one, folder = self.experiments[name], self.directory(name, seed, fold)
+        common = {**self._common(fold, folder), "seed": seed, "split_studies": _read(Path(self.split_files[fold]))}
+        common |= one.overrides
+        weights, training = self._weights(name, seed, fold)
+        steps = []
+        if one.weights_of is None:
+            overrides = {**self.budget, **common}
+            for key in ("max_epochs", "decay_start"):
+                if one.share != 1 and isinstance(overrides.get(key), int):
+                    overrides[key] = max(1, round(one.share * overrides[key]))
+            overrides |= {"ckpt_path": str(folder / "model.pt"), "last_ckpt_path": str(folder / "model_last.pt")}
+            overrides |= {key: str(folder / file) for key, file in one.writes.items()}
+            needs = []
+            if one.after is not None:
+                pretrained, before = self._weights(one.after, seed, fold)
+                overrides["pretrained_path"], needs = str(pretrained), [before]
+            if self.minutes is not None:
+                limit = {"_target_": "scripts.training.stages.TimeLimit", "minutes": one.share * self.minutes}
+                overrides |= {"+train#handlers": [limit], "resume": False}
+            config = self._config(self.base, self.settings, one.configs, overrides)
+            steps.append(Step(training, "training", config.get(), weights, needs))
+        for label, evaluation in self._evaluations(name).items():
+            used = {key: self._weights(other, seed, fold) for key, other in evaluation.uses.items()}
+            overrides = {
+                **evaluation.overrides,
+                **one.evaluation_overrides,
+                **common,
+                "ckpt_path": str(weights),
+                "report_dir": str(folder / label),
+                **{key: str(file) for key, (file, _) in used.items()},
+            }
+            config = self._config(self.evaluation_base, self.settings, one.configs, evaluation.configs, overrides)
+            needs = [training, *(step for _, step in used.values())]
+            written = folder / label / "metrics.json"
+            steps.append(Step(folder / label, evaluation.run_id, config.get(), written, needs))
+        return steps
 
-    def _common(self, split_file: Path) -> dict[str, Any]:
-        """Where things lie, for every run of a fold."""
-        return {
-            "bundle_root": str(self.bundle_root),
-            "dataset_dir": str(self.dataset_dir),
-            "cache_dir": str(self.output_dir / "cache"),
-            "split_file": str(split_file),
-            "file_pattern": self.file_pattern,
-            "patient_pattern": self.patient_pattern,
-        }
-
-    def prepare(self, split_files: Sequence[Path]) -> int:
+    def prepare(self) -> int:
         """Fills the slice cache, so that no two runs do the same work.
 
         Returns:
@@ -339,9 +406,9 @@ class Experiments:
             StudyError: if a study cannot be used.
         """
         counts = []
-        for fold, split_file in enumerate(split_files):
-            places = {"output_dir": str(self.output_dir / "splits" / f"fold_{fold}")}
-            parser = self._parser([*self.base, self._settings_file()], self._common(split_file) | places)
+        for fold in range(len(self.split_files)):
+            directory = Path(self.output_dir) / "splits" / f"fold_{fold}"
+            parser = self._config(self.base, self.settings, self._common(fold, directory))
             counts.append(len(parser.get_parsed_content("train#dataset")))
             cohort = parser.get_parsed_content("cohort")
             for part in ("validation", "test"):
@@ -349,235 +416,125 @@ class Experiments:
                     cohort.slices(part)
             if cohort.failures:
                 raise StudyError(
-                    f"{cohort.failures[0]['reason']} Without it the rows would not be of the same cohort: mend it, "
+                    f"{cohort.failures[0]['reason']} Without it the rows would not be of the same cohort: fix it, "
                     "or leave it out of dataset_dir or name it in held_out."
                 )
         return min(counts)
 
-    def too_large(self, training_slices: int) -> dict[str, str]:
+    def _too_large(self, training_slices: int) -> dict[str, str]:
         """Experiments that ask for a larger bank than there are training slices, with the reason."""
         reasons = {}
         for name in self.names:
-            one = self.experiments[name]
-            own = [*(json.loads(Path(file).read_text()) for file in self._files(one.configs)), one.overrides]
-            size = next((config["bank_size"] for config in reversed(own) if "bank_size" in config), None)
-            if isinstance(size, int) and size > training_slices:
-                reasons[name] = f"n/a: {training_slices} training slices cannot fill a bank of {size}"
+            own = self._layers(self.experiments[name].configs, self.experiments[name].overrides)
+            size = [layer["bank_size"] for layer in own if "bank_size" in layer][-1:]
+            if size and size[0] > training_slices:
+                reasons[name] = f"n/a: {training_slices} training slices cannot fill a bank of {size[0]}"
         return reasons
 
     # ---------------------------------------------------------------------------------------------------------- run
     def run(self) -> None:
-        """Runs everything and writes ``tables`` and ``index.html`` of what is complete.
+        """Runs everything that is not finished and writes the report of what is complete, or prints the plan.
 
         Raises:
-            StudyError: if a run failed.
+            StudyError: if a step failed, or a training that was begun had other settings.
         """
-        split_files = self.split_files()
-        notes = self.too_large(self.prepare(split_files))
-        tasks = [
+        notes = self._too_large(self.prepare())
+        runs = [
             (name, seed, fold)
             for seed in sorted({seed for seeds in self.seeds.values() for seed in seeds})
-            for fold in range(len(split_files))
+            for fold in range(len(self.split_files))
             for name in self.names
             if name not in notes and seed in self.seeds[name]
         ]
-        self._refuse_other_settings(tasks, split_files)
-        devices: queue.Queue[str | int | None] = queue.Queue()
-        for job in range(self.jobs):
-            devices.put(self.devices[job % len(self.devices)] if self.devices else None)
-        futures: dict[tuple[str, int, int], Future[str]] = {}
-
-        def work(name: str, seed: int, fold: int) -> str:
-            """Reason of the failure, empty where there is none."""
-            for needed in self._needs(name):
-                before = futures.get((needed, seed, fold))
-                # what is needed stands before it in the queue, so that this wait ends
-                if before is None or before.result():
-                    return f"it needs {needed}, which was not completed"
-            device = devices.get()
-            try:
-                return self._run_one(name, seed, fold, split_files[fold], device)
-            finally:
-                devices.put(device)
-
-        failed: dict[tuple[str, int, int], str] = {}
-        with ThreadPoolExecutor(self.jobs) as executor:
-            try:
-                for task in tasks:
-                    futures[task] = executor.submit(work, *task)
-                names = {future: task for task, future in futures.items()}
-                bar = tqdm(as_completed(names), "experiments", len(tasks), unit="run")
-                for future in bar:
-                    if future.result():
-                        task = names[future]
-                        failed[task] = future.result()
-                        bar.set_postfix(failed=len(failed))
-                        logger.error("%s, seed %d, fold %d failed: %s", *task, failed[task])
-            except BaseException:
-                executor.shutdown(cancel_futures=True)
-                raise
-        incomplete = {name for name, _, _ in failed}
-        notes |= {name: "not complete" for name in incomplete}
-        self.report(len(split_files), notes)
+        plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
+        for step in plan:
+            other = step.other_setting()
+            if step.run_id == "training" and step.file("log").is_file() and other is not None:
+                raise StudyError(
+                    f"{step.path.parent} was trained with another {other}: give another output_dir, or remove this "
+                    "folder."
+                )
+        waiting = [step for step in plan if not step.is_finished()]
+        for step in waiting:
+            step.write()
+        if self.dry_run:
+            self._print(waiting)
+            return
+        failed: dict[Path, str] = {}
+        for number, step in enumerate(waiting, start=1):
+            lacking = [needed for needed in step.needs if needed in failed]
+            logger.info("%d of %d: %s", number, len(waiting), step.path)
+            reason = f"it needs {lacking[0]}, which was not completed" if lacking else step.run(Path(self.bundle_root))
+            if reason:
+                failed[step.path] = reason
+                logger.error("%s failed: %s", step.path, reason)
+        for step in plan:
+            if step.run_id == "training" and step.path not in failed:
+                for checkpoints in list(step.path.parent.rglob("checkpoints")):  # it needs its weights alone
+                    shutil.rmtree(checkpoints)
+        notes |= {name: "not complete" for step, name in plan.items() if step.path in failed}
+        self._report(notes)
         if failed:
-            (name, seed, fold), reason = next(iter(failed.items()))
+            path, reason = next(iter(failed.items()))
             raise StudyError(
-                f"{len(failed)} of {len(tasks)} runs failed, the others are complete; first {name} (seed {seed}, fold "
-                f"{fold}): {reason}; the same command tries them again."
+                f"{len(failed)} of {len(plan)} steps failed, the others are complete; first {path}: {reason}; the same "
+                "command tries them again."
             )
 
-    def _step(
-        self, step: str, configs: Sequence[str], overrides: Mapping[str, Any], split_file: Path
-    ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-        """Config files, overrides and what tells whether a finished step was the same one."""
-        parser = self._parser(configs, overrides)
-        told = {key: value for key, value in parser.get().items() if not key.endswith(_PLACES)}
-        told["split"] = json.loads(split_file.read_text())
-        return self._files(configs), dict(overrides), json.loads(json.dumps(told))
+    def _print(self, waiting: Sequence[Step]) -> None:
+        """Prints the plan, and writes what can run at the same time to ``plan_<n>.sh``, one line for each step."""
+        levels: dict[Path, int] = {}
+        for step in waiting:  # what is needed stands before what needs it
+            levels[step.path] = 1 + max((levels.get(needed, 0) for needed in step.needs), default=0)
+        for old in Path(self.output_dir).glob("plan_*.sh"):
+            old.unlink()
+        for level in sorted(set(levels.values())):
+            commands = [step.command(Path(self.bundle_root)) for step in waiting if levels[step.path] == level]
+            path = Path(self.output_dir) / f"plan_{level}.sh"
+            path.write_text("\n".join(commands) + "\n")
+            print(f"# {path}: {len(commands)} steps, in any order", *commands, sep="\n")
 
-    def _steps(self, name: str, seed: int, fold: int, split_file: Path) -> dict[str, tuple]:
-        """Run id and ``_step`` of everything that one run does."""
-        one, folder = self.experiments[name], self.directory(name, seed, fold)
-        common = self._common(split_file) | {"seed": seed, "output_dir": str(folder), **one.overrides}
-        base = [*self.base, self._settings_file()]
-        steps: dict[str, tuple] = {}
-        if one.weights_of is None:
-            overrides: dict[str, Any] = {**self.budget, **common}
-            for key in ("max_epochs", "decay_start"):
-                if one.share != 1 and isinstance(overrides.get(key), int):
-                    overrides[key] = max(1, round(one.share * overrides[key]))
-            overrides |= {
-                "ckpt_path": str(folder / "model.pt"),
-                "last_ckpt_path": str(folder / "model_last.pt"),
-                **{key: str(folder / file) for key, file in one.writes.items()},
-            }
-            if one.after is not None:
-                overrides["pretrained_path"] = str(self.weights_file(one.after, seed, fold))
-            if self.minutes is not None:
-                limit = {"_target_": "scripts.training.stages.TimeLimit", "minutes": one.share * self.minutes}
-                overrides |= {"+train#handlers": [limit], "resume": False}
-            configs = [*base, *one.configs]
-            steps["training"] = ("training", self._step("training", configs, overrides, split_file))
-        for label, evaluation in self._evaluations(name).items():
-            overrides = {
-                **evaluation.overrides,
-                **one.evaluation_overrides,
-                **common,
-                "ckpt_path": str(self.weights_file(name, seed, fold)),
-                "report_dir": str(folder / label),
-                **{key: str(self.weights_file(used, seed, fold)) for key, used in evaluation.uses.items()},
-            }
-            configs = [*base, *one.configs, *evaluation.configs]
-            steps[label] = (evaluation.run_id, self._step(label, configs, overrides, split_file))
-        return steps
-
-    def _refuse_other_settings(self, tasks: Sequence[tuple[str, int, int]], split_files: Sequence[Path]) -> None:
-        """Raises: StudyError: if a training that was begun here had other settings."""
-        for name, seed, fold in tasks:
-            steps = self._steps(name, seed, fold, split_files[fold])
-            path = self.directory(name, seed, fold) / "training.told.json"
-            if "training" in steps and path.is_file():
-                before, now = json.loads(path.read_text()), steps["training"][1][2]
-                if before != now:
-                    key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-                    raise StudyError(
-                        f"{path.parent} was trained with another {key}: give another output_dir, or remove this folder."
-                    )
-
-    def _run_one(self, name: str, seed: int, fold: int, split_file: Path, device: str | int | None) -> str:
-        """Does the steps of one run that are not finished; returns the reason of a failure."""
-        folder = self.directory(name, seed, fold)
-        folder.mkdir(parents=True, exist_ok=True)
-        for step, (run_id, (files, overrides, told)) in self._steps(name, seed, fold, split_file).items():
-            done, told_file = folder / f"{step}.done", folder / f"{step}.told.json"
-            if done.is_file() and told_file.is_file() and json.loads(told_file.read_text()) == told:
-                continue
-            done.unlink(missing_ok=True)
-            told_file.write_text(json.dumps(told, indent=1) + "\n")
-            overlay, log = folder / f"{step}.json", folder / f"{step}.log"
-            overlay.write_text(json.dumps(overrides, indent=1) + "\n")
-            command = [sys.executable, "-m", "monai.bundle", "run", run_id, f"--config_file={[*files, str(overlay)]}"]
-            started = time.monotonic()
-            status = self.execute(command, log, device)
-            if status:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                return f"{step} ended with status {status} ({lines[-1].strip() if lines else 'no output'}), see {log}"
-            weights = self.weights_file(name, seed, fold)
-            if step == "training" and not weights.is_file():
-                return f"the training ended without writing {weights.name}, see {log}"
-            done.write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
-            if step == "training":
-                for checkpoints in list(folder.rglob("checkpoints")):  # a finished run needs its weights alone
-                    shutil.rmtree(checkpoints)
-        return ""
-
-    def execute(self, command: Sequence[str], log: Path, device: str | int | None) -> int:
-        """Runs a command in the bundle's folder, what it prints into a file; returns its exit status."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
-        with log.open("w") as file:
-            return subprocess.run(command, cwd=self.bundle_root, env=environment, stdout=file, stderr=file).returncode
-
-    # ------------------------------------------------------------------------------------------------------- tables
-    def runs(self, folds: int, notes: Mapping[str, str]) -> Runs | None:
-        """Scores of the complete experiments, the folds of a seed as one; None where there are none."""
-        folders = {
-            name: {
-                seed: [self.directory(name, seed, fold) / label for fold in range(folds) for label in done]
-                for seed in self.seeds[name]
-            }
+    # ------------------------------------------------------------------------------------------------------- report
+    def times(self) -> list[Table]:
+        """Wall time of every step, a mean over seeds and folds; empty where nothing was recorded."""
+        rows = [
+            {"row": name, "block": done.stem, "score": "minutes", "mean": minutes}
             for name in self.names
-            if name not in notes and (done := self._evaluations(name))
-        }
-        return read_runs(folders, self.draws) if folders else None
-
-    def _panel(self, complete: Sequence[str]) -> dict[str, Figure]:
-        """Images of the first seed and fold by their caption; empty where none is wanted."""
-        shown = {}
-        for name in (name for name in self.panels if name in complete):
-            folder = self.directory(name, self.seeds[name][0], 0)
-            overlays = [
-                self._settings_file(),
-                *self.experiments[name].configs,
-                str(folder / f"{next(iter(self._evaluations(name)))}.json"),
-            ]
-            shown[name] = {"config_file": self._files([*self.base, *overlays])}
-        return {PANEL_CAPTION: runs_panel(shown)} if shown else {}
-
-    def times(self, folds: int) -> Table | None:
-        """Wall time of every step, a mean over seeds and folds; None where nothing was recorded."""
-        rows = []
-        for name in self.names:
-            seconds: dict[str, list[float]] = {}
-            for seed, fold in itertools.product(self.seeds[name], range(folds)):
-                for done in sorted(self.directory(name, seed, fold).glob("*.done")):
-                    if text := done.read_text():  # empty, where an earlier version of the bundle wrote it
-                        seconds.setdefault(done.stem, []).append(json.loads(text)["seconds"])
-            rows += [
-                {"row": name, "block": step, "score": "minutes", "mean": statistics.fmean(values) / 60}
-                for step, values in seconds.items()
-            ]
+            for done in sorted((Path(self.output_dir) / name).glob("seed_*/fold_*/*.done"))
+            if (minutes := (done.stat().st_mtime - done.with_suffix(".started").stat().st_mtime) / 60) >= 0
+        ]
         if not rows:
-            return None
+            return []
+        cells = pd.DataFrame(rows).groupby(["row", "block", "score"], sort=False, as_index=False)["mean"].mean()
         length = f"{self.minutes} minutes" if self.minutes else ", ".join(f"{k} {v}" for k, v in self.budget.items())
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items()) or "those of the base"
         caption = (
-            f"Wall time of one training or evaluation in a process of its own with {self.threads} CPU threads, up to "
-            f"{self.jobs} at a time, a mean over seeds and folds; of a stopped training the time since its last start. "
-            f"Budget of every training: {length}; common settings: "
-            f"{', '.join(f'{key} {value}' for key, value in self.settings.items()) or 'those of the base'}."
+            "Wall time of one training or evaluation in a process of its own, a mean over seeds and folds; of a "
+            "stopped training the time since its last start. "
+            f"Budget of every training: {length}; common settings: {settings}."
         )
-        cells = pd.DataFrame(rows).sort_values("block", key=lambda c: c != "training", kind="stable")
-        return Table("times", "Times and budget", caption, cells)
+        cells = cells.sort_values("block", key=lambda column: column != "training", kind="stable")
+        return [Table("times", "Times and budget", caption, cells)]
 
-    def report(self, folds: int, notes: Mapping[str, str]) -> None:
-        """Writes ``tables`` (CSV, Markdown, LaTeX) and ``index.html``."""
-        runs = self.runs(folds, notes)
-        if runs is None:
-            return
-        tables = standard_tables(runs, self.table_definitions, self.paper_values, notes)
-        times = self.times(folds)
-        tables += [] if times is None else [times]
-        write_tables(tables, self.output_dir / "tables")
-        write_page(runs, tables, self.output_dir / "index.html", self.reference, self._panel(runs.names))
-        logger.info("wrote %s and %s", self.output_dir / "tables", self.output_dir / "index.html")
+    def _report(self, notes: Mapping[str, str]) -> None:
+        """The report of the experiments that are complete, the folds of a seed as one; none where none is."""
+        folds = range(len(self.split_files))
+        done = {name: list(self._evaluations(name)) for name in self.names if name not in notes}
+        runs = {
+            name: {s: [self.directory(name, s, f) / label for f in folds for label in done[name]] for s in seeds}
+            for name, seeds in self.seeds.items()
+            if done.get(name)
+        }
+        if runs:
+            shown = {name: self.directory(name, self.seeds[name][0], 0) for name in self.panels if name in runs}
+            self.report(
+                runs=runs,
+                reference=self.reference if self.reference in runs else None,
+                panels={name: {"config_file": [str(f / f"{done[name][0]}.json")]} for name, f in shown.items()},
+                notes=notes,
+                more_tables=self.times(),
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Pictures: scenarios beside the truth, runs side by side, one filled-in study, scores of single patients."""
+"""Figures: runs side by side, one filled-in study beside the target, scores of single patients."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from monai.bundle import ConfigParser
 from monai.metrics import PSNRMetric, SSIMMetric
+from monai.transforms.utils import generate_spatial_bounding_box
 from torch import nn
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, NUM_CONTRASTS, StudyError
 from ..data.datalist import find_studies
 from ..data.slices import SliceDataset
-from ..evaluation.metrics import fill_background, mean_of_available, zero_filling
+from ..evaluation.metrics import MAX_PSNR, fill_background, mean_of_available, zero_filling
 from ..evaluation.panels import show_slice
 from ..networks.sscf import network_input
 from ..networks.weights import with_weights
@@ -60,8 +62,8 @@ def predict_one_missing(network: nn.Module, target: torch.Tensor) -> torch.Tenso
 def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Mapping[str, torch.Tensor]) -> Figure:
     """Methods side by side where one contrast is missing, with a red box around the tumor and the absolute errors.
 
-    Two rows for each missing contrast: the three inputs, the truth and what each method makes of it, and below the
-    absolute error of each in units of the truth's scale (0 to 0.5).
+    Two rows for each missing contrast: the three inputs, the target and what each method makes of it, and below the
+    absolute error of each in units of the target's scale (0 to 0.5).
 
     Args:
         target: K x H x W, the complete slice in [-1, 1].
@@ -69,10 +71,7 @@ def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Ma
         predictions: for each method K x H x W, image k made without contrast k (``predict_one_missing``).
     """
     label = label.reshape(label.shape[-2:])
-    rows, columns = ((target > -1).any(dim=0).any(dim=1 - axis).nonzero() for axis in (0, 1))
-    if not len(rows):
-        raise ValueError("the slice has no brain: choose another one.")
-    box = (slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1))
+    box = _brain(target)
     target, label = target[(slice(None), *box)], label[box]
     width = NUM_CONTRASTS + len(predictions)
     figure = Figure(figsize=(1.7 * width, 1.9 * 2 * NUM_CONTRASTS), facecolor="black", layout="tight")
@@ -81,7 +80,7 @@ def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Ma
         axis.axis("off")
     for k, missing in enumerate(CONTRASTS):
         shown = [(f"{name} (input)", target[i]) for i, name in enumerate(CONTRASTS) if i != k]
-        shown.append((f"{missing}, truth", target[k]))
+        shown.append((f"{missing}, target", target[k]))
         made = [(f"{missing}, {name}", images[k][box]) for name, images in predictions.items()]
         for axis, (title, image) in zip(axes[2 * k], shown + made, strict=True):
             show_slice(axis, image, title)
@@ -93,13 +92,19 @@ def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Ma
     return figure
 
 
+def _brain(target: torch.Tensor) -> tuple[slice, slice]:
+    """The box of what is above background in any contrast of a slice, K x H x W."""
+    if not (target > -1).any():
+        raise ValueError("the slice has no brain: choose another one.")
+    low, high = generate_spatial_bounding_box(target, lambda values: values > -1)
+    return slice(low[0], high[0]), slice(low[1], high[1])
+
+
 def _tumor_box(axis: Axes, label: torch.Tensor) -> None:
-    """A red rectangle around everything that is not background, on an axis of ``_show``."""
-    found = (label > 0).nonzero()
-    if len(found):
-        low, high = found.amin(dim=0), found.amax(dim=0)
-        corner, size = (low - 0.5).tolist(), (high - low + 1).tolist()
-        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="red", linewidth=1))
+    """A red rectangle around everything that is not background, H x W."""
+    if label.any():
+        (x, y), (right, top) = generate_spatial_bounding_box(label[None])
+        axis.add_patch(Rectangle((x - 0.5, y - 0.5), right - x, top - y, fill=False, edgecolor="red", linewidth=1))
 
 
 def load_run(config_file: Sequence[str], part: str = "test", **overrides: Any) -> tuple[nn.Module, SliceDataset]:
@@ -163,43 +168,37 @@ def patient_plot(values: Mapping[str, Sequence[float]], title: str) -> Figure:
     return figure
 
 
-def difference_plot(rows: Mapping[str, tuple[float, float | None, float | None]], title: str) -> Figure:
+def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
     """Differences from a reference with their intervals, one line for each method.
 
     Args:
-        rows: for each method the mean difference and the ends of its interval; None draws none.
+        differences: for each method ``mean``, ``low`` and ``high``; None draws no interval.
         title: of the horizontal axis, with its unit.
     """
-    figure = Figure(figsize=(5, 1 + 0.35 * len(rows)), layout="tight")
+    frame = pd.DataFrame.from_dict(differences, orient="index", columns=["mean", "low", "high"], dtype=float)
+    figure = Figure(figsize=(5, 1 + 0.35 * len(frame)), layout="tight")
     axis = figure.subplots()
-    for y, (mean, low, high) in enumerate(rows.values()):
-        if low is not None:
-            axis.plot([low, high], [y, y], color="tab:blue")
-        axis.plot([mean], [y], "o", color="tab:blue")
+    spread = [frame["mean"] - frame["low"], frame["high"] - frame["mean"]]
+    axis.errorbar(frame["mean"], list(frame.index), xerr=spread, fmt="o")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), labels=list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axis.set_ylim(len(frame) - 0.5, -0.5)  # the first on top
     axis.set_xlabel(title)
     axis.grid(axis="x", alpha=0.3)
     return figure
 
 
 def compare_study(
-    truth: Mapping[str, str],
-    result: Mapping[str, str | Path],
-    picture: str | Path,
-    scale: float = 1.0,
-    caption: str = "",
+    target: Mapping[str, str], result: Mapping[str, str | Path], path: str | Path, scale: float = 1.0, caption: str = ""
 ) -> dict[str, float]:
-    """Draws a filled-in study beside the truth and scores it, with the reference_methods of the same input.
+    """Draws a filled-in study beside the complete one and scores it, with the reference methods of the same input.
 
     Scores are of the 3-D study in [0, 1] (brain's 99.5th percentile = 1, as the network sees it), over all axial slices
     with brain, outside the brain all the same: PSNR and SSIM are means over slices.
 
     Args:
-        truth: datalist item of the complete study, with a path for each contrast (and ``seg``).
+        target: datalist item of the complete study, with a path for each contrast (and ``seg``).
         result: path of each synthesized contrast by its key (and ``seg``), as ``synthesize_study`` returns.
-        picture: PNG file to write.
+        path: PNG file to write.
         scale: ``output_scale`` of the inference.
         caption: put below the mask.
 
@@ -207,76 +206,71 @@ def compare_study(
         ``<contrast>_psnr``, ``<contrast>_ssim`` of each synthesized contrast, and the same with the prefixes
         ``mean_of_available_`` and ``zero_filling_``.
     """
-    real = []
-    for key in CONTRAST_KEYS:
-        image = nib.as_closest_canonical(nib.load(truth[key]))
-        values = image.get_fdata(dtype=np.float32)
-        brain = values > 0
-        real.append(np.clip(values / np.percentile(values[brain], 99.5), 0, 1) * 2 - 1)
-    missing = [k in result for k in CONTRAST_KEYS]
+
+    def load(file: str | Path) -> torch.Tensor:
+        """Slices x X x Y, from inferior to superior."""
+        volume = nib.as_closest_canonical(nib.load(file)).get_fdata(dtype=np.float32)
+        return torch.from_numpy(volume.transpose(2, 0, 1).copy())  # torch takes no flipped view
+
+    def scaled(volume: torch.Tensor) -> torch.Tensor:
+        return (volume / np.percentile(volume[volume > 0], 99.5)).clamp(0, 1) * 2 - 1
+
+    real = torch.stack([scaled(load(target[key])) for key in CONTRAST_KEYS], dim=1)
+    missing = [key in result for key in CONTRAST_KEYS]
     made = [
-        nib.as_closest_canonical(nib.load(result[key])).get_fdata(dtype=np.float32) / scale * 2 - 1 if gone else real[i]
-        for i, (key, gone) in enumerate(zip(CONTRAST_KEYS, missing, strict=True))
+        load(result[key]) / scale * 2 - 1 if gone else real[:, k]
+        for k, (key, gone) in enumerate(zip(CONTRAST_KEYS, missing, strict=True))
     ]
-    target = torch.from_numpy(np.stack(real)).permute(3, 0, 1, 2)  # slices x K x X x Y
-    images = torch.from_numpy(np.stack(made)).permute(3, 0, 1, 2)
-    available = ~torch.tensor(missing).expand(target.shape[0], -1)
-    kept = (target > -1).flatten(1).any(dim=1)
-    target, images, available = target[kept], images[kept], available[kept]
+    kept = (real > -1).flatten(1).any(dim=1)
+    real, images = real[kept], torch.stack(made, dim=1)[kept]
+    available = ~torch.tensor(missing).expand(len(real), -1)
     scores: dict[str, float] = {}
     for prefix, prediction in (
         ("", images),
-        ("mean_of_available_", mean_of_available(target, available)),
-        ("zero_filling_", zero_filling(target, available)),
+        ("mean_of_available_", mean_of_available(real, available)),
+        ("zero_filling_", zero_filling(real, available)),
     ):
-        prediction = (fill_background(prediction, target, available) + 1) / 2
+        prediction = (fill_background(prediction, real, available) + 1) / 2
         for k, key in enumerate(CONTRAST_KEYS):
             if missing[k]:
-                pair = prediction[:, k : k + 1].clamp(0, 1), (target[:, k : k + 1] + 1) / 2
-                scores[f"{prefix}{key}_psnr"] = float(PSNRMetric(max_val=1.0)(*pair).clamp(max=100).mean())
+                pair = prediction[:, k : k + 1].clamp(0, 1), (real[:, k : k + 1] + 1) / 2
+                scores[f"{prefix}{key}_psnr"] = float(PSNRMetric(max_val=1.0)(*pair).clamp(max=MAX_PSNR).mean())
                 scores[f"{prefix}{key}_ssim"] = float(SSIMMetric(spatial_dims=2, data_range=1.0)(*pair).mean())
-    masks = [
-        nib.as_closest_canonical(nib.load(p[MASK_KEY])).get_fdata(dtype=np.float32).transpose(2, 0, 1)[kept.numpy()]
-        if MASK_KEY in p
-        else None
-        for p in (truth, result)
-    ]
-    _study_figure(target, images, missing, masks, caption).savefig(picture, dpi=110, facecolor="black")
+    masks = [load(paths[MASK_KEY])[kept] if MASK_KEY in paths else None for paths in (target, result)]
+    _study_figure(real, images, missing, masks, caption).savefig(path, dpi=110, facecolor="black")
     return scores
 
 
-def _study_figure(target: torch.Tensor, images: torch.Tensor, missing: list[bool], masks: list, caption: str) -> Figure:
-    """Rows: truth, result, absolute error; columns: contrasts and mask; the slice with the largest tumor."""
+def _study_figure(
+    target: torch.Tensor, images: torch.Tensor, missing: list[bool], masks: list[torch.Tensor | None], caption: str
+) -> Figure:
+    """Rows: target, result, absolute error; columns: contrasts and mask; the slice with the largest tumor."""
     guide = masks[0] if masks[0] is not None else masks[1]
-    z = int((guide > 0).sum(axis=(1, 2)).argmax()) if guide is not None else target.shape[0] // 2
-    rows, columns = ((target[z] > -1).any(dim=0).any(dim=1 - axis).nonzero() for axis in (0, 1))
-    box = (slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1))
-    truth, made = target[z][:, box[0], box[1]], images[z][:, box[0], box[1]]
+    z = int((guide > 0).sum(dim=(1, 2)).argmax()) if guide is not None and guide.any() else len(target) // 2
+    box = _brain(target[z])
+    real, made = target[z][:, *box], images[z][:, *box]
     figure = Figure(figsize=(11, 8), facecolor="black", layout="tight")
     axes = figure.subplots(3, 5)
+    for axis in axes[2]:
+        axis.axis("off")
     for k, name in enumerate(CONTRASTS):
-        show_slice(axes[0, k], truth[k], f"{name}, truth")
+        show_slice(axes[0, k], real[k], f"{name}, target")
         show_slice(axes[1, k], made[k], f"{name}, {'SYNTHETIC' if missing[k] else 'input'}")
         if missing[k]:
-            show_slice(
-                axes[2, k], (made[k] - truth[k]).abs() / 2, "absolute error, 0 to 0.5", cmap="magma", vmin=0, vmax=0.5
-            )
-        else:
-            axes[2, k].axis("off")
+            error = (made[k] - real[k]).abs() / 2
+            show_slice(axes[2, k], error, "absolute error, 0 to 0.5", cmap="magma", vmin=0, vmax=0.5)
     # BraTS labels on file: 1 NET, 2 ED, 4 (or 3) ET
-    order = np.array([0, 3, 1, 2, 2])
-    given = missing.index(False)
+    order = torch.tensor([0, 3, 1, 2, 2])
     for row, (mask, title) in enumerate(zip(masks, ("mask, annotated", "mask, predicted"), strict=True)):
-        shown = None if mask is None else order[mask[z][box].astype(int).clip(0, 4)]
-        show_slice(axes[row, 4], truth[given], title, shown)
-    axes[2, 4].axis("off")
-    legend = "green: edema\nyellow: enhancing\nred: non-enhancing core"
-    axes[2, 4].text(0.05, 0.5, f"{legend}\n\n{caption}", color="white", fontsize=9, va="center")
+        shown = None if mask is None else order[mask[z][box].long().clamp(0, 4)]
+        show_slice(axes[row, 4], real[missing.index(False)], title, shown)
+    legend = f"green: edema\nyellow: enhancing\nred: non-enhancing core\n\n{caption}"
+    axes[2, 4].text(0.05, 0.5, legend, color="white", fontsize=9, verticalalignment="center")
     return figure
 
 
-def demo_picture(
-    study: str, dataset_dir: str | Path, result_dir: str | Path, picture: str | Path, caption: str = ""
+def demo_figure(
+    study: str, dataset_dir: str | Path, result_dir: str | Path, path: str | Path, caption: str = ""
 ) -> dict[str, float]:
     """``compare_study`` for a study of a folder; prints the scores as one line.
 
@@ -284,7 +278,7 @@ def demo_picture(
         study: name of the study, or a JSON file of a split, which means its first test study.
         dataset_dir: folder of the complete studies.
         result_dir: ``output_dir`` of the inference.
-        picture: PNG file to write.
+        path: PNG file to write.
         caption: put below the mask, for example the source of the images.
 
     Returns:
@@ -292,18 +286,17 @@ def demo_picture(
     """
     if study.endswith(".json"):
         study = json.loads(Path(study).read_text())["test"][0]
-    truth = next(item for item in find_studies(dataset_dir) if item["study"] == study)
+    target = next(item for item in find_studies(dataset_dir) if item["study"] == study)
     folder = Path(result_dir) / study
     files = {key: folder / f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS}
-    result = {key: path for key, path in files.items() if path.is_file()} | {MASK_KEY: folder / f"{study}_seg.nii.gz"}
-    scores = compare_study(truth, result, picture, caption=caption)
+    result = {key: file for key, file in files.items() if file.is_file()}
+    scores = compare_study(target, {**result, MASK_KEY: folder / f"{study}_seg.nii.gz"}, path, caption=caption)
     parts = []
     for key in result:
-        if key != MASK_KEY:
-            ours, mean, zero = (
-                f"{scores[f'{reference_method}{key}_psnr']:.2f} dB / {scores[f'{reference_method}{key}_ssim']:.3f}"
-                for reference_method in ("", "mean_of_available_", "zero_filling_")
-            )
-            parts.append(f"{key} PSNR / SSIM {ours} (mean of available {mean}, zero filling {zero})")
-    print(f"{study}: " + "; ".join(parts) + f"; picture {picture}")
+        ours, mean, zero = (
+            f"{scores[f'{prefix}{key}_psnr']:.2f} dB / {scores[f'{prefix}{key}_ssim']:.3f}"
+            for prefix in ("", "mean_of_available_", "zero_filling_")
+        )
+        parts.append(f"{key} PSNR / SSIM {ours} (mean of available {mean}, zero filling {zero})")
+    print(f"{study}: " + "; ".join(parts) + f"; figure {path}")
     return scores
