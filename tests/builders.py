@@ -242,6 +242,7 @@ TINY_RUN: dict[str, object] = {
     "val_slice_count": 2,
     "num_workers": 0,
     "prepare_workers": 0,
+    "amp": False,
 }
 
 

@@ -90,7 +90,9 @@ def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> di
                 raise StudyError(f"There is no setting {given_name}: did you mean {near[0]}?")
             continue
         default, is_text = parser[name], isinstance(value, str)
-        by_expression = isinstance(default, str) and default[:1] in "$@"
+        by_expression = (isinstance(default, str) and default[:1] in "$@") or (
+            isinstance(default, Mapping) and "_target_" in default
+        )
         if is_text and value.lower() in _TRUTH and (isinstance(default, bool) or by_expression):
             changed[name] = value = _TRUTH[value.lower()]
         elif value is None or (is_text and value[:1] in ("$", "@", "%")):

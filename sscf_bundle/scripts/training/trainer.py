@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
 from ..networks.memory_bank import BankEntries, MemoryBank
+from ..networks.precision import half_dtype
 from ..networks.sscf import network_input
 from .losses import Draw, draw_entries, samples_to_judge
 from .step import Scenario
@@ -448,12 +449,6 @@ class SSCFTrainer(SynthesisTrainer):
         if not self.training_step.net.uses_bank:
             return {}
         return {f"bank_{name}": value for name, value in self.bank.statistics().items()}
-
-
-def half_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16, or float16 on a GPU that lacks it."""
-    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
-    return torch.float16 if lacks else torch.bfloat16
 
 
 def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
