@@ -31,9 +31,10 @@ from ignite.engine import Engine, Events
 from scipy.stats import permutation_test
 
 from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from ..inference.evaluator import StudyEvaluator
 from ..networks.memory_bank import style_spread
-from .evaluator import ScenarioEvaluator, StudyScores
 from .protocols import PerceptualDistance
+from .scores import StudyScores
 
 #: Columns of ``scores.csv``. ``available`` is the number of available contrasts, ``of`` the scored contrast or region.
 COLUMNS = (
@@ -52,9 +53,6 @@ COLUMNS = (
 MEASURE = ("method", "protocol", "region", "score")
 #: With fewer patients no p-value is given: of five, the smallest possible one is 2 / 2^5 = 0.06.
 MIN_PATIENTS = 6
-
-#: What the protocol of the network's own mask is.
-SEGMENTATION = "Dice of the evaluated slices of a study together, both empty 1, one empty 0"
 
 _OF = (*CONTRASTS, *REGIONS)
 _SCENARIOS = tuple(scenario_name(row) for row in SCENARIOS)
@@ -303,7 +301,7 @@ class EvaluationTables:
     Each file appears complete or not at all. In a distributed run the rows of all processes are joined.
 
     Args:
-        scores: attached to the evaluator before this.
+        scores: the writer of the evaluator.
         directory: where to write.
         facts: what the run was, written as it is; where there is ``weights``, the hash of that file is added. For a
             network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
@@ -328,7 +326,7 @@ class EvaluationTables:
         """Writes at ``COMPLETED``."""
         engine.add_event_handler(Events.COMPLETED, self)
 
-    def __call__(self, engine: ScenarioEvaluator) -> None:
+    def __call__(self, engine: StudyEvaluator) -> None:
         """Raises: SystemExit: if nothing could be scored."""
         mine = {
             "rows": self.scores.rows,
@@ -364,7 +362,7 @@ class EvaluationTables:
             },
         }
         if "segmentation" in set(frame["protocol"]):
-            facts["protocols"]["segmentation"] = SEGMENTATION
+            facts["protocols"]["segmentation"] = self.scores.segmentation
         if getattr(engine.network, "uses_bank", False):
             network = engine.network
             present = network.bank_present
