@@ -72,13 +72,16 @@ def make_truth(seed: int = 0) -> StudyTruth:
     tumor &= torch.rand(SIZE, generator=draw) < 0.7
     images = torch.rand((SIZE[0], 4, *SIZE[1:]), generator=draw) * torch.tensor([0.5, 1.0, 0.8, 0.9]).view(1, 4, 1, 1)
     images = torch.where(brain.unsqueeze(1), images, 0.0)
-    paper = torch.zeros(SIZE[0], dtype=torch.bool)
-    paper[[2, 4, 5, 7, 8]] = True
-    return StudyTruth(images, brain, tumor, paper)
+    return StudyTruth(images, brain, tumor)
+
+
+def make_slices(*rows: int) -> StudyTruth:
+    """Some slices of it."""
+    return StudyTruth(*(values[list(rows)] for values in make_truth()))
 
 
 def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
-    noise = 0.2 * torch.randn(SIZE, generator=generator(seed))
+    noise = 0.2 * torch.randn(truth.brain.shape, generator=generator(seed))
     return torch.where(truth.brain, (truth.images[:, k] + noise).clamp(0, 1), 0.0)
 
 
@@ -129,14 +132,13 @@ def test_boxes_hold_the_tumor_have_rounded_sides_and_lie_in_the_frame() -> None:
 
 
 def test_dice_of_regions() -> None:
-    label = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    label, prediction = torch.zeros(2, 2, 1, 4, 4, dtype=torch.uint8)
     label[0, 0, 0] = 1  # 4 pixels of ED, no core
-    probabilities = torch.zeros(2, 3, 4, 4)
-    probabilities[0, 0, 0, :2] = 0.9  # half of it
-    assert region_dice(probabilities, label).tolist() == pytest.approx([2 * 2 / (2 + 4), 1.0, 1.0])
-    probabilities[1, 1, 3, 3] = 0.8  # ET where there is none
-    assert region_dice(probabilities, label).tolist() == pytest.approx([2 * 2 / (3 + 4), 0.0, 0.0])
-    assert region_dice(torch.zeros(2, 3, 4, 4), label).tolist() == [0.0, 1.0, 1.0]
+    prediction[0, 0, 0, :2] = 1  # half of it
+    assert region_dice(prediction, label).tolist() == pytest.approx([2 * 2 / (2 + 4), 1.0, 1.0])
+    prediction[1, 0, 3, 3] = 2  # ET where there is none
+    assert region_dice(prediction, label).tolist() == pytest.approx([2 * 2 / (3 + 4), 0.0, 0.0])
+    assert region_dice(torch.zeros_like(label), label).tolist() == [0.0, 1.0, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------------------ LPIPS
@@ -200,7 +202,7 @@ def literal_paper(
         a, b = (torch.from_numpy(2 * v - 1).float()[None, None].expand(1, 3, -1, -1) for v in (a, b))
         return float(model(a, b))
 
-    for z in np.flatnonzero(truth.largest_tumor.numpy()):
+    for z in range(len(truth.brain)):
         t = truth.images[z, k].double().numpy()
         g = (prediction[z].double().numpy() - t.min()) / (t.max() - t.min())
         t = (t - t.min()) / (t.max() - t.min())
@@ -235,7 +237,7 @@ def literal_paper(
 
 
 def test_paper_convention_is_the_literal_one(weights: Path) -> None:
-    truth, distance = make_truth(), PerceptualDistance(weights)
+    truth, distance = make_slices(2, 4, 5, 7, 8), PerceptualDistance(weights)
     protocol = PerSliceProtocol(distance)
     protocol.start(truth)
     assert len(protocol.crops) == 2  # boxes of two sizes
@@ -249,12 +251,12 @@ def test_paper_convention_is_the_literal_one(weights: Path) -> None:
 
 
 def test_slices_where_the_truth_is_constant_are_left_out() -> None:
-    truth = make_truth()
-    prediction = make_guess(truth, 1)
+    truth = make_slices(2, 4, 5, 7, 8)
+    prediction, others = make_guess(truth, 1), [0, 2, 3, 4]
     protocol = PerSliceProtocol()
-    protocol.start(truth._replace(largest_tumor=truth.largest_tumor & (torch.arange(SIZE[0]) != 4)))
-    expected = protocol.score(1, prediction)["per_slice"]
-    truth.images[4, 1] = 0.3
+    protocol.start(StudyTruth(*(values[others] for values in truth)))
+    expected = protocol.score(1, prediction[others])["per_slice"]
+    truth.images[1, 1] = 0.3
     protocol.start(truth)
     for key, value in protocol.score(1, prediction)["per_slice"].items():
         assert float(value) == pytest.approx(float(expected[key]), rel=1e-5), key
@@ -283,27 +285,20 @@ def test_robust_convention_is_the_literal_one() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- BraSyn
 @pytest.mark.parametrize(
-    ("cuboid", "first"),
-    [((70, 62, 40), 13), ((50, 44, 15), 1), ((50, 44, 20), 0), ((40, 40, 10), 2), (None, 3)],
-    ids=["brain in the middle", "brain at the borders", "brain at the lower end", "smaller than the frame", "frame"],
+    "room",
+    [((13, 15), (11, 11), (7, 8)), ((1, 0), (1, 1), (2, 2)), ((0, 6), (1, 1), (2, 2)), ((0, 0), (0, 0), (0, 0))],
+    ids=["brain in the middle", "brain at the borders", "brain at the lower end", "no room"],
 )
-def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int, int] | None, first: int) -> None:
-    truth, k = make_truth()._replace(first=first), 3
-    prediction = make_guess(truth, k)
-    protocol = BraSynProtocol(cuboid)
+def test_brasyn_is_the_literal_one_over_the_whole_volume(room: tuple[tuple[int, int], ...]) -> None:
+    padding = [n for pair in reversed(room) for n in pair]
+    small, k = make_truth(), 3
+    images = torch.nn.functional.pad(small.images, [*padding[:4], 0, 0, *padding[4:]])
+    truth = StudyTruth(images, *(torch.nn.functional.pad(mask, padding) for mask in small[1:]))
+    prediction = torch.nn.functional.pad(make_guess(small, k), padding)
+    protocol = BraSynProtocol()
     protocol.start(truth)
     scores = protocol.score(k, prediction)
-    shape, z = SIZE, 0
-    if cuboid is not None:
-        shape, z = (max(cuboid[2], first + SIZE[0]), max(cuboid[0], SIZE[1]), max(cuboid[1], SIZE[2])), first
-    y, x = ((n - s) // 2 for n, s in zip(shape[1:], SIZE[1:], strict=True))
-
-    def whole(image: torch.Tensor) -> np.ndarray:
-        out = np.zeros(shape)
-        out[z : z + SIZE[0], y : y + SIZE[1], x : x + SIZE[2]] = image.numpy()
-        return out
-
-    t, g, m = whole(truth.images[:, k]), whole(prediction), whole(truth.tumor) > 0
+    t, g, m = truth.images[:, k].double().numpy(), prediction.double().numpy(), truth.tumor.numpy()
 
     def own(image: np.ndarray) -> np.ndarray:
         low, high = np.percentile(image, (0.5, 99.5))
@@ -325,7 +320,7 @@ def test_brasyn_is_the_literal_one_over_the_whole_cuboid(cuboid: tuple[int, int,
 
 def test_own_scaling_is_blind_to_intensity_and_the_reference_scaling_is_not() -> None:
     truth = make_truth()
-    protocol = BraSynProtocol((60, 56, 30))
+    protocol = BraSynProtocol()
     protocol.start(truth)
     scores = protocol.score(1, truth.images[:, 1] / 2)
     assert float(scores["brasyn"]["healthy", "ssim"]) == pytest.approx(1, abs=1e-5)
@@ -334,7 +329,7 @@ def test_own_scaling_is_blind_to_intensity_and_the_reference_scaling_is_not() ->
 
 # ----------------------------------------------------------------------------------------------------- closed forms
 def all_conventions(weights: Path) -> list:
-    return [PerSliceProtocol(PerceptualDistance(weights)), VolumeProtocol(), BraSynProtocol((60, 56, 30))]
+    return [PerSliceProtocol(PerceptualDistance(weights)), VolumeProtocol(), BraSynProtocol()]
 
 
 def test_identical_images_have_the_best_scores(weights: Path) -> None:

@@ -35,8 +35,8 @@ from scripts.evaluation.bootstrap import (
     sign_flip_p_value,
     summarize,
 )
-from scripts.evaluation.evaluator import StudyScores
 from scripts.evaluation.protocols import VolumeProtocol
+from scripts.evaluation.scores import StudyScores
 from scripts.networks.sscf import SSCFNet
 
 #: For some groups of a summary, which rows belong to them.

@@ -32,9 +32,10 @@ from ignite.engine import Engine, Events
 from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test
 
 from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from ..inference.evaluator import StudyEvaluator
 from ..networks.memory_bank import style_spread
-from .evaluator import ScenarioEvaluator, StudyScores
 from .protocols import PerceptualDistance
+from .scores import StudyScores
 
 #: Columns that say what is measured; rows that agree in them are averaged.
 MEASURE = ["method", "protocol", "region", "score"]
@@ -42,9 +43,6 @@ MEASURE = ["method", "protocol", "region", "score"]
 COLUMNS = ["study", "patient", "scenario", "available", "of", *MEASURE, "value"]
 #: With fewer patients no p-value is given: of five, the smallest possible one is 2 / 2^5 = 0.06.
 MIN_PATIENTS = 6
-
-#: What the protocol of the network's own mask is.
-SEGMENTATION = "Dice of the evaluated slices of a study together, both empty 1, one empty 0"
 
 _PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lpips")
 
@@ -243,7 +241,7 @@ class EvaluationTables:
     Each file appears complete or not at all. In a distributed run the rows of all processes are joined.
 
     Args:
-        scores: attached to the evaluator before this.
+        scores: the writer of the evaluator.
         directory: where to write.
         facts: metadata of the run, written as they are; where there is ``weights``, the hash of that file is added. For
             a network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
@@ -272,7 +270,7 @@ class EvaluationTables:
         """
         engine.add_event_handler(Events.COMPLETED, self)
 
-    def __call__(self, engine: ScenarioEvaluator) -> None:
+    def __call__(self, engine: StudyEvaluator) -> None:
         """Joins the rows of all processes and writes both files.
 
         Args:
@@ -315,7 +313,7 @@ class EvaluationTables:
             },
         }
         if "segmentation" in set(frame["protocol"]):
-            facts["protocols"]["segmentation"] = SEGMENTATION
+            facts["protocols"]["segmentation"] = self.scores.segmentation
         if getattr(engine.network, "uses_bank", False):
             network = engine.network
             present = network.bank_present

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..contrasts import NUM_TUMOR_CLASSES, StudyError, label_map, region_masks
+from ..contrasts import NUM_TUMOR_CLASSES, StudyError, region_masks
 from .metrics import MAX_PSNR
 
 #: Gaussian window of SSIM, as in Wang et al. (2004).
@@ -45,18 +45,14 @@ class StudyTruth(NamedTuple):
     """What a prediction for one study is compared with.
 
     Args:
-        images: Z x K x H x W in [0, 1], background 0; Z are the evaluated slices.
+        images: Z x K x H x W in [0, 1], background 0: slices, or a volume along any of its axes.
         brain: Z x H x W boolean, union of the true contrasts above background.
         tumor: Z x H x W boolean, whole tumor; all False without a mask.
-        largest_tumor: Z boolean, the slices of the ``largest_tumor`` choice.
-        first: position of the first slice in the volume.
     """
 
     images: torch.Tensor
     brain: torch.Tensor
     tumor: torch.Tensor
-    largest_tumor: torch.Tensor
-    first: int = 0
 
 
 # -------------------------------------------------------------------------------------------------- building blocks
@@ -173,11 +169,11 @@ def quantile_with_background(values: torch.Tensor, fraction: float, total: int) 
     return lower + (position - low) * (order_statistic(min(low + 1, total - 1)) - lower)
 
 
-def region_dice(probabilities: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Dice of WT, TC and ET over all given slices together; both empty = 1, one empty = 0.
 
     Args:
-        probabilities: Z x 3 x spatial of ED, ET, NET.
+        prediction: Z x 1 x spatial classes.
         label: Z x 1 x spatial classes.
 
     Returns:
@@ -185,7 +181,7 @@ def region_dice(probabilities: torch.Tensor, label: torch.Tensor) -> torch.Tenso
     """
     ours, theirs = (
         region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).transpose(0, 1).flatten(1)
-        for c in (label_map(probabilities), label)
+        for c in (prediction, label)
     )
     both = ours.sum(1) + theirs.sum(1)
     return torch.where(both > 0, 2 * (ours & theirs).sum(1) / both, 1.0)
@@ -286,6 +282,8 @@ class Protocol(ABC):
     name: str
     #: One line for the facts of an evaluation.
     definition: str
+    #: Whether it scores whole studies on the grid on file; else slices on the network's grid.
+    whole: bool = False
 
     def __init__(self, available: Sequence[int] = (1, 2, 3)) -> None:
         self.available = tuple(available)
@@ -346,8 +344,7 @@ class PerSliceProtocol(Protocol):
 
     def start(self, truth: StudyTruth) -> None:
         """See ``Protocol``."""
-        self.rows = truth.largest_tumor
-        images, self.tumor = truth.images[self.rows].transpose(0, 1), truth.tumor[self.rows]  # K x R x H x W, R x H x W
+        images, self.tumor = truth.images.transpose(0, 1), truth.tumor  # K x R x H x W, R x H x W
         self.low = images.amin(dim=(2, 3), keepdim=True)
         span = images.amax(dim=(2, 3), keepdim=True) - self.low
         self.valid = (span > 0)[..., 0, 0]
@@ -370,7 +367,7 @@ class PerSliceProtocol(Protocol):
     def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
         truth, valid = self.images[target], self.valid[target]
-        prediction = (prediction[self.rows] - self.low[target]) / self.span[target]
+        prediction = (prediction - self.low[target]) / self.span[target]
         error, power = (prediction - truth) ** 2, truth**2
         similarity = ssim_map(prediction, truth, 2, margin=REACH)
         everywhere = torch.ones_like(self.box)
@@ -448,18 +445,19 @@ def _rectangles(first: torch.Tensor, size: torch.Tensor, shape: Sequence[int]) -
 
 
 class VolumeProtocol(Protocol):
-    """The whole 3-D study in the scaling of its volumes, inside the brain.
+    """The whole 3-D study on the grid on file, inside the brain.
 
     1 is the 99.5th percentile of the true volume's brain, the data range is 1. PSNR is of the squared error pooled over
     the brain (union of the true contrasts above background), NMSE the sum of squared errors / the sum of squares of
-    the truth in it, SSIM the 3-D map (outside the frame is background) averaged over it. Region ``tumor``: the same
+    the truth in it, SSIM the 3-D map (outside the volume is background) averaged over it. Region ``tumor``: the same
     inside the whole tumor.
     """
 
     name = "volume"
+    whole = True
     definition = (
-        "3-D study, 99.5th percentile of the true volume's brain = 1, data range 1, pooled over the brain mask (union "
-        "of the true contrasts) or the tumor mask"
+        "3-D study on the grid on file, 99.5th percentile of the true volume's brain = 1, data range 1, pooled over "
+        "the brain mask (union of the true contrasts) or the tumor mask"
     )
 
     def start(self, truth: StudyTruth) -> None:
@@ -485,8 +483,8 @@ class VolumeProtocol(Protocol):
 class BraSynProtocol(Protocol):
     """The metrics of the BraSyn challenge, which has one contrast missing; studies with tumor only.
 
-    ``brasyn``: truth and prediction are each clipped to their own 0.5th and 99.5th percentile of the whole cuboid and
-    scaled to [0, 1]; regions ``tumor`` and ``healthy`` are the mean 3-D SSIM over the cuboid of both images multiplied
+    ``brasyn``: truth and prediction are each clipped to their own 0.5th and 99.5th percentile of the volume on file and
+    scaled to [0, 1]; regions ``tumor`` and ``healthy`` are the mean 3-D SSIM over the volume of both images multiplied
     by the tumor mask or by its complement, with the larger intensity range of the two products as data range. The
     zeros dominate both: a prediction without any tumor has a ``tumor`` SSIM near 1.
 
@@ -494,15 +492,14 @@ class BraSynProtocol(Protocol):
     tumor; SSIM map averaged inside the tumor, MSE and PSNR inside the tumor, data range 1.
 
     Args:
-        cuboid: shape (x, y, z) of the whole volume, in which the evaluated frame lies in the middle of x and y, with
-            background around; z is known. None takes the evaluated slices themselves.
         available: see ``Protocol``.
     """
 
     name = "brasyn"
+    whole = True
     definition = (
-        "3-D, each volume scaled by its own 0.5th and 99.5th percentile of the cuboid, mean SSIM over the cuboid of "
-        "the images times the tumor mask (tumor) or its complement (healthy)"
+        "3-D on the grid on file, each volume scaled by its own 0.5th and 99.5th percentile, mean SSIM over the volume "
+        "of the images times the tumor mask (tumor) or its complement (healthy)"
     )
     reference_name = "brasyn_reference"
     reference_definition = (
@@ -511,9 +508,8 @@ class BraSynProtocol(Protocol):
     )
     fractions = (0.005, 0.995)
 
-    def __init__(self, cuboid: Sequence[int] | None = None, available: Sequence[int] = (3,)) -> None:
+    def __init__(self, available: Sequence[int] = (3,)) -> None:
         super().__init__(available)
-        self.cuboid = None if cuboid is None else tuple(cuboid)
 
     def definitions(self) -> dict[str, str]:
         """See ``Protocol``."""
@@ -524,23 +520,17 @@ class BraSynProtocol(Protocol):
         self.has_tumor = bool(truth.tumor.any())
         if not self.has_tumor:
             return
-        frame = tuple(truth.tumor.shape)
-        if self.cuboid is None:
-            offset, shape = (0, 0, 0), frame
-        else:
-            x, y, z = self.cuboid
-            shape = (max(z, truth.first + frame[0]), max(x, frame[1]), max(y, frame[2]))
-            offset = (truth.first, (shape[1] - frame[1]) // 2, (shape[2] - frame[2]) // 2)
+        shape = tuple(truth.tumor.shape)
         self.voxels = math.prod(shape)
         self.windows = math.prod(n - 2 * REACH for n in shape)
         self.crop = bounding_box(truth.brain | truth.tumor)
         self.images = truth.images.transpose(0, 1)[(slice(None), *self.crop)]
         self.tumor = truth.tumor[self.crop]
         self.inner = bounding_box(self.tumor)
-        # background between these boxes and the border of the cuboid, as far as a window that sees the box reaches
+        # background between these boxes and the border of the volume, as far as a window that sees the box reaches
         self.room, self.inner_room = [], []
         for axis in (2, 1, 0):  # the order of padding
-            start, inner = offset[axis] + self.crop[axis].start, self.inner[axis]
+            start, inner = self.crop[axis].start, self.inner[axis]
             for room, first, stop in (
                 (self.room, start, start + self.tumor.shape[axis]),
                 (self.inner_room, start + inner.start, start + inner.stop),
@@ -583,7 +573,7 @@ class BraSynProtocol(Protocol):
     def _cuboid_ssim(
         self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, room: list[int]
     ) -> torch.Tensor:
-        """Mean over the windows of the cuboid, of which those that see nothing but zeros have an SSIM of 1."""
+        """Mean over the windows of the volume, of which those that see nothing but zeros have an SSIM of 1."""
         ours, theirs = ours * mask, theirs * mask
         data_range = torch.maximum(ours.amax() - ours.amin(), theirs.amax() - theirs.amin())
         similarity = ssim_map(ours, theirs, 3, margin=room, data_range=data_range)

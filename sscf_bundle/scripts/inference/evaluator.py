@@ -12,10 +12,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,8 +45,8 @@ class StudyEvaluator(Evaluator):
 
     Studies are written by threads in the background while the next ones are computed. After ``run``, which returns
     when all is written, ``written`` maps each finished study to the paths that the writer gave, and ``failures`` is a
-    list of ``{"study": ..., "reason": ...}``, which is also written as ``failures.json`` into the writer's folder. Both
-    are in the order of the data loader. Handlers find the prediction at ``IterationEvents.MODEL_COMPLETED`` and no
+    list of ``{"study": ..., "reason": ...}``, both in the order of the data loader; ``seconds`` is the time of the
+    network by study. Handlers find the prediction at ``IterationEvents.MODEL_COMPLETED`` and no
     longer after it.
 
     Args:
@@ -55,7 +55,8 @@ class StudyEvaluator(Evaluator):
         network: one tensor to one tensor, as ``SSCFNet``, on ``device``.
         inferer: how the network is called.
         postprocessing: see ``prediction_transforms``.
-        writer: called with each finished item.
+        writer: ``prepare`` before the first study, a call with each finished item, ``finish`` after the last one;
+            ``StudyWriter``, or ``StudyScores`` of the evaluation, which scores what the other one writes.
         ckpt_path: ``state_dict`` to load when the run starts; ``None`` takes the network as it is.
         val_handlers: Ignite handlers.
         amp: run the network with autocast.
@@ -74,7 +75,7 @@ class StudyEvaluator(Evaluator):
         network: nn.Module,
         inferer: Inferer,
         postprocessing: Callable[[Any], Any],
-        writer: StudyWriter,
+        writer: StudyWriter | Any,
         ckpt_path: str | os.PathLike[str] | None = None,
         val_handlers: Sequence | None = None,
         amp: bool = False,
@@ -94,6 +95,7 @@ class StudyEvaluator(Evaluator):
         self.network, self.inferer, self.writer = network, inferer, writer
         self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
         self.weights_sha256: str | None = None
+        self.seconds: Counter[str] = Counter()
         self.failures: list[dict[str, str]] = []
         self.written: dict[str, dict[str, Path]] = {}
         self._threads: ThreadPoolExecutor | None = None
@@ -113,6 +115,7 @@ class StudyEvaluator(Evaluator):
             self.weights_sha256 = load_weights(self.network, str(self.ckpt_path))
         self.writer.prepare()
         self.failures, self.written = [], {}
+        self.seconds.clear()
         self._threads = ThreadPoolExecutor(self.num_writers, "writer") if self.num_writers else None
         try:
             super().run(global_epoch)
@@ -123,15 +126,7 @@ class StudyEvaluator(Evaluator):
                 self._threads.shutdown(cancel_futures=True)
             self._threads = None
             self._pending.clear()
-        report = self.writer.output_dir / "failures.json"
-        if not self.failures:
-            report.unlink(missing_ok=True)
-            return
-        report.write_text(json.dumps(self.failures, indent=2) + "\n")
-        total = len(self.failures) + len(self.written)
-        names = [failure["study"] for failure in self.failures]
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise StudyError(f"{len(names)} of {total} studies failed: {shown}; {report} gives the reasons.")
+        self.writer.finish(self.failures, len(self.failures) + len(self.written))
 
     def _iteration(self, engine: StudyEvaluator, batchdata: list[dict]) -> list[dict]:  # type: ignore[override]
         item = batchdata[0]
@@ -144,7 +139,9 @@ class StudyEvaluator(Evaluator):
             if FAILURE_KEY in item:
                 raise StudyError(item[FAILURE_KEY])
             amp_dtype = self.amp_dtype if self.amp else None
+            started = time.perf_counter()
             pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
+            self.seconds[study] += time.perf_counter() - started
             record = provenance(self.network, item.get("patient", study), self.weights_sha256)
             engine.state.output = [{**record, "pred": pred}]
             del pred
@@ -170,7 +167,6 @@ class StudyEvaluator(Evaluator):
             error = done.exception()
             if error is None:
                 self.written[study] = done.result()
-                logger.info("Study %s: %s written.", study, ", ".join(self.written[study]))
             else:
                 reason = failure_reason(error, study)
                 logger.error("Study %s failed: %s", study, reason)

@@ -37,7 +37,8 @@ class SelectOutputsd(MapTransform):
     Wanted are the contrasts that are missing and the mask, or, where the item has ``"target"``, only that one of
     ``OUTPUT_KEYS``: MONAI Label serves one volume at a time. ``"output_keys"`` becomes the tuple of what is wanted, in
     the order of ``OUTPUT_KEYS``. The result has one channel for each contrast in there, then, if the mask is wanted,
-    the probabilities of the three tumor classes.
+    the probabilities of the three tumor classes. ``"segmented"`` becomes whether any of these is above 0, as none is of
+    a network without a segmentation branch.
 
     It comes before ``Invertd``, which takes its time for each channel and fills with 0 what the network did not see:
     -1 there, but background here.
@@ -72,6 +73,7 @@ class SelectOutputsd(MapTransform):
             kept = torch.as_tensor(d[key])[[*contrasts, *classes]]
             kept[: len(contrasts)].add_(1).div_(2)
             d[key] = MetaTensor(kept, meta=meta)
+            d["segmented"] = bool(kept[len(contrasts) :].any())
         d["output_keys"] = wanted
         return d
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..data.transforms import StudyCompose
+from ..networks.precision import half_pays
 from ..networks.weights import load_weights, network_from_weights, read_settings
 from .evaluator import provenance
 from .inferer import BrainSliceInferer, predict
@@ -62,7 +63,7 @@ def synthesize_study(
         study: name of the study; by default what the file names have in common.
         ckpt_path: weights; by default ``models/model.pt`` of this bundle.
         device: where to compute; by default a GPU if there is one.
-        amp: compute with autocast; by default on a GPU only.
+        amp: compute with autocast; by default where ``half_pays``.
         sw_batch_size: number of slices in one call of the network.
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
@@ -79,7 +80,7 @@ def synthesize_study(
     """
     item = list_studies(None, flair, t1, t1ce, t2, study)[0]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    amp = device.type == "cuda" if amp is None else amp
+    amp = half_pays(device) if amp is None else amp
     sha256 = None
     if network is None and ckpt_path is None:
         ckpt_path = _BUNDLE_ROOT / "models" / "model.pt"

@@ -13,10 +13,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _GEOMETRY_FIELDS = (
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
+
+logger = logging.getLogger(__name__)
 
 
 class StudyWriter:
@@ -103,7 +106,26 @@ class StudyWriter:
             _replace_folder(new, folder, {*names.values(), record_name})
         finally:
             shutil.rmtree(new, ignore_errors=True)
+        logger.info("Study %s: %s written.", study, ", ".join(made))
         return {key: folder / names[key] for key in made}
+
+    def finish(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
+        """Write ``failures.json``, or take that of an earlier run away where nothing failed.
+
+        Args:
+            failures: study and reason of each.
+            total: number of studies.
+
+        Raises:
+            StudyError: when there are failures.
+        """
+        report = self.output_dir / "failures.json"
+        if not failures:
+            report.unlink(missing_ok=True)
+            return
+        report.write_text(json.dumps(list(failures), indent=2) + "\n")
+        shown = ", ".join(failure["study"] for failure in failures[:5]) + (", ..." if len(failures) > 5 else "")
+        raise StudyError(f"{len(failures)} of {total} studies failed: {shown}; {report} gives the reasons.")
 
     def _record(
         self, data: Mapping[Hashable, Any], inputs: Mapping[str, str], outputs: Mapping[str, str]

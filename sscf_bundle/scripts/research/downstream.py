@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from monai.inferers import Inferer
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, StudyError, label_map, scenario_name
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, StudyError, label_map
 from ..data.cohort import Cohort
 from ..data.slices import PreparedSlices, SliceDataset
-from ..evaluation.evaluator import StudyScores
-from ..evaluation.metrics import fill_background
 from ..evaluation.protocols import Protocol, StudyTruth, region_dice
+from ..evaluation.scores import Key, StudyScores
 from ..networks.weights import read_state, with_weights
 
 #: Method of the scores of the real contrasts.
@@ -112,7 +110,7 @@ def study_dice(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
     Args:
         output: ``pred``, Z x 3 x spatial probabilities, and ``label``, that of ``segmentation_batch``.
     """
-    return region_dice(output["pred"], label_map(output["label"])).mean()
+    return region_dice(label_map(output["pred"]), label_map(output["label"])).mean()
 
 
 def load_segmenter(
@@ -189,6 +187,7 @@ class DownstreamScores(StudyScores):
         segmenter_path: file of its weights, for the metadata.
         reference_methods: functions of contrasts and availability by their names, see ``reference_methods``.
         batch_size: slices in one call of the segmenter.
+        device: where it computes.
     """
 
     def __init__(
@@ -197,46 +196,37 @@ class DownstreamScores(StudyScores):
         segmenter_path: str | Path,
         reference_methods: Mapping[str, Callable] | None = None,
         batch_size: int = 16,
+        device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__([DownstreamProtocol(segmenter_path)], reference_methods)
+        super().__init__([DownstreamProtocol(segmenter_path)], reference_methods, whole=False, device=device)
         self.segmenter, self.inferer = segmenter.eval(), BrainInferer(batch_size)
 
-    @torch.no_grad()
-    def update(self, output: Mapping[str, Any]) -> None:
-        """Takes in one study, complete and with a mask, under one scenario; its scenarios follow each other.
+    def score(
+        self,
+        scenario: Sequence[int],
+        images: Mapping[str, torch.Tensor],
+        classes: torch.Tensor | None,
+        whole: bool,
+    ) -> dict[Key, torch.Tensor]:
+        """Dice of a study, complete and with a mask.
 
         Args:
-            output: as ``ScenarioEvaluator`` gives it.
+            scenario: 0/1 vector over ``CONTRASTS``.
+            images: for each method Z x K x H x W in [0, 1], of which the missing contrasts are read.
+            classes: ignored.
+            whole: ignored, since nothing but slices is scored.
         """
-        started = time.perf_counter()
-        target, available = output["target"], output["available"]
-        if not self.studies or self.studies[-1] != output["study"]:
-            self._start(output)
-            self._add(output, (1,) * NUM_CONTRASTS, {REAL: target})
-        mask = available[..., None, None]
-        known = torch.where(mask, target, -1.0)
-        predictions = {"network": output["pred"][:, :NUM_CONTRASTS]}
-        predictions |= {name: fill(known, available) for name, fill in self.reference_methods.items()}
-        images = {n: torch.where(mask, target, fill_background(g, known, available)) for n, g in predictions.items()}
-        self._add(output, SCENARIOS[output["scenario"]], images)
-        self.seconds[output["study"]] += time.perf_counter() - started
+        given = torch.tensor(scenario, dtype=torch.bool, device=self._target.device)[:, None, None]
+        return self._dice({name: torch.where(given, self._target, 2 * made - 1) for name, made in images.items()})
 
-    def _add(self, output: Mapping[str, Any], scenario: Sequence[int], images: Mapping[str, torch.Tensor]) -> None:
-        """Rows of the same study and scenario by several methods."""
-        dice = [region_dice(self.inferer(stack, self.segmenter), output["label"]) for stack in images.values()]
-        for method, values in zip(images, torch.stack(dice).tolist(), strict=True):
-            for region, value in zip(REGIONS, values, strict=True):
-                self.rows.append(
-                    {
-                        "study": output["study"],
-                        "patient": output["patient"],
-                        "scenario": scenario_name(scenario),
-                        "available": sum(scenario),
-                        "of": region,
-                        "method": method,
-                        "protocol": "downstream",
-                        "region": "whole",
-                        "score": "dice",
-                        "value": value,
-                    }
-                )
+    def _start(self, data: Mapping[str, Any], whole: bool) -> None:
+        super()._start(data, whole)
+        self._append(data, (1,) * NUM_CONTRASTS, self._dice({REAL: self._target}))
+
+    def _dice(self, stacks: Mapping[str, torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """Dice of the segmenter by method, each of four contrasts in [-1, 1]."""
+        values: dict[Key, torch.Tensor] = {}
+        for method, stack in stacks.items():
+            dice = region_dice(label_map(self.inferer(stack, self.segmenter)), self._label)
+            values |= {(name, method, "downstream", "whole", "dice"): dice[k] for k, name in enumerate(REGIONS)}
+        return values

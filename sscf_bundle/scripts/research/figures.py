@@ -34,11 +34,11 @@ from ..data.datalist import find_studies
 from ..data.slices import SliceDataset
 from ..evaluation.metrics import MAX_PSNR, fill_background, mean_of_available, zero_filling
 from ..evaluation.panels import show_slice
+from ..inference.inferer import BrainSliceInferer, predict
 from ..networks.sscf import network_input
 from ..networks.weights import with_weights
 
 
-@torch.no_grad()
 def predict_one_missing(network: nn.Module, target: torch.Tensor) -> torch.Tensor:
     """What a network makes of one slice in each of the four scenarios with a single missing contrast.
 
@@ -49,14 +49,13 @@ def predict_one_missing(network: nn.Module, target: torch.Tensor) -> torch.Tenso
     Returns:
         K x H x W on the CPU: image k was made without contrast k; background outside the available brains.
     """
-    available = ~torch.eye(NUM_CONTRASTS, dtype=torch.bool)
-    complete = target.float().expand(NUM_CONTRASTS, *target.shape)
-    device = next(network.parameters()).device
-    image = network_input(complete, available).to(device)
-    was_training = network.training
-    images = network.eval()(image)[:, :NUM_CONTRASTS].float().cpu()
-    network.train(was_training)
-    return torch.diagonal(fill_background(images, complete, available)).permute(2, 0, 1).contiguous()
+    device, images = next(network.parameters()).device, []
+    for k, available in enumerate(~torch.eye(NUM_CONTRASTS, dtype=torch.bool)):
+        complete = target.float()[None]
+        image = network_input(complete, available[None])[0, ..., None]  # a study of one slice
+        pred = predict(image, network, BrainSliceInferer(), device)[None, :NUM_CONTRASTS, ..., 0].cpu()
+        images.append(fill_background(pred, complete, available[None])[0, k])
+    return torch.stack(images)
 
 
 def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Mapping[str, torch.Tensor]) -> Figure:

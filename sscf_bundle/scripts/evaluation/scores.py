@@ -1,0 +1,207 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores of studies that inference fills in: whole ones on the grid on file, slices on the network's grid."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..contrasts import (
+    CONTRAST_KEYS,
+    CONTRASTS,
+    MASK_KEY,
+    NUM_CONTRASTS,
+    NUM_TUMOR_CLASSES,
+    REGIONS,
+    SCENARIOS,
+    TUMOR_CLASSES,
+    label_map,
+    region_masks,
+    scenario_name,
+)
+from ..data.transforms import LoadStudyd, ScaleBraind, StudyCompose
+from ..inference.postprocessing import BRATS_MASK_LABELS
+from .metrics import fill_background
+from .protocols import Protocol, StudyTruth, region_dice, volume_scores
+
+#: Where a value belongs: contrast or region of the mask, method, protocol, region, score.
+Key = tuple[str, str, str, str, str]
+
+
+class StudyScores:
+    """Stands in the place of the writer of ``StudyEvaluator`` and scores what that would write.
+
+    A whole study comes as the volumes that are written, and is compared with its files, each contrast divided by the
+    99.5th percentile of its brain and clipped to [0, 1]; the truth is read once for all scenarios of a study. Slices
+    (items with ``slices``) are compared on the network's grid. Every method, ``reference_methods`` included, gets the
+    same background: outside the union of the available brains.
+
+    Attributes: ``rows``, one dict for each value with the columns of ``bootstrap.COLUMNS``; ``seconds``, time of
+    scoring by study; ``regions``, number of studies with WT, TC and ET; ``failures``, studies that could not be scored.
+
+    Args:
+        protocols: see ``protocols``.
+        reference_methods: functions of contrasts and availability by their names, see ``reference_methods``.
+        load: reads a study; by default ``LoadStudyd()``.
+        whole: masks are scored on whole studies; else on slices.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        protocols: Sequence[Protocol],
+        reference_methods: Mapping[str, Callable] | None = None,
+        load: LoadStudyd | None = None,
+        whole: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.protocols, self.reference_methods = list(protocols), dict(reference_methods or {})
+        self.whole, self.device = whole, torch.device(device)
+        self._load = StudyCompose([load or LoadStudyd(), ScaleBraind("image")])
+        self._classes = torch.zeros(256, dtype=torch.uint8)
+        for name, value in BRATS_MASK_LABELS.items():
+            self._classes[value] = TUMOR_CLASSES.index(name) + 1
+        self.prepare()
+
+    @property
+    def segmentation(self) -> str:
+        """What the Dice of the network's mask is, for the facts."""
+        of = "the whole study on the grid on file" if self.whole else "the evaluated slices of a study together"
+        return f"Dice of {of}, both empty 1, one empty 0"
+
+    def prepare(self) -> None:
+        """Starts anew."""
+        self.rows: list[dict[str, Any]] = []
+        self.seconds: Counter[str] = Counter()
+        self.regions: Counter[str] = Counter()
+        self.failures: list[dict[str, str]] = []
+        self._current: tuple[str, bool] | None = None
+
+    def finish(self, failures: Sequence[dict[str, str]], total: int) -> None:
+        """Notes each study that failed once, whatever the number of its scenarios."""
+        self.failures = [failure for k, failure in enumerate(failures) if failure not in failures[:k]]
+
+    @torch.no_grad()
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Takes in one study under one scenario; the scenarios of a study follow each other.
+
+        Args:
+            data: of ``list_scenarios``, with ``pred``: after ``prediction_transforms``, or, where there are ``slices``
+                (of ``SliceScenarios``), the prediction for those that are shown, 7 x H x W x Z.
+
+        Returns:
+            Nothing that was written.
+        """
+        started = time.perf_counter()
+        whole, scenario = "slices" not in data, SCENARIOS[data["scenario"]]
+        if self._current != (data["study"], whole):
+            self._current = None
+            self._start(data, whole)
+            self._current = (data["study"], whole)
+        available = torch.tensor(scenario, dtype=torch.bool, device=self.device).expand(len(self._slices), -1)
+        known = torch.where(available[..., None, None], self._slices, -1.0)
+        methods = {name: fill(known, available)[self._shown] for name, fill in self.reference_methods.items()}
+        known, available = known[self._shown], available[self._shown]
+        if whole:
+            images, classes = self._on_file(data)
+        else:
+            pred = torch.as_tensor(data["pred"]).to(self.device).movedim(-1, 0)
+            methods = {"network": pred[:, :NUM_CONTRASTS], **methods}
+            segmented = bool(pred[:, NUM_CONTRASTS:].any())
+            images, classes = {}, label_map(pred[:, NUM_CONTRASTS:]) if segmented else None
+        for name, values in methods.items():
+            images[name] = ((fill_background(values, known, available) + 1) / 2).clamp(0, 1)
+        self._append(data, scenario, self.score(scenario, images, classes, whole))
+        self.seconds[data["study"]] += time.perf_counter() - started
+        return {}
+
+    def score(
+        self,
+        scenario: Sequence[int],
+        images: Mapping[str, torch.Tensor],
+        classes: torch.Tensor | None,
+        whole: bool,
+    ) -> dict[Key, torch.Tensor]:
+        """Scores of all methods.
+
+        Args:
+            scenario: 0/1 vector over ``CONTRASTS``.
+            images: for each method N x K x spatial in [0, 1], of which the missing contrasts are read.
+            classes: N x 1 x spatial, the mask of the network; None if it has no segmentation branch.
+            whole: whether this is a whole study.
+        """
+        protocols = [protocol for protocol in self.protocols if protocol.whole == whole]
+        values: dict[Key, torch.Tensor] = {}
+        for method, stack in images.items():
+            for k in range(NUM_CONTRASTS):
+                if self._exists[k] and not scenario[k]:
+                    scores = volume_scores(protocols, k, stack[:, k], sum(scenario))
+                    values |= {(CONTRASTS[k], method, *key): value for key, value in scores.items()}
+        if whole == self.whole and classes is not None and self._has_mask:
+            dice = region_dice(classes, self._label)
+            values |= {(name, "network", "segmentation", "whole", "dice"): dice[k] for k, name in enumerate(REGIONS)}
+        return values
+
+    def _start(self, data: Mapping[str, Any], whole: bool) -> None:
+        """Takes in the truth, N x K x spatial in [-1, 1] and N x 1 x spatial: N are slices or a volume's first axis."""
+        if whole:
+            truth = self._load(data["complete"])
+            # the first axis stands in the place of the slices
+            volumes = (truth[key].as_tensor().transpose(0, 1) for key in ("image", "label"))
+            truth = {**truth, **dict(zip(("target", "label"), volumes, strict=True))}
+        else:
+            truth = data["slices"]
+        target, label = truth["target"].to(self.device), truth["label"].to(self.device)
+        self._shown = truth["shown"].to(self.device) if "shown" in truth else slice(None)
+        self._exists, self._has_mask = truth["has_contrast"].tolist(), bool(truth["has_mask"])
+        exists = truth["has_contrast"].to(self.device).expand(len(target), -1)
+        self._slices = torch.where(exists[..., None, None], target, -1.0)
+        self._target, self._label = self._slices[self._shown], label[self._shown]
+        brain = (self._target > -1).any(dim=1)
+        tumor = (self._label[:, 0] > 0) & self._has_mask
+        for protocol in self.protocols:
+            if protocol.whole == whole:
+                protocol.start(StudyTruth(((self._target + 1) / 2).clamp(0, 1), brain, tumor))
+        if self._has_mask and whole == self.whole:
+            classes = torch.cat([self._label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
+            present = region_masks(classes).transpose(0, 1).flatten(1).any(dim=1).tolist()
+            self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
+
+    def _on_file(self, data: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The volumes as they are written: images of the network, and classes, if it has a segmentation branch."""
+        images, classes = torch.zeros_like(self._target), None
+        for key, volume in zip(data["output_keys"], torch.as_tensor(data["pred"]).to(self.device), strict=True):
+            if key != MASK_KEY:
+                images[:, CONTRAST_KEYS.index(key)] = volume
+            elif data["segmented"]:
+                classes = self._classes.to(self.device)[volume.long()].unsqueeze(1)
+        return {"network": images}, classes
+
+    def _append(
+        self, data: Mapping[str, Any], scenario: Sequence[int], values: Mapping[Key, torch.Tensor | float]
+    ) -> None:
+        """Rows of one study and scenario."""
+        if not values:
+            return
+        common = {"study": data["study"], "patient": data["patient"]}
+        common |= {"scenario": scenario_name(scenario), "available": sum(scenario)}
+        # the one synchronization
+        numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
+        for key, number in zip(values, numbers, strict=True):
+            if math.isfinite(number):
+                names = dict(zip(("of", "method", "protocol", "region", "score"), key, strict=True))
+                self.rows.append({**common, **names, "value": number})
