@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Exports for any batch and any slice size, which ``monai.bundle onnx_export`` cannot give: torch.export and ONNX."""
+"""Exports that ``monai.bundle onnx_export`` cannot give: torch.export and ONNX, for any batch and any slice size."""
 
 from __future__ import annotations
 
