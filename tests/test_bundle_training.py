@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from builders import (
     tiny_run,
     train_in_process,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.contrasts import StudyError
 from scripts.networks.weights import network_from_weights
@@ -64,7 +66,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, phantom_cohort: Path) -> P
 
 
 def test_training_from_the_repository_root_writes_models_scores_and_split(trained: Path) -> None:
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt"}
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt", "config.json"}
+    config = json.loads((trained / "checkpoints" / "config.json").read_text())
+    assert (
+        config["image_size"] == 64 and config["learning_rate"] == 2e-4 and config["train"]["trainer"]["amp"] == "@amp"
+    )
     # one epoch was validated, so the best model is the last one
     assert_same(load(trained / "model.pt"), load(trained / "model_last.pt"))
     model = load(trained / "model.pt")
@@ -151,6 +157,20 @@ def test_bank_of_a_site_is_built_without_training(
     assert (tmp_path / "site.pt").stat().st_size < (trained / "model.pt").stat().st_size
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow_tracks_losses_and_scores(tmp_path: Path, phantom_cohort: Path) -> None:
+    import mlflow
+
+    overrides = tiny_run(phantom_cohort, tmp_path, tracking="mlflow", **ONE_EPOCH)
+    train_in_process(config_files("train"), overrides)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'monai_experiment'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {"iteration_loss", "train_loss", "psnr", "ssim"} <= set(run.data.metrics)
+    assert len(client.get_metric_history(run.info.run_id, "iteration_loss")) == 4
+
+
 def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:
     output_dir = tmp_path / "run"
     configs = ["configs/train.json", "configs/multi_gpu_train.json"]
@@ -159,13 +179,19 @@ def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_
     command = [*launcher, *bundle_command("training", configs, overrides)]
     status, printed = run_python(command, tmp_path / "log.txt")
     assert status == 0, printed
-    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt"}
+    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"checkpoint_epoch=1.pt", "config.json"}
     state = torch.load(output_dir / "checkpoints" / "checkpoint_epoch=1.pt", weights_only=True)
     # 8 samples of an epoch over two processes with two each are two steps, and the bank has all of them
     assert state["average"]["steps"] == 2 and int(state["step"]["bank.count"]) == 8
     assert len(read_csv(output_dir / "validation.csv")) == 1
-    writers = {re.search(r"\.(\d+)\.\d+$", path.name)[1] for path in (output_dir / "tensorboard").iterdir()}  # type: ignore[index]
-    assert len(writers) == 1
+    (events,) = (output_dir / "tensorboard").iterdir()  # one writer
+    board = EventAccumulator(str(events)).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"iteration/loss", "iteration/learning_rate", "train_loss", "validation/psnr"} <= tags
+    assert [event.step for event in board.Scalars("train_loss")] == [1]
+    assert [event.step for event in board.Scalars("iteration/loss")] == [1, 2]
+    assert board.Scalars("iteration/learning_rate")[0].value == pytest.approx(2e-4)
+    assert board.Tags()["images"] == ["validation/panel"]
     assert len(re.findall(r"Epoch\[1\] Metrics", printed)) == 1
     assert sorted(path.name for path in output_dir.glob("model*.pt")) == ["model.pt", "model_last.pt"]
     assert not list(output_dir.rglob("tmp*"))

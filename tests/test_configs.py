@@ -27,8 +27,8 @@ from scripts.networks.weights import PREPROCESSING_SETTINGS
 
 CONFIGS = BUNDLE_ROOT / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.json"))
-#: Files that are no configs: metadata of the bundle, numbers of the paper.
-TABLES = {"metadata", "paper_values"}
+#: Files that are no configs: metadata of the bundle, numbers of the paper, what MonaiAlgo reads by itself.
+TABLES = {"metadata", "paper_values", "federated_filters"}
 #: Every config with what it is laid over.
 RUNS = [
     ["train"],
@@ -36,6 +36,7 @@ RUNS = [
     ["train", "evaluate"],
     ["train", "finetune"],
     ["train", "multi_gpu_train"],
+    ["train", "federated"],
     ["train", "build_bank"],
     ["train", "recipe/common", "recipe/1_backbone"],
     ["train", "recipe/common", "recipe/2_whole"],
@@ -49,6 +50,8 @@ RUNS = [
     ["inference"],
     ["inference", "demo"],
     ["inference", "demo_inference"],
+    ["inference", "export"],
+    ["inference", "inference_trt"],
     ["report"],
     ["experiments"],
     ["experiments", "experiments_small"],
@@ -64,6 +67,7 @@ ENTRY_POINTS = {
     "evaluating",
     "inference",
     "building",
+    "exporting",
     "picture",
     "reporting",
     "experimenting",
@@ -184,7 +188,7 @@ def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:
     train = combined(["train"])
     disabled = [name for name in read("multi_gpu_train") if name.endswith("_disabled_")]
     meant = {name: train[name.rpartition("#")[0]]["_target_"] for name in disabled}
-    logs = ["StatsHandler", "TensorBoardStatsHandler", "ignite.handlers.ProgressBar"]
+    logs = ["StatsHandler", "TensorBoardStatsHandler", "scripts.evaluation.panels.board", "ignite.handlers.ProgressBar"]
     shows = [
         "scripts.evaluation.panels.ScenarioPanels",
         "scripts.evaluation.panels.ScoreLog",

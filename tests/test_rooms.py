@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ def imported_rooms(path: Path) -> set[str]:
 
 def test_every_room_is_known() -> None:
     assert {room(path) for path in FILES} == set(ALLOWED)
+
+
+def test_inference_needs_what_its_requirements_name() -> None:
+    lines = (BUNDLE_ROOT.parent / "requirements-inference.txt").read_text().splitlines()
+    named = {re.split(r"[<>=]", line)[0].removeprefix("pytorch-") for line in lines if not line.startswith("#")}
+    found = set()
+    for path in FILES:
+        if room(path) in {"inference", *ALLOWED["inference"], "command_line"}:
+            for node in ast.parse(path.read_text()).body:  # at the top: an export imports its own packages when called
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names = [str(node.module)]
+                found |= {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert {"torch", "monai"} <= found <= named
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SCRIPTS).as_posix())

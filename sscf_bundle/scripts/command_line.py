@@ -20,12 +20,14 @@ import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
@@ -61,7 +63,12 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     for name, value in checked_settings(files, given).items():
         workflow.parser[name] = value
-    workflow.run = functools.partial(_run, workflow.run)
+    for handler in workflow.parser.get("train#handlers", ()):
+        # MONAI's settings of --tracking mlflow expect the list of a SupervisedTrainer
+        if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
+            handler["output_transform"] = "$lambda output: {'iteration_' + k: float(v) for k, v in output.items()}"
+            workflow.parser.ref_resolver.reset()
+    workflow.run = functools.partial(_run, workflow)
 
 
 def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,15 +138,31 @@ def refuse_unknown(name: str, given: Sequence[str], known: Sequence[str]) -> Non
         raise StudyError(f"{name} has no {unknown[0]}: choose from {', '.join(known)}.")
 
 
-def _run(run: Callable[[], Any]) -> Any:
-    """Runs a workflow, without the exceptions that MONAI wraps around a ``StudyError``."""
+def _run(workflow: ConfigWorkflow) -> Any:
+    """Runs a workflow, without the exceptions that MONAI wraps around a ``StudyError``.
+
+    The config of a training, with all that was given, goes to ``config.json`` beside the checkpoints.
+    """
+    parser = workflow.parser
     try:
-        return run()
+        if "trainer.run()" in str(parser.get(workflow.run_id)) and idist.get_rank() == 0:
+            for i, handler in enumerate(parser["train#handlers"]):
+                if isinstance(handler, dict) and handler["_target_"].endswith(".TrainingCheckpoint"):
+                    path = Path(parser.get_parsed_content(f"train#handlers#{i}#directory")) / "config.json"
+                    trainer = parser.get_parsed_content("train#trainer")
+                    # not before a checkpoint is there: a training that is refused changes nothing
+                    trainer.add_event_handler(Events.EPOCH_COMPLETED, _write_config, parser, path)
+        return type(workflow).run(workflow)
     except Exception as error:
         known = find_study_error(error)
         if known is None:
             raise
         raise known from known.__cause__
+
+
+def _write_config(engine: Engine, parser: ConfigParser, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parser.export_config_file(parser.get(), path, indent=4, default=str)
 
 
 def _print_error(path: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

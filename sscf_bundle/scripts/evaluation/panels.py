@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def show_slice(
     axis.axis("off")
 
 
+@functools.cache
+def board(log_dir: str | Path) -> SummaryWriter:
+    """The one TensorBoard writer of a process for a folder, given by name; each use flushes it."""
+    return SummaryWriter(str(log_dir))
+
+
 class ScoreLog:
     """Writes the scalar scores of every run of an evaluator to the log, a CSV file and TensorBoard.
 
@@ -100,9 +107,10 @@ class ScoreLog:
             writer.writerows(rows[k] for k in sorted(rows))
         engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         if self.log_dir is not None:
-            with SummaryWriter(str(self.log_dir)) as board:
-                for name, value in scores.items():
-                    board.add_scalar(f"validation/{name}", value, epoch)
+            writer = board(log_dir=self.log_dir)
+            for name, value in scores.items():
+                writer.add_scalar(f"validation/{name}", value, epoch)
+            writer.flush()
 
 
 class ScenarioPanels:
@@ -128,5 +136,6 @@ class ScenarioPanels:
         figure = scenario_panel(
             {k: output[k][picked].cpu() for k in ("pred", "target", "label", "available", "scenario")}
         )
-        with SummaryWriter(str(self.log_dir)) as board:
-            board.add_figure("validation/panel", figure, engine.state.epoch)
+        writer = board(log_dir=self.log_dir)
+        writer.add_figure("validation/panel", figure, engine.state.epoch)
+        writer.flush()

@@ -1,0 +1,117 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Exports compute what the network computes, for any scenario, batch and size, with bank and settings inside."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import config_files, tiny_step
+from monai.bundle import create_workflow
+
+from scripts.contrasts import StudyError, scenario_table
+from scripts.networks import export as module
+from scripts.networks.export import export_network
+from scripts.networks.settings import decode_settings
+from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.weights import network_from_weights, save_weights
+
+ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights with a filled bank."""
+    step = tiny_step(filled=6)
+    step.net.load_bank(step.net.compile_bank(step.bank.entries()))
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    save_weights(path, step.net, {"preprocessing": {"image_size": 48, "spacing": 2.0, "scaling": "brain"}})
+    return path
+
+
+def images(rows: int, columns: int) -> torch.Tensor:
+    """All 14 scenarios, of other noise than the export checks."""
+    drawn = torch.rand((14, 4, rows, columns), generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return network_input(drawn, scenario_table())
+
+
+def network(weights: Path) -> SSCFNet:
+    made = network_from_weights(weights)
+    assert isinstance(made, SSCFNet) and bool(made.bank_present.all())
+    return made
+
+
+def test_torch_export_by_the_config(weights: Path, tmp_path: Path) -> None:
+    create_workflow(
+        config_file=config_files("inference", "export"),
+        workflow_type="inference",
+        logging_file=False,
+        ckpt_path=str(weights),
+        output_dir=str(tmp_path),
+        export_path=str(tmp_path / "model.pt2"),
+    ).run()
+    program = torch.export.load(tmp_path / "model.pt2")
+    made, image = network(weights), images(80, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(image), made(image), atol=1e-6, rtol=0)
+    assert decode_settings(program.state_dict["settings"]) == made.read_settings()
+    assert torch.equal(program.state_dict["bank_key"], made.bank_key)
+
+
+@pytest.mark.skipif(bool(ONNX), reason=f"not installed: {', '.join(ONNX)}")
+def test_onnx_of_any_size_is_the_network(weights: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    made = network(weights)
+    export_network(made, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for image in (images(32, 80), images(64, 48)[4:9]):
+        with torch.no_grad():
+            expected = made(image)
+        (pred,) = session.run(["pred"], {"image": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(pred), expected, atol=1e-4, rtol=0)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["settings"]) == made.read_settings()
+
+
+def test_export_that_differs_leaves_no_file(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StudyError, match=r"write \.pt2 or \.onnx"):
+        export_network(network(weights), tmp_path / "model.zip")
+    made, steps = network(weights), iter((0.0, 1e-3))
+    monkeypatch.setattr(module.torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(module.torch.export, "save", lambda _, path: path.write_bytes(b"x"))
+    monkeypatch.setattr(module.torch.export, "load", lambda _: type("", (), {"module": lambda _: drifting})())
+
+    def drifting(image: torch.Tensor) -> torch.Tensor:
+        return made(image) + next(steps)
+
+    with pytest.raises(StudyError, match="would differ from the network by 1"):
+        export_network(made, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decompositions_for_onnx_are_the_operations() -> None:
+    draw = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2, (5, 16), generator=draw)
+    for descending in (False, True):
+        ours, theirs = (f(bits, stable=True, dim=1, descending=descending) for f in (module._sort, torch.sort))
+        assert torch.equal(ours[0], theirs[0])
+        if not descending:
+            assert torch.equal(ours[1], theirs[1])
+    values = torch.rand(3, 4, 5, generator=draw)
+    assert torch.equal(module._repeat(values, 3, 1), values.repeat_interleave(3, dim=1))
+    for size in ((3, 4), (7, 5), (12, 2)):
+        maps = torch.rand(2, 3, *size, generator=draw)
+        expected = torch.nn.functional.adaptive_avg_pool2d(maps, [3, 2])
+        torch.testing.assert_close(module._pool(maps, [3, 2]), expected, atol=1e-6, rtol=0)
