@@ -26,7 +26,7 @@ import torch
 from conftest import BUNDLE_ROOT, REPOSITORY
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, create_workflow, verify_metadata, verify_net_in_out
 from monai.transforms import Compose
-from test_inferer import PREPROCESSING, TINY, load, write_study
+from studies import PREPROCESSING, TINY, load, write_study
 
 from scripts.contrasts import CONTRASTS, TUMOR_CLASSES, StudyError
 from scripts.networks.sscf import SSCFNet
@@ -197,6 +197,29 @@ def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
     # the config of training builds another network, which is said, not filled with random numbers
     done = subprocess.run([*command, "train"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "do not fit this network: bank_size is 5, not 300" in done.stderr
+
+
+def test_weights(tmp_path, caplog):
+    network = SSCFNet(**TINY)
+    path = tmp_path / "model.pt"
+    with pytest.raises(StudyError, match="train first"):
+        load_weights(network, path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(StudyError, match="cannot be read"):
+        load_weights(network, path)
+    torch.save({"model": network.state_dict(), "epoch": 3}, path)
+    with pytest.raises(StudyError, match="no plain state_dict"):
+        load_weights(network, path)
+    for changes in ({"channels": [8, 8, 8, 8, 8]}, {"bank_size": 6}, {"key_size": 2}):
+        torch.save(SSCFNet(**{**TINY, **changes}).state_dict(), path)
+        with pytest.raises(StudyError, match=f"does not fit .{next(iter(changes))} is") as caught:
+            load_weights(network, path)
+        assert str(caught.value).count("\n") == 0
+    other = SSCFNet(**TINY)
+    torch.save(other.state_dict(), path)
+    assert len(load_weights(network, path)) == 64 and "bank" in caplog.text
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
 
 
 def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):

@@ -1,0 +1,270 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a prediction to files: geometry, record, and folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from builders import BUNDLE_ROOT
+from monai.data import ITKWriter, MetaTensor
+from studies import (
+    GRIDS,
+    LPS,
+    PREPROCESSING,
+    SHAPE,
+    TINY,
+    CopyNet,
+    affine_of,
+    brain_volume,
+    fill_with,
+    hidden,
+    load,
+    scaled,
+    write_study,
+)
+
+from scripts.contrasts import CONTRAST_KEYS, StudyError
+from scripts.data.randomness import stable_hash
+from scripts.inference import writer as module
+from scripts.inference.inferer import BrainSliceInferer
+from scripts.inference.postprocessing import FinishPredictiond, prediction_transforms
+from scripts.inference.preprocessing import FindStudyd, inference_transforms, list_studies
+from scripts.inference.synthesize import synthesize_study
+from scripts.networks.sscf import SSCFNet
+from scripts.networks.weights import save_weights
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_voxels_go_back_exactly(tmp_path, grid):
+    affine = affine_of(GRIDS[grid])
+    shape = (6, 40, 36) if grid.startswith("sagittal") else SHAPE
+    paths = write_study(tmp_path / "in", ["flair", "t2"], affine=affine, shape=shape)
+    written = fill_with(CopyNet(source=0), paths, tmp_path / "out", output_scale=2.0)
+    assert sorted(written) == ["seg", "t1", "t1ce"]
+    flair, union = scaled(paths["flair"]), (load(paths["flair"]) > 0) | (load(paths["t2"]) > 0)
+    for key in ("t1", "t1ce"):
+        image = nib.load(written[key])
+        assert image.get_data_dtype() == np.float32 and image.shape == shape
+        np.testing.assert_array_equal(image.affine, nib.load(paths["flair"]).affine)
+        np.testing.assert_allclose(load(written[key]), 2 * flair, atol=1e-6)
+        assert (load(written[key])[~union] == 0).all()
+    mask = nib.load(written["seg"])
+    assert mask.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(mask.affine, nib.load(paths["flair"]).affine)
+    value = 2 * flair - 1
+    clear = (np.abs(value) > 1e-4) & (np.abs(value - 0.6) > 1e-4)
+    expected = np.select([value > 0.6, value > 0], [4, 2], 0)
+    np.testing.assert_array_equal(load(written["seg"])[clear], expected[clear])
+
+
+def test_union_of_brains_bounds_the_output(tmp_path):
+    class Bright(CopyNet):
+        def forward(self, image):
+            return torch.ones_like(image[:, :7])
+
+    paths = write_study(tmp_path / "in", ["t1", "t2"])
+    written = fill_with(Bright(), paths, tmp_path / "out")
+    union = (load(paths["t1"]) > 0) | (load(paths["t2"]) > 0)
+    np.testing.assert_array_equal(load(written["flair"]), union.astype(np.float32))
+    # of equal probabilities the first class wins
+    np.testing.assert_array_equal(load(written["seg"]), 2 * union)
+
+
+@pytest.mark.parametrize("spacing", [0.6, 1.7])
+def test_resampled_study_goes_back_smoothly_and_stays_in_the_brain(tmp_path, spacing):
+    shape = (70, 60, 4)
+    x, y, _ = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    smooth = np.where(x**2 + y**2 < 0.6, 1000 + 400 * x + 300 * np.sin(2 * y), 0).astype(np.float32)
+    path = tmp_path / "X_t1.nii.gz"
+    nib.save(nib.Nifti1Image(smooth, np.diag([-spacing, -spacing, 2, 1])), path)
+    written = fill_with(CopyNet(source=1), {"t1": path}, tmp_path / "out", preprocessing=inference_transforms(64))
+    result, expected = load(written["t2"]), np.clip(smooth / np.percentile(smooth[smooth > 0], 99.5), 0, 1)
+    assert result.shape == shape and (result[smooth == 0] == 0).all()
+    inside = x**2 + y**2 < 0.4
+    assert np.abs(result - expected)[inside].max() < 0.02
+
+
+def test_codes_and_units_are_kept_but_nothing_that_names_a_patient(tmp_path):
+    image = nib.Nifti1Image(brain_volume(0), LPS)
+    image.set_qform(LPS, code=1)
+    image.set_sform(LPS, code=4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"], image.header["db_name"] = b"JANE DOE", b"JANE DOE"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"JANE DOE"))
+    nib.save(image, tmp_path / "a_flair.nii.gz")
+    written = fill_with(CopyNet(), {"flair": tmp_path / "a_flair.nii.gz"}, tmp_path / "out")
+    header = nib.load(written["t1"]).header
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (1, 4)
+    assert header.get_xyzt_units() == ("mm", "sec")
+    assert b"JANE" not in header.binaryblock and not header.extensions
+    assert b"not for clinical use" in header["descrip"].item()
+
+
+def test_other_formats_give_nifti_with_the_same_affine(tmp_path):
+    writer = ITKWriter(output_dtype=np.float32)
+    writer.set_data_array(brain_volume(0), channel_dim=None)
+    writer.set_metadata({"affine": LPS}, resample=False)
+    writer.write(tmp_path / "a.mha")
+    written = fill_with(CopyNet(1), {"t1": tmp_path / "a.mha"}, tmp_path / "out")
+    np.testing.assert_allclose(nib.load(written["t2"]).affine, LPS)
+    nib.save(nib.Nifti1Image(brain_volume(0), LPS), tmp_path / "same.nii.gz")
+    np.testing.assert_allclose(load(written["t2"]), scaled(tmp_path / "same.nii.gz"), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- scenarios and record
+@pytest.mark.parametrize("keys", [["t1ce"], ["t1", "t2"], ["flair", "t1", "t1ce"], list(CONTRAST_KEYS)])
+def test_scenarios(tmp_path, keys):
+    paths = write_study(tmp_path / "in", keys)
+    torch.manual_seed(0)
+    network = SSCFNet(**TINY)
+    written = fill_with(network, paths, tmp_path / "out")
+    missing = [key for key in CONTRAST_KEYS if key not in keys]
+    assert sorted(written) == sorted([*missing, "seg"])
+    names = {f"S1_{key}_synthetic.nii.gz" for key in missing} | {"S1_seg.nii.gz", "S1_synthesis.json"}
+    assert set(os.listdir(tmp_path / "out" / "S1")) == names
+    for key in missing:
+        values = load(written[key])
+        assert values.min() >= 0 and values.max() <= 1 and values.max() > 0
+
+
+def test_record(tmp_path):
+    paths = write_study(tmp_path / "in", ["flair", "t2"], "P1")
+    network = SSCFNet(**TINY)
+    network.bank_present[0] = True
+    network.bank_patient[0] = stable_hash("P1")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt")
+    record = json.loads((tmp_path / "out/P1/P1_synthesis.json").read_text())
+    assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
+    assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
+    assert record["patient_in_bank"] is True and len(record["weights_sha256"]) == 64
+    version = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["version"]
+    assert "not for clinical use" in record["notice"] and record["bundle_version"] == version
+    assert sorted(record["intensity_scale"]) == ["flair", "t2"]
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_mask_labels(tmp_path):
+    paths = write_study(tmp_path / "in", ["t1"])
+    written = fill_with(CopyNet(1), paths, tmp_path / "out", mask_labels={"ED": 7, "ET": 9, "NET": 11})
+    assert set(np.unique(load(written["seg"]))) == {0, 7, 9}
+    for labels in ({"ED": 1, "ET": 2}, {"ED": 0, "ET": 1, "NET": 2}):
+        with pytest.raises(ValueError, match="mask_labels"):
+            FinishPredictiond(mask_labels=labels)
+
+
+def test_one_volume_for_platforms(tmp_path):
+    paths = write_study(tmp_path / "in", ["t1", "t2"])
+    preprocessing = inference_transforms(48)
+    item = preprocessing({"image": paths["t2"], "image_path": paths["t2"], "target": "t1ce"})
+    assert item["has_contrast"].tolist() == [False, True, False, True] and item["study"] == "S1"
+    item["pred"] = BrainSliceInferer()(item["image"][None], CopyNet(1))[0]
+    out = prediction_transforms(preprocessing)(item)["pred"]
+    assert isinstance(out, MetaTensor) and out.shape == (1, *SHAPE)
+    np.testing.assert_allclose(out.affine, LPS)
+    np.testing.assert_allclose(out[0], scaled(paths["t1"]), atol=1e-6)
+    with pytest.raises(StudyError, match="target"):
+        prediction_transforms(preprocessing)({**item, "target": "t3"})
+
+
+def test_find_study_by_folder_or_file(tmp_path):
+    first = write_study(tmp_path / "S1", ["t1", "flair"], "S1")
+    write_study(tmp_path / "S2", ["t2"], "S2")
+    for image in (tmp_path / "S1", first["flair"]):
+        found = FindStudyd()({"image": str(image)})
+        assert {key: found.get(key) for key in CONTRAST_KEYS} == {"t1ce": None, "t2": None, **first}
+    with pytest.raises(StudyError, match="2 studies"):
+        FindStudyd()({"image": str(tmp_path)})
+    assert FindStudyd()({"t1": "x", "image": "y"}) == {"t1": "x", "image": "y"}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def test_overwriting_replaces_our_files_only(tmp_path):
+    folder = tmp_path / "out" / "S1"
+    written = fill_with(CopyNet(), write_study(tmp_path / "in", ["flair"]), tmp_path / "out")
+    assert sorted(written) == ["seg", "t1", "t1ce", "t2"]
+    (folder / "notes.txt").write_text("mine")
+    written = fill_with(CopyNet(), write_study(tmp_path / "in", ["flair", "t1ce"]), tmp_path / "out")
+    assert set(os.listdir(folder)) == {
+        "notes.txt",
+        "S1_t1_synthetic.nii.gz",
+        "S1_t2_synthetic.nii.gz",
+        "S1_seg.nii.gz",
+        "S1_synthesis.json",
+    }
+    assert not hidden(tmp_path / "out")
+    # other users may read what the umask lets them
+    (tmp_path / "plain").mkdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_nothing_half_written_stays(tmp_path, monkeypatch, finished_before):
+    paths = write_study(tmp_path / "in", ["flair", "t1"])
+    before = set()
+    if finished_before:
+        fill_with(CopyNet(), paths, tmp_path / "out")
+        before = {(p, p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*")}
+    save, calls = nib.save, []
+
+    def fail_later(image, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(image, path)
+
+    monkeypatch.setattr(module.nib, "save", fail_later)
+    with pytest.raises(OSError, match="No space left"):
+        fill_with(CopyNet(), paths, tmp_path / "out")
+    assert {(p, p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*")} == before and len(calls) == 2
+
+
+def test_a_failed_swap_brings_the_old_result_back(tmp_path, monkeypatch):
+    paths = write_study(tmp_path / "in", ["flair", "t1"])
+    fill_with(CopyNet(), paths, tmp_path / "out")
+    before = sorted(os.listdir(tmp_path / "out" / "S1"))
+    rename = module.Path.rename
+
+    def fail_new(self, target):
+        if self.name.endswith(".new"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(module.Path, "rename", fail_new)
+    with pytest.raises(OSError, match="Input/output"):
+        fill_with(CopyNet(), paths, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out" / "S1")) == before and not hidden(tmp_path / "out")
+
+
+def test_inputs_are_never_overwritten(tmp_path):
+    paths = write_study(tmp_path / "S1", ["t1"])
+    with pytest.raises(StudyError, match="holds the input"):
+        fill_with(CopyNet(), paths, tmp_path)
+    assert os.listdir(tmp_path / "S1") == ["S1_t1.nii.gz"]
+    with pytest.raises(StudyError, match="lies in dataset_dir"):
+        list_studies(tmp_path, output_dir=tmp_path / "out")
+    with pytest.raises(StudyError, match="cannot name a folder"):
+        fill_with(CopyNet(), paths, tmp_path / "out", study="../elsewhere")
+
+
+def test_study_is_synthesized_with_the_settings_in_the_weights(tmp_path):
+    paths = write_study(tmp_path / "in", ["t1", "t2"], "GOOD")
+    torch.manual_seed(0)
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
+    written = synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    assert sorted(written) == ["flair", "seg", "t1ce"]
