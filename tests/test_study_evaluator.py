@@ -23,7 +23,7 @@ import torch
 from builders import tiny_net
 from studies import CopyNet, evaluate, fill_with, hidden, write_study
 
-from scripts.contrasts import StudyError, exit_on_user_error
+from scripts.contrasts import StudyError
 from scripts.inference.preprocessing import list_studies
 from scripts.inference.synthesize import synthesize_study
 from scripts.inference.writer import StudyWriter
@@ -224,8 +224,8 @@ def test_what_to_fill_in(tmp_path):
     ):
         with pytest.raises(StudyError, match=words):
             list_studies(**arguments)
-        with pytest.raises(SystemExit, match=words):
-            exit_on_user_error(lambda arguments=arguments: list_studies(**arguments))
+        with pytest.raises(StudyError, match=words):
+            list_studies(**arguments)
     paths = write_study(tmp_path / "in", ["t1"])
     (item,) = list_studies(tmp_path / "nowhere", **paths, study=12)
     assert item["study"] == "12" and item["t1"] == paths["t1"]
