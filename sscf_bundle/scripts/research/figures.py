@@ -262,6 +262,7 @@ def _study_figure(
     order = torch.tensor([0, 3, 1, 2, 2])
     for row, (mask, title) in enumerate(zip(masks, ("mask, annotated", "mask, predicted"), strict=True)):
         shown = None if mask is None else order[mask[z][box].long().clamp(0, 4)]
+        title = title if mask is not None else "no mask annotated"
         show_slice(axes[row, 4], real[missing.index(False)], title, shown)
     legend = f"green: edema\nyellow: enhancing\nred: non-enhancing core\n\n{caption}"
     axes[2, 4].text(0.05, 0.5, legend, color="white", fontsize=9, verticalalignment="center")
