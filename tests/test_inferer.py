@@ -71,7 +71,7 @@ def test_padding_is_background_and_availability_survives_it():
         return image[:, :7]
 
     volume = network_volume(1, (16, 16, 2))
-    BrainSliceInferer(roi_size=(32, 32))(volume, network)
+    BrainSliceInferer(divisor=32)(volume, network)
     assert seen[0].shape == (1, 8, 32, 32)
     assert (seen[0][:, :4, :8] == -1).all() and (seen[0][:, :4, :, 24:] == -1).all()
     assert seen[0][0, 4:].amax(dim=(1, 2)).tolist() == [1, 1, 0, 1]
@@ -86,22 +86,20 @@ def scenario_volume(available, size=(32, 48, 5)) -> torch.Tensor:
     return torch.cat([torch.where(kept, images, -1.0), kept.expand(images.shape).float()], dim=1)
 
 
-@pytest.mark.parametrize("roi_size", [(-1, -1), (32, 32)], ids=["slices", "windows"])
 @pytest.mark.parametrize("available", SCENARIOS, ids=scenario_name)
-def test_every_scenario_gives_what_the_plain_network_gives(available, roi_size):
+def test_every_scenario_gives_what_the_plain_network_gives(available):
     network = tiny_net().eval()
     network.load_bank(network.compile_bank(random_entries(network.new_bank((32, 48)), range(6))))
     volume, kept = MetaTensor(scenario_volume(available), affine=torch.diag(torch.tensor([2.0, 2, 3, 1]))), available
     with torch.no_grad():
-        inferer = BrainSliceInferer(roi_size, sw_batch_size=3)
+        inferer = BrainSliceInferer(sw_batch_size=3)
         pred = inferer(volume, network)
         plain = inferer(volume.as_tensor(), lambda image: network(image))
         one = network(volume.as_tensor()[..., 4])
     assert isinstance(pred, MetaTensor) and torch.equal(pred.affine, volume.affine)
     made = [*[i for i in range(4) if not kept[i]], 4, 5, 6]
     torch.testing.assert_close(pred.as_tensor()[:, made], plain[:, made], atol=1e-5, rtol=0)
-    if roi_size == (-1, -1):
-        torch.testing.assert_close(pred.as_tensor()[:, made, ..., 4], one[:, made], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pred.as_tensor()[:, made, ..., 4], one[:, made], atol=1e-5, rtol=0)
     given = [i for i in range(4) if kept[i]]
     torch.testing.assert_close(pred.as_tensor()[:, given, ..., 1:], volume.as_tensor()[:, given, ..., 1:])
 
@@ -140,8 +138,3 @@ def test_compiled_modules_are_kept_and_see_one_shape(monkeypatch):
             plain = BrainSliceInferer(sw_batch_size=3)(volume, network)
             torch.testing.assert_close(pred, plain, atol=1e-5, rtol=0)
     assert compiled == [{"dynamic": False}] * 2 and sizes == [3, 3] * 3
-
-
-def test_wrong_window():
-    with pytest.raises(ValueError, match="multiple of 16"):
-        BrainSliceInferer(roi_size=(100, 96))

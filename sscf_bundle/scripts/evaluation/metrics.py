@@ -20,14 +20,12 @@ from ignite.metrics import Metric
 from monai.metrics import PSNRMetric, SSIMMetric
 
 from ..contrasts import (
-    CONTRASTS,
     NUM_CONTRASTS,
     NUM_TUMOR_CLASSES,
     REGIONS,
     SCENARIOS,
     label_map,
     region_masks,
-    scenario_name,
     scenario_table,
 )
 from ..networks.blocks import masked_mean
@@ -181,22 +179,3 @@ class ScenarioScores(Metric):
             scores |= {f"{self.prefix}dice_{name}": float(dice[k]) for k, name in enumerate(REGIONS)}
             scores[f"{self.prefix}dice"] = float(dice.nanmean())
         return scores
-
-    def rows(self) -> list[dict[str, str | float]]:
-        """Long form for a report: a row for each study, scenario, contrast or region, and score that was evaluated."""
-        out: list[dict[str, str | float]] = []
-        for score, table in self.tables().items():
-            names = tuple(REGIONS) if score == "dice" else CONTRASTS
-            if score == "dice" and not self.with_dice:
-                continue
-            for study, scenario, item in (~table.isnan()).nonzero().tolist():
-                out.append(
-                    {
-                        "study": self.studies[study],
-                        "scenario": scenario_name(SCENARIOS[scenario]),
-                        "of": names[item],
-                        "score": f"{self.prefix}{score}",
-                        "value": float(table[study, scenario, item]),
-                    }
-                )
-        return out

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SliceInferer
+from monai.inferers import Inferer
 from monai.networks import eval_mode
 from monai.utils import convert_to_dst_type
 from torch import nn
@@ -26,7 +26,7 @@ from torch import nn
 from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES, StudyError
 
 
-class BrainSliceInferer(SliceInferer):
+class BrainSliceInferer(Inferer):
     """Slice-by-slice inference that leaves out axial slices without brain and pads as the network needs.
 
     Takes B x 8 x X x Y x Z (four contrasts in [-1, 1] with background -1, four planes of 0/1 availability) and gives
@@ -37,28 +37,15 @@ class BrainSliceInferer(SliceInferer):
     asked for a module that computes for this scenario alone; any other network is called as it is.
 
     Args:
-        roi_size: size of the window in x and y; -1 is the whole slice.
         sw_batch_size: number of slices in one call of the network.
-        divisor: windows are padded to multiples of this.
+        divisor: slices are padded to multiples of this.
         compile: call the network through ``torch.compile``, once for each scenario. The last batch of a volume is then
             filled up with copies of its last slice, so that its shape is known already.
-        kwargs: other arguments of ``monai.inferers.SlidingWindowInferer``.
-
-    Raises:
-        ValueError: when ``roi_size`` is neither -1 nor a multiple of ``divisor``.
     """
 
-    def __init__(
-        self,
-        roi_size: Sequence[int] = (-1, -1),
-        sw_batch_size: int = 8,
-        divisor: int = 16,
-        compile: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if any(size > 0 and size % divisor for size in roi_size):
-            raise ValueError(f"roi_size must be -1 or a multiple of {divisor}, got {tuple(roi_size)}.")
-        super().__init__(spatial_dim=2, roi_size=tuple(roi_size), sw_batch_size=sw_batch_size, **kwargs)
+    def __init__(self, sw_batch_size: int = 8, divisor: int = 16, compile: bool = False) -> None:
+        super().__init__()
+        self.sw_batch_size = sw_batch_size
         self.divisor = divisor
         self.compile = compile
         self._network: Callable[..., torch.Tensor] | None = None
@@ -72,7 +59,7 @@ class BrainSliceInferer(SliceInferer):
         Args:
             inputs: B x 8 x X x Y x Z.
             network: B x 8 x X x Y to B x 7 x X x Y.
-            args: ignored, as ``SliceInferer`` ignores them.
+            args: ignored.
             kwargs: ignored too.
 
         Returns:
@@ -91,11 +78,7 @@ class BrainSliceInferer(SliceInferer):
             if not slices:
                 continue
             module = self._module(network, (flair, t1, t1ce, t2))
-            index = torch.tensor(slices, device=volume.device)
-            if max(self.orig_roi_size) <= 0:
-                self._whole_slices(sample, result, index, module)
-            else:
-                result[..., index] = self._windows(sample[..., index], module)
+            self._predict(sample, result, torch.tensor(slices, device=volume.device), module)
         return convert_to_dst_type(out, inputs)[0] if isinstance(inputs, MetaTensor) else out
 
     def _module(self, network: Callable[..., torch.Tensor], available: tuple[bool, ...]) -> Callable[..., torch.Tensor]:
@@ -110,14 +93,14 @@ class BrainSliceInferer(SliceInferer):
             self._modules[available] = torch.compile(module, dynamic=False)
         return self._modules[available]
 
-    def _whole_slices(
+    def _predict(
         self, sample: torch.Tensor, result: torch.Tensor, index: torch.Tensor, module: Callable[..., torch.Tensor]
     ) -> None:
-        """Write the prediction for some slices of a volume (8 x X x Y x Z) to ``result`` (7 x X x Y x Z).
-
-        The base class would do the same at four times the cost, since it weighs windows that do not overlap.
-        """
-        padding = self._padding(sample.shape[1:3])
+        """Write the prediction for some slices of a volume (8 x X x Y x Z) to ``result`` (7 x X x Y x Z)."""
+        padding: list[int] = []  # in the order of torch.nn.functional.pad
+        for extent in (sample.shape[2], sample.shape[1]):
+            missing = -extent % self.divisor
+            padding += [missing // 2, missing - missing // 2]
         left, top = padding[2], padding[0]
         axial, axial_result = sample.permute(3, 0, 1, 2), result.permute(3, 0, 1, 2)
         for part in index.split(self.sw_batch_size):
@@ -125,23 +108,6 @@ class BrainSliceInferer(SliceInferer):
             batch = _pad_slices(axial[torch.cat([part, part[-1:].expand(fill)])], padding)
             pred = module(batch)[: len(part), :, left : left + sample.shape[1], top : top + sample.shape[2]]
             axial_result[part] = pred.to(result.dtype)
-
-    def _windows(self, kept: torch.Tensor, module: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Prediction for the slices with brain (8 x X x Y x Z) by the sliding window of the base class."""
-        padding = self._padding(kept.shape[1:3])
-        left, top = padding[2], padding[0]
-        axial = _pad_slices(kept.permute(3, 0, 1, 2), padding).permute(1, 2, 3, 0)
-        pred = super().__call__(axial[None], module)[0]
-        return pred[:, left : left + kept.shape[1], top : top + kept.shape[2]]
-
-    def _padding(self, size: Sequence[int]) -> list[int]:
-        """Padding of x and y up to the window and to the divisor, in the order of ``torch.nn.functional.pad``."""
-        padding: list[int] = []
-        for extent, window in reversed(list(zip(size, self.orig_roi_size, strict=True))):
-            wanted = max(-(-extent // self.divisor) * self.divisor, window)
-            before = (wanted - extent) // 2
-            padding += [before, wanted - extent - before]
-        return padding
 
 
 def predict(
@@ -180,6 +146,5 @@ def _pad_slices(images: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
     """Pad N x 8 x X x Y: contrasts with background, planes of availability with 0."""
     if not any(padding):
         return images
-    # SlidingWindowInferer would pad contrasts and planes alike
     contrasts, planes = images[:, :NUM_CONTRASTS], images[:, NUM_CONTRASTS:]
     return torch.cat([F.pad(contrasts, padding, value=-1.0), F.pad(planes, padding)], dim=1)
