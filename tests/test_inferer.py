@@ -28,22 +28,15 @@ from monai.data import DataLoader, ITKWriter, MetaTensor
 from monai.data.utils import no_collation
 from torch import nn
 
-from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
+from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, exit_on_user_error, scenario_name
 from scripts.data.randomness import stable_hash
-from scripts.inference import inferer as module
-from scripts.inference.inferer import (
-    BrainSliceInferer,
-    FindStudyd,
-    FinishPredictiond,
-    StudyDataset,
-    StudyEvaluator,
-    StudyWriter,
-    exit_on_user_error,
-    inference_transforms,
-    list_studies,
-    prediction_transforms,
-    synthesize_study,
-)
+from scripts.inference import writer as module
+from scripts.inference.evaluator import StudyEvaluator
+from scripts.inference.inferer import BrainSliceInferer
+from scripts.inference.postprocessing import FinishPredictiond, prediction_transforms
+from scripts.inference.preprocessing import FindStudyd, StudyDataset, inference_transforms, list_studies
+from scripts.inference.synthesize import synthesize_study
+from scripts.inference.writer import StudyWriter
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import load_weights, save_weights
 
@@ -526,7 +519,7 @@ def test_one_bad_study_never_stops_the_others(tmp_path, kind, caplog):
     assert sorted(os.listdir(tmp_path / "out")) == ["GOOD", "failures.json"]
     (failure,) = json.loads((tmp_path / "out" / "failures.json").read_text())
     assert failure["study"] == "BAD" and words in failure["reason"] and "\n" not in failure["reason"]
-    (logged,) = [r for r in caplog.records if r.levelname == "ERROR" and r.name == module.__name__]
+    (logged,) = [r for r in caplog.records if r.levelname == "ERROR" and r.name == "scripts.inference.evaluator"]
     assert failure["reason"] in logged.getMessage() and not logged.exc_info
 
 

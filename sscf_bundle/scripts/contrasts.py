@@ -8,12 +8,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The vocabulary: contrasts, tumor classes, regions and availability scenarios, each defined once."""
+"""The vocabulary: contrasts, tumor classes, regions, availability scenarios and a user's error, each defined once."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -41,8 +42,32 @@ SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
 )
 
 
+_T = TypeVar("_T")
+
+
 class StudyError(ValueError):
     """A study or an input folder that cannot be used; the message is one sentence that names the file and the mend."""
+
+
+def exit_on_user_error(function: Callable[[], _T]) -> _T:
+    """Call a function from a config, and end the program with one sentence where it raises a ``StudyError``.
+
+    MONAI's config parser wraps every ``Exception`` in a ``RuntimeError`` and prints a traceback, but lets
+    ``SystemExit`` pass.
+
+    Args:
+        function: called without arguments.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        SystemExit: with the sentence, so that the exit status is 1.
+    """
+    try:
+        return function()
+    except StudyError as error:
+        raise SystemExit(str(error)) from None
 
 
 def scenario_name(scenario: Sequence[int]) -> str:

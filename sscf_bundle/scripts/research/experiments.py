@@ -36,9 +36,8 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 from tqdm import tqdm
 
-from ..contrasts import StudyError
+from ..contrasts import StudyError, exit_on_user_error
 from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
-from ..inference.inferer import exit_on_user_error
 from .figures import runs_panel
 from .report import PANEL_CAPTION, write_page
 from .tables import Runs, Table, read_runs, standard_tables, write_tables

@@ -1,0 +1,198 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The engine of inference: one study after the other, read ahead and written in the background."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.engines import Evaluator
+from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer
+from torch import nn
+
+from ..contrasts import StudyError
+from ..data.randomness import stable_hash
+from ..networks.weights import load_weights
+from .inferer import predict
+from .preprocessing import FAILURE_KEY, FILE_BRAIN_KEY, failure_reason
+from .writer import StudyWriter
+
+#: What of an item is not needed once its prediction is on the grid on file.
+_PREPROCESSED_KEYS = ("image", "label", "brain", FILE_BRAIN_KEY)
+
+logger = logging.getLogger(__name__)
+
+
+class StudyEvaluator(Evaluator):
+    """Fill in one study after the other; a study that fails is noted and never stops the others.
+
+    Studies are written by threads in the background while the next ones are computed. After ``run``, which returns
+    when all is written, ``written`` maps each finished study to the paths that the writer gave, and ``failures`` is a
+    list of ``{"study": ..., "reason": ...}``, which is also written as ``failures.json`` into the writer's folder. Both
+    are in the order of the data loader. Handlers find the prediction at ``IterationEvents.MODEL_COMPLETED`` and no
+    longer after it.
+
+    Args:
+        device: of the network.
+        val_data_loader: gives lists of one item, ``DataLoader(StudyDataset(...), 1, collate_fn=no_collation)``.
+        network: one tensor to one tensor, as ``SSCFNet``, on ``device``.
+        inferer: how the network is called.
+        postprocessing: see ``prediction_transforms``.
+        writer: called with each finished item.
+        ckpt_path: ``state_dict`` to load when the run starts; ``None`` takes the network as it is.
+        val_handlers: Ignite handlers.
+        amp: run the network with autocast.
+        amp_dtype: dtype of autocast.
+        num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
+            that is being computed. 0 writes each study before the next is computed.
+
+    Raises:
+        ValueError: when ``num_writers`` is negative.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        val_data_loader: Any,
+        network: nn.Module,
+        inferer: Inferer,
+        postprocessing: Callable[[Any], Any],
+        writer: StudyWriter,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        val_handlers: Sequence | None = None,
+        amp: bool = False,
+        amp_dtype: torch.dtype = torch.bfloat16,
+        num_writers: int = 1,
+    ) -> None:
+        if num_writers < 0:
+            raise ValueError(f"num_writers must not be negative, got {num_writers}.")
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            postprocessing=postprocessing,
+            val_handlers=val_handlers,
+            amp=amp,
+            decollate=False,
+        )
+        self.network, self.inferer, self.writer = network, inferer, writer
+        self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
+        self.weights_sha256: str | None = None
+        self.failures: list[dict[str, str]] = []
+        self.written: dict[str, dict[str, Path]] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[str, Future[dict[str, Path]]]] = deque()
+
+    def run(self, global_epoch: int = 1) -> None:
+        """Fill in all studies.
+
+        Args:
+            global_epoch: see ``monai.engines.Evaluator``.
+
+        Raises:
+            StudyError: when the weights or the output folder cannot be used, or, after all others are done, when a
+                study failed.
+        """
+        if self.ckpt_path is not None:
+            self.weights_sha256 = load_weights(self.network, str(self.ckpt_path))
+        self.writer.prepare()
+        self.failures, self.written = [], {}
+        self._threads = ThreadPoolExecutor(self.num_writers, "writer") if self.num_writers else None
+        try:
+            super().run(global_epoch)
+            self._collect(0)
+        finally:
+            # after an interruption, what is being written is completed and what waits is dropped
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+            self._pending.clear()
+        report = self.writer.output_dir / "failures.json"
+        if not self.failures:
+            report.unlink(missing_ok=True)
+            return
+        report.write_text(json.dumps(self.failures, indent=2) + "\n")
+        total = len(self.failures) + len(self.written)
+        names = [failure["study"] for failure in self.failures]
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise StudyError(f"{len(names)} of {total} studies failed: {shown}; {report} gives the reasons.")
+
+    def _iteration(self, engine: StudyEvaluator, batchdata: list[dict]) -> list[dict]:  # type: ignore[override]
+        item = batchdata[0]
+        study = str(item["study"])
+        done: Future[dict[str, Path]] = Future()
+        # before the network runs, because from then on one study more is in memory
+        self._collect(self.num_writers)
+        engine.state.output = [{}]
+        try:
+            if FAILURE_KEY in item:
+                raise StudyError(item[FAILURE_KEY])
+            amp_dtype = self.amp_dtype if self.amp else None
+            pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
+            record = provenance(self.network, item.get("patient", study), self.weights_sha256)
+            engine.state.output = [{**record, "pred": pred}]
+            del pred
+            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+            engine.fire_event(IterationEvents.MODEL_COMPLETED)
+            # the network's input would only fill the memory
+            finished = {k: v for k, v in {**item, **engine.state.output[0]}.items() if k not in _PREPROCESSED_KEYS}
+            if self._threads is None:
+                done.set_result(self.writer(finished))
+            else:
+                done = self._threads.submit(self.writer, finished)
+        except Exception as error:
+            done.set_exception(error)
+        # the engine would hold them until the next study is there
+        engine.state.batch, engine.state.output = [], [{}]
+        self._pending.append((study, done))
+        return engine.state.output
+
+    def _collect(self, remaining: int) -> None:
+        """Note how the oldest studies went, and wait for them, until only so many are unfinished."""
+        while len(self._pending) > remaining or (self._pending and self._pending[0][1].done()):
+            study, done = self._pending.popleft()
+            error = done.exception()
+            if error is None:
+                self.written[study] = done.result()
+                logger.info("Study %s: %s written.", study, ", ".join(self.written[study]))
+            else:
+                reason = failure_reason(error, study)
+                logger.error("Study %s failed: %s", study, reason)
+                self.failures.append({"study": study, "reason": reason})
+
+
+def provenance(network: nn.Module, patient: str, weights_sha256: str | None) -> dict[str, Any]:
+    """What a written study must tell about its making.
+
+    Args:
+        network: a network; if it has a bank, the patient is looked up there.
+        patient: name of the patient.
+        weights_sha256: SHA-256 of the file of the weights.
+
+    Returns:
+        ``weights_sha256``, and ``patient_in_bank``: whether the network retrieves from the patient's own slices, which
+        makes the result better than it can be for a new patient.
+    """
+    in_bank = False
+    if hasattr(network, "bank_patient"):
+        used = network.bank_patient[network.bank_present.any(dim=1)]
+        in_bank = bool((used == stable_hash(patient)).any())
+    if in_bank:
+        logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
+    return {"weights_sha256": weights_sha256, "patient_in_bank": in_bank}

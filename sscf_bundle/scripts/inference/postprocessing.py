@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a prediction on the network's grid to finished volumes on the grid on file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Invertd, MapTransform
+
+from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map
+from ..data.transforms import StudyCompose
+from .preprocessing import FILE_BRAIN_KEY
+
+#: Volumes of a finished prediction in channel order, as keys of written files.
+OUTPUT_KEYS = (*CONTRAST_KEYS, MASK_KEY)
+#: Label values of BraTS to 2021; ET is 3 from 2023 on.
+BRATS_MASK_LABELS = {"NET": 1, "ED": 2, "ET": 4}
+
+
+class SelectOutputsd(MapTransform):
+    """Keep of a prediction only the channels that are wanted, with the contrasts in [0, 1] instead of [-1, 1].
+
+    Wanted are the contrasts that are missing and the mask, or, where the item has ``"target"``, only that one of
+    ``OUTPUT_KEYS``: MONAI Label serves one volume at a time. ``"output_keys"`` becomes the tuple of what is wanted, in
+    the order of ``OUTPUT_KEYS``. The result has one channel for each contrast in there, then, if the mask is wanted,
+    the probabilities of the three tumor classes.
+
+    It comes before ``Invertd``, which takes its time for each channel and fills with 0 what the network did not see:
+    -1 there, but background here.
+
+    Args:
+        keys: key of the prediction, 7 x X x Y x Z.
+        has_contrast_key: key of the bool tensor of 4 that says what is available.
+
+    Raises:
+        StudyError: from the call, when ``"target"`` is unknown.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", has_contrast_key: str = "has_contrast") -> None:
+        super().__init__(keys)
+        self.has_contrast_key = has_contrast_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        target = d.get("target")
+        if target is None:
+            available = torch.as_tensor(d[self.has_contrast_key]).tolist()
+            missing = [key for key, given in zip(CONTRAST_KEYS, available, strict=True) if not given]
+            wanted = (*missing, MASK_KEY)
+        elif target in OUTPUT_KEYS:
+            wanted = (target,)
+        else:
+            raise StudyError(f"The target {target} is unknown: give one of {', '.join(OUTPUT_KEYS)}.")
+        contrasts = [CONTRAST_KEYS.index(key) for key in wanted if key != MASK_KEY]
+        classes = range(NUM_CONTRASTS, NUM_CONTRASTS + len(TUMOR_CLASSES)) if MASK_KEY in wanted else ()
+        for key in self.key_iterator(d):
+            meta = d[key].meta if isinstance(d[key], MetaTensor) else None
+            kept = torch.as_tensor(d[key])[[*contrasts, *classes]]
+            kept[: len(contrasts)].add_(1).div_(2)
+            d[key] = MetaTensor(kept, meta=meta)
+        d["output_keys"] = wanted
+        return d
+
+
+class FinishPredictiond(MapTransform):
+    """Make the volumes to write from a prediction on the grid on file.
+
+    The result is a float32 ``MetaTensor`` on the CPU with one X x Y x Z volume for each of ``"output_keys"``: contrasts
+    in [0, ``output_scale``], and the label map; all are 0 outside the union of the available brains.
+
+    Args:
+        keys: key of the prediction as ``SelectOutputsd`` leaves it, on the grid on file and on any device.
+        output_scale: intensity of what the network knows as 1.
+        mask_labels: tumor class to label value, 1 to 255.
+        brain_key: key of the mask of the brain on the same grid, 1 x X x Y x Z.
+
+    Raises:
+        ValueError: when ``mask_labels`` does not give every tumor class a label value, or ``output_scale`` is not > 0.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        output_scale: float = 1.0,
+        mask_labels: Mapping[str, int] | None = None,
+        brain_key: str = FILE_BRAIN_KEY,
+    ) -> None:
+        super().__init__(keys)
+        labels = BRATS_MASK_LABELS if mask_labels is None else mask_labels
+        if set(labels) != set(TUMOR_CLASSES) or not all(0 < value < 256 for value in labels.values()):
+            raise ValueError(f"mask_labels must map {', '.join(TUMOR_CLASSES)} to 1 to 255, got {dict(labels)}.")
+        if not output_scale > 0:
+            raise ValueError(f"output_scale must be greater than 0, got {output_scale}.")
+        self.output_scale = output_scale
+        self.values = torch.tensor([0, *(labels[name] for name in TUMOR_CLASSES)], dtype=torch.float32)
+        self.brain_key = brain_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        wanted = d["output_keys"]
+        num_contrasts = sum(key != MASK_KEY for key in wanted)
+        brain = torch.as_tensor(d[self.brain_key])[0].bool().cpu()
+        for key in self.key_iterator(d):
+            pred = torch.as_tensor(d[key])
+            # a fifth of the voxels are brain; only these are computed and leave the device
+            voxels = pred[:, brain.to(pred.device)]
+            values = voxels[:num_contrasts].clamp_(0, 1).mul_(self.output_scale)
+            if MASK_KEY in wanted:
+                classes = label_map(voxels[None, num_contrasts:])[0]
+                values = torch.cat([values, self.values.to(pred.device)[classes.long()]])
+            # pages of numpy.zeros that stay 0 cost nothing
+            finished = torch.from_numpy(np.zeros((len(wanted), *brain.shape), np.float32))
+            finished[:, brain] = values.cpu()
+            meta = d[key].meta if isinstance(d[key], MetaTensor) else None
+            d[key] = MetaTensor(finished, meta=meta)
+        return d
+
+
+def prediction_transforms(
+    preprocessing: StudyCompose, output_scale: float = 1.0, mask_labels: Mapping[str, int] | None = None
+) -> StudyCompose:
+    """The postprocessing: a prediction on the network's grid becomes volumes on the grid on file.
+
+    Probabilities are taken back by linear interpolation and turned into a label map there. For a study that was not
+    resampled this equals taking back the labels; for others it gives a smooth boundary instead of the network's steps.
+
+    Args:
+        preprocessing: the transforms that made ``image``.
+        output_scale: see ``FinishPredictiond``.
+        mask_labels: see ``FinishPredictiond``.
+
+    Returns:
+        Transforms for an item with ``image``, ``has_contrast``, ``brain_on_file`` and ``pred`` (7 x X x Y x Z), which
+        ``pred`` leaves as ``FinishPredictiond`` gives it. They compute on the device of ``pred``.
+    """
+    return StudyCompose(
+        [
+            SelectOutputsd("pred"),
+            Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False),
+            FinishPredictiond("pred", output_scale, mask_labels),
+        ]
+    )

@@ -1,0 +1,192 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From folders and files to the network's input, a study that cannot be used included."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.data import Dataset
+from monai.transforms import MapTransform
+
+from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
+from ..data.datalist import find_studies, single_study
+from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
+
+#: Key of a dataset item that says in one sentence why the study could not be preprocessed.
+FAILURE_KEY = "failure"
+#: Key of the union of the available brains on the grid on file.
+FILE_BRAIN_KEY = "brain_on_file"
+
+logger = logging.getLogger(__name__)
+
+
+class FindStudyd(MapTransform):
+    """Let ``image`` name a study where no contrast is named: its folder, or any one of its files.
+
+    This is how MONAI Label names what it wants to be inferred. Items with a path of a contrast stay as they are.
+
+    Args:
+        keys: key of the path.
+
+    Raises:
+        StudyError: from the call, when the path leads to no study or to several.
+    """
+
+    def __init__(self, keys: KeysCollection = "image") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if any(d.get(key) for key in CONTRAST_KEYS):
+            return d
+        for key in self.key_iterator(d):
+            path = Path(d[key])
+            items = find_studies(path if path.is_dir() else path.parent)
+            if not path.is_dir():
+                items = [item for item in items if str(path) in item.values()]
+            if len(items) != 1:
+                raise StudyError(
+                    f"{path} leads to {len(items)} studies: name the folder or a file of one study, or the files as "
+                    f"{', '.join(CONTRAST_KEYS)}."
+                )
+            d.update({k: v for k, v in items[0].items() if k in (*CONTRAST_KEYS, "study", "patient")})
+        return d
+
+
+class ForgetFileNamed(MapTransform):
+    """Take the file name out of the metadata of a stack of several files.
+
+    Where it is there, ``Spacingd`` takes every entry ``image_...`` of the item for metadata, and fails at the
+    ``image_path`` of MONAI Label.
+
+    Args:
+        keys: keys of ``MetaTensor``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key].meta.pop("filename_or_obj", None)
+        return d
+
+
+def inference_transforms(
+    image_size: Sequence[int] | int = 192,
+    scaling: str = "brain",
+    spacing: float | None = 1.0,
+    percentile: float = 99.5,
+    reader: str | None = None,
+) -> StudyCompose:
+    """The preprocessing of inference: that of training, and what only inference needs.
+
+    Args:
+        image_size: see ``study_transforms``, like all of these; they must be those of the training.
+        scaling: see ``study_transforms``.
+        spacing: see ``study_transforms``.
+        percentile: see ``study_transforms``.
+        reader: see ``study_transforms``.
+
+    Returns:
+        An invertible composition of transforms for one datalist item. Afterwards ``image`` is the network's
+        8 x X x Y x Z input and ``brain_on_file`` (1 x X x Y x Z uint8) the union of the available brains on the grid
+        on file.
+    """
+    steps = []
+    for step in study_transforms(image_size, scaling, spacing, percentile, reader=reader).transforms:
+        steps.append(step)
+        if isinstance(step, LoadStudyd):
+            # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
+            steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
+    return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])
+
+
+class StudyDataset(Dataset):
+    """``monai.data.Dataset`` of studies that gives a failed study as data, so that the others still come.
+
+    An item that cannot be preprocessed has its datalist entries and ``"failure"``, one sentence.
+
+    Args:
+        data: datalist items.
+        transform: preprocessing of one item.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable[[Any], Any]) -> None:
+        super().__init__(data, transform)
+
+    def _transform(self, index: int) -> dict[Hashable, Any]:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            item = dict(self.data[index])
+            return {**item, FAILURE_KEY: failure_reason(error, item["study"])}
+
+
+def list_studies(
+    dataset_dir: str | os.PathLike[str] | None = None,
+    flair: str | os.PathLike[str] | None = None,
+    t1: str | os.PathLike[str] | None = None,
+    t1ce: str | os.PathLike[str] | None = None,
+    t2: str | os.PathLike[str] | None = None,
+    study: str | None = None,
+    pattern: Mapping[str, str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Datalist for inference: one study from loose files, or all studies below a folder. Masks are left out.
+
+    Args:
+        dataset_dir: folder of studies, see ``find_studies``; ignored where a file is given.
+        flair: path of the FLAIR volume; likewise ``t1``, ``t1ce`` and ``t2``.
+        t1: see ``flair``.
+        t1ce: see ``flair``.
+        t2: see ``flair``.
+        study: name of the single study.
+        pattern: see ``find_studies``.
+        output_dir: where results go; must not lie in ``dataset_dir``.
+
+    Returns:
+        Datalist items.
+
+    Raises:
+        StudyError: when there is no study, or ``output_dir`` lies in ``dataset_dir``.
+    """
+    files = {key: path for key, path in zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True) if path}
+    if files:
+        return single_study(**files, name=None if study is None else str(study))
+    if not dataset_dir:
+        raise StudyError(
+            f"No input is given: set dataset_dir, or the files of one study as {', '.join(CONTRAST_KEYS)}."
+        )
+    root = Path(str(dataset_dir)).expanduser()
+    if output_dir is not None and Path(str(output_dir)).expanduser().resolve().is_relative_to(root.resolve()):
+        raise StudyError(
+            f"output_dir {output_dir} lies in dataset_dir {root}, where the next run would take synthetic volumes for "
+            "input: choose another output_dir."
+        )
+    # a mask on file is not needed, and a damaged one must not stop a study
+    return [{k: v for k, v in item.items() if k != MASK_KEY} for item in find_studies(root, pattern)]
+
+
+def failure_reason(error: BaseException, study: Hashable) -> str:
+    """One sentence for a failure; the traceback of one that nobody foresaw goes to the log."""
+    known = find_study_error(error)
+    if known is not None:
+        return str(known)
+    logger.error("Study %s raised an unexpected error.", study, exc_info=error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    return f"Unexpected {type(error).__name__}: {line}; the log has the traceback."
