@@ -22,7 +22,8 @@ from scipy.ndimage import binary_erosion
 from torch import nn
 
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS
-from scripts.inference.inferer import inference_transforms, synthesize_study
+from scripts.inference.preprocessing import inference_transforms
+from scripts.inference.synthesize import synthesize_study
 
 AXES = [
     "".join(names[axis][sign] for axis, sign in zip(order, signs, strict=True))
