@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 
 import nibabel as nib
@@ -113,3 +114,12 @@ def evaluate(items, output_dir, network=None, writer=None, num_workers=0, **opti
 
 def hidden(folder) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def results(folder) -> dict[str, bytes]:
+    """What lies below a folder; of a compressed file, which holds the time of writing, the content."""
+    return {
+        str(path.relative_to(folder)): (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

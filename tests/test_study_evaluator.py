@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import threading
@@ -21,7 +20,7 @@ import time
 import pytest
 import torch
 from builders import tiny_net
-from studies import CopyNet, evaluate, fill_with, hidden, write_study
+from studies import CopyNet, evaluate, fill_with, hidden, results, write_study
 
 from scripts.contrasts import StudyError
 from scripts.inference.preprocessing import list_studies
@@ -127,15 +126,6 @@ def run_ignoring_failures(evaluator) -> None:
         assert evaluator.failures
 
 
-def results(folder) -> dict[str, bytes]:
-    """What lies below a folder; of a compressed file, which holds the time of writing, the content."""
-    return {
-        str(path.relative_to(folder)): (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("num_workers, num_writers", [(0, 1), (0, 3), (2, 0), (2, 2)])
 def test_workers_and_writers_change_no_result(tmp_path, num_workers, num_writers):
     for name, keys in {"A1": ["t1"], "B2": ["t1"], "C3": ["flair", "t2"], "D4": ["t1ce"], "E5": ["t2"]}.items():
@@ -210,7 +200,7 @@ def test_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "out").write_text("a file")
     write_study(tmp_path / "in", ["t1"])
     network = CopyNet()
-    with pytest.raises(StudyError, match="cannot be made"):
+    with pytest.raises(StudyError, match="cannot be written to"):
         evaluate(list_studies(tmp_path / "in"), tmp_path / "out", network).run()
     assert network.slices == 0
 

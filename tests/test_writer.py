@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -34,6 +36,7 @@ from studies import (
     fill_with,
     hidden,
     load,
+    results,
     scaled,
     write_study,
 )
@@ -45,6 +48,7 @@ from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import FinishPredictiond, prediction_transforms
 from scripts.inference.preprocessing import FindStudyd, inference_transforms, list_studies
 from scripts.inference.synthesize import synthesize_study
+from scripts.inference.writer import StudyWriter
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import save_weights
 
@@ -229,26 +233,61 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, finished_before):
         save(image, path)
 
     monkeypatch.setattr(module.nib, "save", fail_later)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StudyError, match=r"S1 cannot be written: No space left on device\.$"):
         fill_with(CopyNet(), paths, tmp_path / "out")
     assert {(p, p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*")} == before and len(calls) == 2
 
 
-def test_a_failed_swap_brings_the_old_result_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_while_results_are_replaced_hides_nothing(tmp_path, monkeypatch, step):
     paths = write_study(tmp_path / "in", ["flair", "t1"])
+    folder = tmp_path / "out" / "S1"
     fill_with(CopyNet(), paths, tmp_path / "out")
-    before = sorted(os.listdir(tmp_path / "out" / "S1"))
-    rename = module.Path.rename
+    (folder / "notes.txt").write_text("mine")
+    expected, replace, calls = results(folder), os.replace, []
 
-    def fail_new(self, target):
-        if self.name.endswith(".new"):
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
+    def kill(source, target):
+        calls.append(target)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        replace(source, target)
 
-    monkeypatch.setattr(module.Path, "rename", fail_new)
-    with pytest.raises(OSError, match="Input/output"):
+    monkeypatch.setattr(os, "replace", kill)
+    # a killed process clears nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    with pytest.raises(KeyboardInterrupt):
         fill_with(CopyNet(), paths, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out" / "S1")) == before and not hidden(tmp_path / "out")
+    monkeypatch.undo()
+    assert (folder / "notes.txt").read_text() == "mine" and not (folder / "S1_synthesis.json").exists()
+    (left,) = hidden(tmp_path / "out")
+    StudyWriter(tmp_path / "out").prepare()
+    assert hidden(tmp_path / "out") == [left]  # another run may be writing it
+    os.utime(tmp_path / "out" / left, (0, 0))
+    StudyWriter(tmp_path / "out").prepare()
+    assert not hidden(tmp_path / "out")
+    fill_with(CopyNet(), paths, tmp_path / "out")
+    assert results(folder) == expected
+
+
+def test_two_writers_of_one_study_leave_a_whole_one(tmp_path):
+    paths = write_study(tmp_path / "in", ["flair", "t1"])
+    fill_with(CopyNet(), paths, tmp_path / "alone")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fill_with(CopyNet(), paths, tmp_path / "out"), range(8)))
+    assert results(tmp_path / "out" / "S1") == results(tmp_path / "alone" / "S1") and not hidden(tmp_path / "out")
+
+
+def test_what_stands_in_the_way_is_left_alone(tmp_path):
+    paths = write_study(tmp_path / "in", ["flair", "t1"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "S1").write_text("mine")
+    with pytest.raises(StudyError, match="S1 is a file: remove it"):
+        fill_with(CopyNet(), paths, tmp_path / "out")
+    assert (tmp_path / "out" / "S1").read_text() == "mine"
+    with pytest.raises(StudyError, match="cannot be written: File name too long"):
+        fill_with(CopyNet(), paths, tmp_path / "out", study="x" * 300)
+    with pytest.raises(StudyError, match="cannot name a folder"):
+        fill_with(CopyNet(), paths, tmp_path / "out", study="line\nbreak")
 
 
 def test_inputs_are_never_overwritten(tmp_path):

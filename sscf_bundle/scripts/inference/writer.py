@@ -15,7 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +36,9 @@ _GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
+#: Folders that a killed run was writing, and the age in seconds from which they are taken for such.
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.new", re.DOTALL)
+_ABANDONED = 3600
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
 
 logger = logging.getLogger(__name__)
@@ -44,7 +50,8 @@ class StudyWriter:
     ``<output_dir>/<study>/`` gets ``<study>_<key>_synthetic.nii.gz`` (float32) for each missing contrast,
     ``<study>_seg.nii.gz`` (uint8) and ``<study>_synthesis.json``, which says what was made from what. Shape, affine,
     qform, sform and units are those of the first available contrast on file; nothing else of its header is taken over.
-    The folder appears complete or not at all. If there is one, its files of these names are replaced; others stay.
+    A new folder appears complete or not at all. In one that stands, files of these names are replaced one by one, each
+    complete; the record goes first and comes last, so that results without a record are unfinished. Other files stay.
 
     Args:
         output_dir: folder for all studies; made if needed.
@@ -57,17 +64,22 @@ class StudyWriter:
         self.output_dir = Path(str(output_dir)).expanduser()
 
     def prepare(self) -> None:
-        """Make the output folder, so that a wrong one shows before anything is computed.
+        """Make the output folder, so that a wrong one shows before anything is computed, and clear what was left over.
 
         Raises:
-            StudyError: when it cannot be made.
+            StudyError: when it cannot be made or written to.
         """
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             raise StudyError(
-                f"The folder {self.output_dir} cannot be made ({error.strerror}): choose another output_dir."
+                f"The folder {self.output_dir} cannot be written to ({error.strerror}): choose another output_dir."
             ) from error
+        for path in self.output_dir.glob(".*.new"):
+            # another run may be writing a younger one
+            if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         """Write one study.
@@ -83,7 +95,7 @@ class StudyWriter:
         folder = self.output_dir / study
         available = [bool(kept) for kept in data["has_contrast"]]
         inputs = {key: str(data[key]) for key, kept in zip(CONTRAST_KEYS, available, strict=True) if kept}
-        if study != Path(study).name or study.startswith("."):
+        if study != Path(study).name or study.startswith(".") or not study.isprintable():
             raise StudyError(f"The study name {study!r} cannot name a folder: give another name.")
         if any(Path(path).resolve().parent == folder.resolve() for path in inputs.values()):
             raise StudyError(f"{folder} holds the input of the study: choose another output_dir.")
@@ -93,17 +105,18 @@ class StudyWriter:
         }
         record_name = f"{study}_synthesis.json"
         made = data["output_keys"]
-        self.prepare()
         # hidden, so that find_studies never sees it; in the same folder, so that renaming is one step
         new = self.output_dir / f".{study}.{uuid.uuid4().hex}.new"
         try:
-            new.mkdir()
+            new.mkdir(parents=True)
             geometry = _read_geometry(next(iter(inputs.values())))
             for key, volume in zip(made, data["pred"].as_tensor(), strict=True):
                 _save_volume(volume, data["pred"].affine, geometry, new / names[key], is_mask=key == MASK_KEY)
             record = self._record(data, inputs, {key: names[key] for key in made})
             (new / record_name).write_text(json.dumps(record, indent=2) + "\n")
-            _replace_folder(new, folder, {*names.values(), record_name})
+            _place(new, folder, set(names.values()), record_name)
+        except OSError as error:
+            raise StudyError(f"{folder} cannot be written: {error.strerror or error}.") from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
         logger.info("Study %s: %s written.", study, ", ".join(made))
@@ -186,19 +199,18 @@ def _save_volume(
     nib.save(image, path)
 
 
-def _replace_folder(new: Path, folder: Path, ours: set[str]) -> None:
-    """Put ``new`` in the place of ``folder``, whose files other than ``ours`` move over."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
+def _place(new: Path, folder: Path, ours: set[str], record_name: str) -> None:
+    """Bring the files of ``new`` to ``folder``, which then has those of ``ours`` that ``new`` has, and the record."""
     try:
         new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    for path in old.iterdir():
-        if path.name not in ours:
-            path.rename(folder / path.name)
-    shutil.rmtree(old)
+        return
+    except OSError as error:
+        if not folder.exists():
+            raise
+        if not folder.is_dir():
+            raise StudyError(f"{folder} is a file: remove it or choose another output_dir.") from error
+    (folder / record_name).unlink(missing_ok=True)
+    for name in ours - set(os.listdir(new)):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == record_name):
+        os.replace(path, folder / path.name)
