@@ -50,8 +50,9 @@ def watch_network(parts: Parts, net: SSCFNet) -> None:
 def watch_scenario(parts: Parts, network: ScenarioNetwork) -> None:
     """Names the parts of the network for one scenario."""
     watch_network(parts, network.net)
-    parts.watch_method(network, "_encode", "encoders, pass 1", "encoders, pass 2")
-    parts.watch_method(network, "_synthesize", "stacking and retrieval")
+    parts.watch_method(network, "encode", "encoders, pass 1", "encoders, pass 2")
+    parts.watch_method(network, "segment", "fusion of the contrasts")
+    parts.watch_method(network, "predict", "stacking and retrieval")
 
 
 def watch_trainer(parts: Parts, trainer: SSCFTrainer) -> None:
