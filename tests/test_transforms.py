@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor, NibabelReader
 from monai.inferers import SliceInferer
 from monai.transforms import Invertd
@@ -29,6 +30,7 @@ from scripts.contrasts import CONTRAST_KEYS, StudyError
 from scripts.data.transforms import (
     AddAvailabilityd,
     BrainMaskd,
+    CropBraind,
     LoadStudyd,
     ScaleBraind,
     ScaleSliced,
@@ -315,16 +317,13 @@ def test_wrong_settings():
         study_transforms(image_size=100)
 
 
-@pytest.mark.parametrize("size,expected", [(16, (48, 16)), ((32, 16), (48, 16)), (64, (64, 64))])
-def test_a_wide_brain_is_never_cut(tmp_path, size, expected):
-    brain = np.zeros((50, 30, 4), np.int16)
-    brain[3:43, 10:24, 1:3] = 1
-    out = study_transforms(size)({"study": "S", "t1": write(tmp_path / "t1.nii.gz", brain, np.eye(4))})
-    assert out["brain"].shape == (1, *expected, 4) and int(out["brain"].sum()) == brain.sum()
-    assert torch.equal(out["image"][1] + 1, out["brain"][0] * 2.0)
-    inside = out["brain"][0].nonzero()
-    center = (inside.amin(0) + inside.amax(0) + 1) / 2
-    assert center.tolist() == [expected[0] / 2, expected[1] / 2, 2]
+@pytest.mark.parametrize("size,expected", [(16, (16, 16)), ((32, 16), (32, 16))])
+def test_a_wide_brain_is_never_cut(size, expected):
+    brain = torch.zeros(1, 50, 30, 4)
+    brain[:, 3:43, 10:24] = 1
+    out = CropBraind(("image", "brain"), size=size, pad_value=(-1, 0))({"image": brain * 2 - 1, "brain": brain})
+    assert out["brain"].shape == (1, 48, expected[1], 4)
+    assert out["brain"].sum() == brain.sum() and torch.equal(out["image"] + 1, out["brain"] * 2)
 
 
 def invert(transform, out, pred):
@@ -377,6 +376,17 @@ def test_spacing_within_one_percent_is_not_resampled(tmp_path):
     np.testing.assert_allclose(out["image"].affine.diagonal()[:2], [0.995, 1.005], atol=1e-6)
 
 
+def test_inverse_keeps_what_is_predicted_beside_the_brain(tmp_path):
+    """A brain as wide as a multiple of 16 at 2 mm, in a file of 1 mm: its border is interpolated from both sides."""
+    brain = np.zeros((60, 60, 3), np.int16)
+    brain[10:42, 10:42] = 100
+    transform = study_transforms(32, spacing=2.0)
+    out = transform({"study": "S", "t1": write(tmp_path / "t1.nii.gz", brain, np.eye(4))})
+    assert torch.count_nonzero(out["brain"][0].amax(dim=(1, 2))) == 16
+    back = invert(transform, out, torch.ones(1, *out["image"].shape[1:]))
+    np.testing.assert_allclose(back[0].numpy()[brain > 0], 1, atol=1e-5)
+
+
 def test_availability_planes_and_slice_inference(study):
     transform = study_transforms(32)
     out = transform(study)
@@ -389,6 +399,27 @@ def test_availability_planes_and_slice_inference(study):
     inferer = SliceInferer(roi_size=(32, 32), spatial_dim=2, sw_batch_size=4)
     pred = inferer(image[None], lambda x: (x[:, :4] + 1) / 2)[0]
     assert invert(transform, shown, pred).shape == (4, *SHAPE)
+
+
+def test_declarative_use(study):
+    config = {
+        "preprocessing": {
+            "_target_": "StudyCompose",
+            "transforms": [
+                {"_target_": "LoadStudyd"},
+                {"_target_": "Orientationd", "keys": ["image", "label"], "axcodes": "RAS", "labels": None},
+                {"_target_": "BrainMaskd"},
+                {"_target_": "ScaleBraind"},
+                {"_target_": "CropBraind", "keys": ["image", "label", "brain"], "size": 32, "pad_value": [-1, 0, 0]},
+            ],
+        }
+    }
+    own = ("StudyCompose", "LoadStudyd", "BrainMaskd", "ScaleBraind", "CropBraind")
+    for node in (config["preprocessing"], *config["preprocessing"]["transforms"]):
+        if node["_target_"] in own:
+            node["_target_"] = f"scripts.data.transforms.{node['_target_']}"
+    out = ConfigParser(config).get_parsed_content("preprocessing")(study)
+    assert torch.equal(out["image"], study_transforms(32)(study)["image"])
 
 
 DATA = REPOSITORY.parent / "shared" / "data"

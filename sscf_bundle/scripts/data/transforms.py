@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from monai.data import MetaTensor
 from monai.transforms import (
     CastToTyped,
     Compose,
+    CropForeground,
     CropForegroundd,
     LoadImage,
     MapTransform,
@@ -31,7 +33,6 @@ from monai.transforms import (
     Orientationd,
     ResampleToMatch,
     Spacingd,
-    SpatialPadd,
 )
 from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
@@ -45,8 +46,6 @@ BRATS_MASK_VALUES = {"NET": (1,), "ED": (2,), "ET": (4, 3)}
 _REPAIR = "repair the header or export the file again"
 #: Codes of complex numbers in a NIfTI header.
 _COMPLEX = (32, 1792, 2048)
-#: The network takes slices whose sides are multiples of this.
-DIVISOR = 16
 
 logger = logging.getLogger(__name__)
 
@@ -402,6 +401,72 @@ class ScaleSliced(MapTransform):
         return d
 
 
+class AxialBrainCrop(CropForeground):
+    """Crop and pad x and y around the brain and leave z as it is; array version of ``CropBraind``.
+
+    Args:
+        size: wanted size in x and y, in pixels.
+        divisor: a brain that is wider than ``size`` gets the next multiple of this.
+    """
+
+    def __init__(self, size: Sequence[int] | int = 192, divisor: int = 16) -> None:
+        super().__init__()
+        self.size = ensure_tuple_rep(size, 2)
+        self.divisor = divisor
+        if any(s <= 0 or s % divisor for s in self.size):
+            raise ValueError(f"The image size must be a positive multiple of {divisor}, got {self.size}.")
+
+    def compute_bounding_box(self, img: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Box of the wanted size, centered on the foreground of ``img`` (1 x X x Y x Z), whole in z."""
+        start, end = super().compute_bounding_box(img)
+        for axis, wanted in enumerate(self.size):
+            extent = int(end[axis] - start[axis])
+            width = max(wanted, math.ceil(extent / self.divisor) * self.divisor)
+            start[axis] -= (width - extent) // 2
+            end[axis] = start[axis] + width
+        start[2], end[2] = 0, img.shape[3]
+        return start, end
+
+
+class CropBraind(CropForegroundd):
+    """Bring x and y to the size of the network, centered on the brain, which is never cut; z stays as it is.
+
+    Invertible: the inverse puts 0 where voxels were cropped, so invert a prediction in [0, 1], not in [-1, 1].
+    ``CropForegroundd`` and ``SpatialPadd`` would give the same, but their inverse drops what is predicted beside the
+    brain, and resampling back reads that at the brain's border.
+
+    Args:
+        keys: keys to crop, C x X x Y x Z.
+        source_key: key of the brain mask.
+        size: size in x and y, multiples of ``divisor``; a wider brain gets the next multiple.
+        pad_value: what is outside the volume, one value or one for each key.
+        divisor: the network takes slices whose sides are multiples of this.
+        allow_missing_keys: skip keys that the item lacks.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        source_key: str = "brain",
+        size: Sequence[int] | int = 192,
+        pad_value: Sequence[float] | float = 0,
+        divisor: int = 16,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(
+            keys, source_key, start_coord_key=None, end_coord_key=None, allow_missing_keys=allow_missing_keys
+        )
+        self.cropper = AxialBrainCrop(size, divisor)
+        self.pad_value = ensure_tuple_rep(pad_value, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        start, end = self.cropper.compute_bounding_box(d[self.source_key])
+        for key, value in self.key_iterator(d, self.pad_value):
+            d[key] = self.cropper.crop_pad(d[key], start, end, mode="constant", value=value)
+        return d
+
+
 class AddAvailabilityd(MapTransform):
     """Append the four planes of 0/1 availability: 4 channels become the 8 of the network's input.
 
@@ -463,10 +528,7 @@ def study_transforms(
     scalings = {"brain": ScaleBraind("image", percentile), "per_slice": ScaleSliced("image")}
     if scaling not in scalings:
         raise ValueError(f"scaling must be one of {', '.join(scalings)}, got {scaling!r}.")
-    size = ensure_tuple_rep(image_size, 2)
-    if any(side <= 0 or side % DIVISOR for side in size):
-        raise ValueError(f"The image size must be a positive multiple of {DIVISOR}, got {size}.")
-    grids, background = ("image", "label"), ((("image",), -1), (("label", "brain"), 0))
+    grids = ("image", "label")
     resampling = []
     if spacing is not None:
         near = 0.01 * spacing
@@ -491,27 +553,9 @@ def study_transforms(
             *resampling,
             BrainMaskd("image"),
             scalings[scaling],
-            # the brain is never cut: a wider one gets the next multiple of 16; "brain" itself is cropped last
-            *(
-                CropForegroundd(
-                    keys,
-                    source_key="brain",
-                    select_fn=_brain_in_plane,
-                    k_divisible=(DIVISOR, DIVISOR, 1),
-                    start_coord_key=None,
-                    end_coord_key=None,
-                    value=value,
-                )
-                for keys, value in background
-            ),
-            *(SpatialPadd(keys, (*size, -1), value=value) for keys, value in background),
+            CropBraind((*grids, "brain"), size=image_size, pad_value=(-1, 0, 0)),
         ]
     )
-
-
-def _brain_in_plane(brain: torch.Tensor) -> torch.Tensor:
-    """Foreground of the crop: the brain in x and y, everything in z."""
-    return (brain > 0).any(dim=-1, keepdim=True).expand_as(brain)
 
 
 def _times(shape: Sequence[int]) -> str:
