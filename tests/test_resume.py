@@ -69,7 +69,7 @@ runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 
 
 def checkpoints(output_dir: Path) -> list[str]:
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir() if path.name != "config.json")
 
 
 def names(*epochs: int) -> list[str]:

@@ -380,6 +380,7 @@ def test_inverse_keeps_what_is_predicted_beside_the_brain(tmp_path):
     """A brain as wide as a multiple of 16 at 2 mm, in a file of 1 mm: its border is interpolated from both sides."""
     brain = np.zeros((60, 60, 3), np.int16)
     brain[10:42, 10:42] = 100
+    brain[12, 12] = 90  # a volume of one value is taken for a mask
     transform = study_transforms(32, spacing=2.0)
     out = transform({"study": "S", "t1": write(tmp_path / "t1.nii.gz", brain, np.eye(4))})
     assert torch.count_nonzero(out["brain"][0].amax(dim=(1, 2))) == 16
