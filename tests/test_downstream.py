@@ -271,7 +271,7 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     best = workflow.parser.get_parsed_content("best_model")
     assert best.best == pytest.approx(max(validated)) and best.epoch == validated.index(max(validated)) + 1
     files = {path.name for path in (tmp_path / "segmenter" / "checkpoints").iterdir()}
-    assert files == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
+    assert files == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "config.json"}
 
     save_weights(tmp_path / "model.pt", PlainUNet(2, TINY_RUN["channels"]))  # type: ignore[arg-type]
     train_in_process(config_files(*EVALUATION), overrides)
