@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pydoc
 import re
@@ -20,7 +21,8 @@ from typing import Any
 
 import pytest
 from builders import BUNDLE_ROOT, config_files, tiny_run
-from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.apps.utils import HashCheckError
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow, download_large_files
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from scripts.networks.weights import PREPROCESSING_SETTINGS
@@ -216,3 +218,21 @@ def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom
     assert workflow.max_epochs == 4 and len(workflow.train_dataset) == 3 * 20
     assert workflow.val_interval == 2 and workflow.evaluator is workflow.parser.get_parsed_content("validate#evaluator")
     workflow.finalize()
+
+
+def test_large_files_are_named_as_monai_reads_them(tmp_path: Path) -> None:
+    """The entry that the comment of ``large_files.yml`` shows, filled in for a file that is there already."""
+    download_large_files(str(BUNDLE_ROOT))
+    text = (BUNDLE_ROOT / "large_files.yml").read_text()
+    assert text.endswith("large_files: []\n")
+    entry = re.sub(r"^.*\n", "", text, count=1).replace("#  ", " ").removesuffix("large_files: []\n")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").write_bytes(b"weights")
+    for digest, fits in ((hashlib.sha256(b"weights").hexdigest(), True), ("0" * 64, False)):
+        filled = entry.replace("what sha256sum says", f"'{digest}'")
+        (tmp_path / "large_files.yml").write_text(f"large_files:\n{filled}")
+        if fits:
+            download_large_files(str(tmp_path))
+        else:
+            with pytest.raises(HashCheckError):
+                download_large_files(str(tmp_path))
