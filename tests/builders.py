@@ -311,3 +311,44 @@ def assert_same(ours: object, theirs: object, where: str = "state") -> None:
             assert_same(one, other, f"{where}[{index}]")
     else:
         assert ours == theirs, where
+
+
+# --------------------------------------------------------------------------------------------------------- DICOM series
+def write_dicom_series(folder: Path, volume: np.ndarray, affine: np.ndarray, description: str = "scan") -> Path:
+    """Writes an X x Y x Z volume of whole numbers as an MR series, with an affine from voxels to mm in RAS.
+
+    The files are named and written against the order of the slices.
+    """
+    pydicom = pytest.importorskip("pydicom")
+    folder.mkdir(parents=True, exist_ok=True)
+    axes = np.diag([-1, -1, 1, 1]) @ affine  # DICOM is LPS
+    spacing = np.linalg.norm(axes[:3, :3], axis=0)
+    study, series, frame = (pydicom.uid.generate_uid() for _ in range(3))
+    for z in reversed(range(volume.shape[2])):
+        image = pydicom.Dataset()
+        image.SOPClassUID, image.SOPInstanceUID = pydicom.uid.MRImageStorage, pydicom.uid.generate_uid()
+        image.PatientName, image.PatientID, image.PatientBirthDate, image.PatientSex = "Doe^Jane", "4711", "", "F"
+        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+        image.StudyDate, image.StudyTime, image.StudyID, image.AccessionNumber = "20260101", "120000", "1", "A1"
+        image.ReferringPhysicianName, image.PositionReferenceIndicator, image.PatientPosition = "", "", "HFS"
+        image.Modality, image.ImageType, image.Manufacturer = "MR", ["ORIGINAL", "PRIMARY", "M"], "Scanner"
+        image.SeriesNumber, image.InstanceNumber, image.SeriesDescription = 3, z + 1, description
+        image.ScanningSequence, image.SequenceVariant, image.ScanOptions, image.MRAcquisitionType = (
+            "SE",
+            "NONE",
+            "",
+            "2D",
+        )
+        image.EchoTime, image.RepetitionTime, image.EchoTrainLength = 90, 4000, 1
+        image.ImagePositionPatient = [float(v) for v in (axes @ [0, 0, z, 1])[:3]]
+        image.ImageOrientationPatient = [float(v) for v in (axes[:3, :2] / spacing[:2]).T.ravel()]
+        image.PixelSpacing = [float(spacing[1]), float(spacing[0])]
+        image.SliceThickness = float(spacing[2])
+        image.Rows, image.Columns = volume.shape[1], volume.shape[0]
+        image.SamplesPerPixel, image.PhotometricInterpretation, image.PixelRepresentation = 1, "MONOCHROME2", 0
+        image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
+        image.PixelData = np.ascontiguousarray(volume[..., z].T).astype("<u2").tobytes()
+        image.file_meta = pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        image.save_as(folder / f"IM{volume.shape[2] - z:03d}", enforce_file_format=True)
+    return folder

@@ -54,6 +54,7 @@ RUNS = [
     ["inference", "demo_inference"],
     ["inference", "export"],
     ["inference", "inference_trt"],
+    ["inference", "dicom"],
     ["report"],
     ["experiments"],
     ["experiments", "experiments_small"],

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from monai.data import partition_dataset
 
 from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError
+from .formats import holds_dicom, volume_stem
 
 #: Parts of a split, in the order of the fractions.
 PARTS = ("training", "validation", "test")
@@ -58,7 +59,8 @@ _BRATS_TIME_POINT = re.compile(r"^(BraTS-[A-Za-z]+-\d+)-\d+$", re.IGNORECASE)
 
 _KNOWN_NAMES = (
     "X_flair, X_t1, X_t1ce, X_t2 and X_seg (BraTS to 2021), X-t2f, X-t1n, X-t1c, X-t2w and X-seg (BraTS from 2023), "
-    "X_FLAIR, X_T1pre, X_T1post and X_T2Synth (UCSF-BMSR) or BIDS names, each .nii or .nii.gz"
+    "X_FLAIR, X_T1pre, X_T1post and X_T2Synth (UCSF-BMSR) or BIDS names, each .nii, .nii.gz, .nrrd or .mha or the name "
+    "of a folder with a DICOM series"
 )
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,8 @@ def find_studies(
     stands before the contrast in their names. Files whose common prefix holds a number are one study wherever they
     lie, so that masks may be kept in another folder. A mask in the BraTS coding is preferred to a binary one, and an
     acquired series to a synthesized one; the binary masks of UCSF-BMSR are not taken at all, since they do not tell
-    the tumor classes apart. Hidden files are skipped.
+    the tumor classes apart. A folder of DICOM files is a volume, and its name is read as a file's name is; a number
+    before the contrast in there is that of the series (``study/3.000-FLAIR``). Hidden files are skipped.
 
     Args:
         dataset_dir: folder to search at any depth.
@@ -117,8 +120,10 @@ def find_studies(
     prefixes: dict[str, set[str]] = defaultdict(set)
     unreadable: list[OSError] = []
     for path in _files(root, unreadable):
-        match = _match_built_in(path.name) if globs is None else _match_globs(path.name, globs)
+        match = _match_built_in(path) if globs is None else _match_globs(path.name, globs)
         if match is not None:
+            if path.parent != root and path.is_dir() and not any(map(str.isalpha, match.prefix)):
+                match = match._replace(prefix="")  # the number of a series, not of a study
             folder = path.parent.relative_to(root).as_posix()
             # a prefix with a number names a study in the whole data set, others ("brain_T1") only in their folder
             groups["" if _is_identity(match.prefix) else folder, match.prefix].append((path, match))
@@ -326,10 +331,10 @@ def patient_of(study: str) -> str:
 
 
 def _files(root: Path, unreadable: list[OSError]) -> list[Path]:
-    """All files below ``root`` without hidden ones, sorted, linked folders included but each folder only once.
+    """All files and folders of DICOM files below ``root``, sorted, linked folders included but each only once.
 
-    A folder that is named as a NIfTI file counts as one, so that loading it says what is wrong. Folders that cannot be
-    listed are added to ``unreadable``.
+    What is hidden is left out. A folder that is named as a NIfTI file counts as one, so that loading it says what is
+    wrong. Folders that cannot be listed are added to ``unreadable``.
     """
     found = []
     visited = set()
@@ -340,17 +345,20 @@ def _files(root: Path, unreadable: list[OSError]) -> list[Path]:
             continue
         visited.add(real)
         children[:] = sorted(child for child in children if not child.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
+        found += [Path(folder, name) for name in names]
         found += [Path(folder, child) for child in children if _NIFTI.match(child)]
+        if Path(folder) != root and holds_dicom(folder, names):
+            found.append(Path(folder))
     return sorted(found)
 
 
-def _match_built_in(name: str) -> _Match | None:
-    nifti = _NIFTI.match(name)
-    if nifti is None:
+def _match_built_in(path: Path) -> _Match | None:
+    stem = volume_stem(path)
+    if stem is None:
         return None
     for key, expression, precedence in _BUILT_IN:
-        match = expression.match(nifti["stem"])
+        match = expression.match(stem)
         if match is None:
             continue
         prefix = match["prefix"] or ""
@@ -456,12 +464,12 @@ def _any_path(item: Mapping[str, Any]) -> str:
 
 def _common_name(paths: Sequence[Path]) -> str:
     """What the names of loose files have in common, without the contrast; the folder's name if that is nothing."""
-    matches = [_match_built_in(path.name) for path in paths]
+    matches = [_match_built_in(path) for path in paths]
     prefixes = {match.prefix if match else None for match in matches}
     if len(prefixes) == 1 and None not in prefixes:
         common = prefixes.pop()
     else:
-        stems = [nifti["stem"] if (nifti := _NIFTI.match(path.name)) else path.stem for path in paths]
+        stems = [volume_stem(path) or path.stem for path in paths]
         equal = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*stems, strict=False))
         common = "".join(characters[0] for characters in equal).rstrip("_-. ")
     return common or paths[0].resolve().parent.name or "study"

@@ -27,7 +27,6 @@ from monai.transforms import (
     Compose,
     CropForeground,
     CropForegroundd,
-    LoadImage,
     MapTransform,
     Orientation,
     Orientationd,
@@ -37,6 +36,7 @@ from monai.transforms import (
 from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, MASK_KEY, TUMOR_CLASSES, StudyError
+from .formats import read_volume
 
 #: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
 VOXEL_SIZES = (0.05, 50.0)
@@ -197,14 +197,15 @@ class LoadStudyd(MapTransform):
         if not os.access(path, os.R_OK):
             raise StudyError(f"{path} may not be read: change its permissions or leave this file out.")
         try:
-            # readers keep state between reading and decoding, so that threads must not share one
-            volume = LoadImage(reader=self.reader, image_only=True, dtype=np.float32)(path)
+            volume = read_volume(path, self.reader)
+        except StudyError:
+            raise
         except np.linalg.LinAlgError as error:
             raise StudyError(f"{path} has no valid affine in its header: {_REPAIR}.") from error
         except Exception as error:  # readers raise whatever their decoders do
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
             raise StudyError(
-                f"{path} cannot be read ({reason}): it is damaged or no NIfTI file, so copy or export it again."
+                f"{path} cannot be read ({reason}): it is damaged or of another format, so copy or export it again."
             ) from error
         if volume.ndim == 4 and volume.shape[-1] == 1:
             meta = dict(volume.meta)
