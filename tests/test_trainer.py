@@ -28,10 +28,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torchvision.models import alexnet
 
 import scripts.training.trainer
 from scripts.contrasts import NUM_CONTRASTS, SCENARIOS, StudyError, scenario_table
 from scripts.data.slices import EpochSampler
+from scripts.evaluation.protocols import PerceptualDistance
 from scripts.networks.memory_bank import BankEntries
 from scripts.training.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
 from scripts.training.step import SSCFTrainingStep
@@ -225,11 +227,10 @@ def make_trainer(
         discriminators=discriminators,
         discriminator_step=wrap(discriminators),
         discriminator_optimizer=optimizer(discriminators.parameters(), lr=rate),
-        loss=GeneratorLoss(),
         discriminator_loss=DiscriminatorLoss(),
         average=MovingAverage(step.net, copy_network(step.net, CPU), 0.9),
         amp=False,
-        **changes,
+        **{"loss": GeneratorLoss(), **changes},
     )
 
 
@@ -431,6 +432,40 @@ def test_each_loss_reaches_its_own_networks_alone() -> None:
     without.run()
     assert farthest(weights(trainer), weights(without)) > 0
     assert all(p.requires_grad for p in trainer.discriminators.parameters())
+
+
+def test_perceptual_term_is_the_distance_of_the_missing_contrasts_and_reaches_the_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    features = alexnet(weights=None).features.state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, tmp_path / "alexnet.pth")
+    distance = PerceptualDistance(tmp_path / "alexnet.pth")
+    batch = training_batch(3)
+    batch["has_contrast"][0, 3] = False
+    batch["target"][0, 3] = float("nan")
+    loss = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, perceptual_weight=2.0)
+    trainer = make_trainer([batch], seed=5, loss=loss, perceptual=distance)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward, before = trainer.step.forward, weights(trainer)
+
+    def watched(*inputs: torch.Tensor) -> dict:
+        output = forward(*inputs)
+        seen.append((output["pred"].detach(), output["available"]))
+        return output
+
+    trainer.step.forward = watched  # type: ignore[method-assign]
+    trainer.run()
+    (pred, available), package = seen[0], distance.model
+    expected = []
+    for b in range(3):
+        missing = [k for k in range(4) if not available[b, k] and batch["has_contrast"][b, k]]
+        pairs = [(pred[b, k].expand(1, 3, -1, -1), batch["target"][b, k].expand(1, 3, -1, -1)) for k in missing]
+        expected.append(sum(float(package(*pair)) for pair in pairs) / len(pairs) if pairs else 0.0)
+    found = trainer.state.output
+    assert float(found["perceptual"]) == pytest.approx(sum(expected) / 3, rel=1e-4) and sum(expected) > 0
+    assert float(found["loss"]) == pytest.approx(2 * float(found["perceptual"]))
+    changed = weights(trainer)
+    moved = [name for name in before if not torch.equal(before[name], changed[name])]
+    assert any("decoder" in name for name in moved) and any("encoder" in name for name in moved)
 
 
 def test_available_contrasts_of_a_batch_are_those_that_were_drawn() -> None:

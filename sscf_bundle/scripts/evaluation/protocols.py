@@ -233,7 +233,6 @@ class PerceptualDistance(nn.Module):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Normalized features of five layers.
 
@@ -243,7 +242,6 @@ class PerceptualDistance(nn.Module):
         scaled = self.model.scaling_layer((2 * images - 1).unsqueeze(1).expand(-1, 3, -1, -1))
         return [lpips.normalize_tensor(layer) for layer in self.model.net(scaled)]
 
-    @torch.no_grad()
     def forward(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
         """Distances of B pairs from their features; 0 means equal."""
         parts = [lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in zip(self.model.lins, ours, theirs, strict=True)]

@@ -228,7 +228,8 @@ class GeneratorLoss(nn.Module):
 
     A term is computed where its weight is not 0 and the training step gives its inputs: ``bce`` and ``dice`` need
     ``logits``; ``feature`` needs ``predicted`` and ``features``; ``head`` and ``ctdl`` need ``class_map``,
-    ``contrast_maps`` and ``entries``, ``ctdl`` drawn bank entries too; ``adversarial`` needs scores of discriminators.
+    ``contrast_maps`` and ``entries``, ``ctdl`` drawn bank entries too; ``adversarial`` needs scores of discriminators,
+    ``perceptual`` distances of images.
 
     Args:
         alpha: weight of the dependency loss (eq. 11).
@@ -243,6 +244,7 @@ class GeneratorLoss(nn.Module):
             in eq. 11; 0 is the paper.
         relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
             that features which grow in training do not come to be most of the objective; False is the paper.
+        perceptual_weight: of the perceptual distance between synthesized and true contrasts; 0 is the paper.
 
     Attributes: ``weights``, the weight of each term in the sum.
 
@@ -259,6 +261,7 @@ class GeneratorLoss(nn.Module):
         segmentation_weight: float = 1.0,
         head_weight: float = 0.0,
         relative_feature: bool = False,
+        perceptual_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if len(beta) != 5:
@@ -270,6 +273,7 @@ class GeneratorLoss(nn.Module):
             "bce": segmentation_weight,
             "dice": segmentation_weight,
             **dict(zip(names, beta, strict=True)),
+            "perceptual": perceptual_weight,
         }
         self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
         self.segmentation = SegmentationLoss(dice_eps)
@@ -284,6 +288,7 @@ class GeneratorLoss(nn.Module):
         has_mask: torch.Tensor,
         fake_scores: torch.Tensor | None = None,
         draw: Draw | None = None,
+        distances: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Computes the terms.
 
@@ -295,10 +300,11 @@ class GeneratorLoss(nn.Module):
             has_mask: B.
             fake_scores: B x K x patches, discriminator outputs for the synthesized images.
             draw: bank entries for the dependency loss.
+            distances: B x K, perceptual distances of the synthesized images.
 
         Returns:
             Scalars, unweighted, those that apply of ``ctdl, head, bce, dice, synthesis, reconstruction, feature, tumor,
-            adversarial``; and the weighted sum ``loss``.
+            adversarial, perceptual``; and the weighted sum ``loss``.
         """
         used = {name for name, weight in self.weights.items() if weight}
         available = output["available"]
@@ -339,6 +345,8 @@ class GeneratorLoss(nn.Module):
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
             terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
+        if "perceptual" in used and distances is not None:
+            terms["perceptual"] = set_mean(distances.float(), missing)
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,7 @@ class SynthesisTrainer(Trainer):
         discriminator_step: the discriminators or their DDP wrapper; None means ``discriminators``.
         discriminator_optimizer: of the discriminators.
         discriminator_loss: objective of the discriminators, see ``DiscriminatorLoss``.
+        perceptual: distance of images for the loss, see ``PerceptualDistance``; None computes none.
         average: moving average, updated after each step of the optimizer; None keeps none.
         seed: of scenarios, draws and augmentation.
         accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
@@ -209,6 +210,7 @@ class SynthesisTrainer(Trainer):
         discriminator_step: nn.Module | None = None,
         discriminator_optimizer: Optimizer | None = None,
         discriminator_loss: nn.Module | None = None,
+        perceptual: nn.Module | None = None,
         average: MovingAverage | None = None,
         seed: int = 0,
         accumulation_steps: int = 1,
@@ -245,7 +247,7 @@ class SynthesisTrainer(Trainer):
         self.step, self.training_step, self.optimizer, self.loss = step, training_step, optimizer, loss
         self.discriminators, self.discriminator_optimizer = discriminators, discriminator_optimizer
         self.discriminator_step = discriminators if discriminator_step is None else discriminator_step
-        self.discriminator_loss, self.average = discriminator_loss, average
+        self.discriminator_loss, self.perceptual, self.average = discriminator_loss, perceptual, average
         self.seed, self.accumulation_steps, self.inferer = seed, accumulation_steps, inferer
         self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
         self.amp_dtype = amp_dtype or half_dtype(self.state.device)
@@ -277,6 +279,17 @@ class SynthesisTrainer(Trainer):
             return None
         return self.discriminators(output["pred"][:, :NUM_CONTRASTS], batch["samples"])
 
+    def perceptual_distances(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Distances between synthesized and true missing contrasts, B x K, 0 elsewhere; None without ``perceptual``."""
+        if self.perceptual is None:
+            return None
+        pairs = batch["missing_pairs"].unbind(1)
+        fake, real = ((images[pairs].float() + 1) / 2 for images in (output["pred"], batch["target"]))
+        with torch.no_grad():
+            known = self.perceptual.features(real)
+        distances = self.perceptual(self.perceptual.features(fake), known)
+        return distances.new_zeros(batch["missing"].shape).index_put(pairs, distances)
+
     def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Scalar loss of the discriminators, without a gradient to the network; arguments as ``generator_scores``."""
         fake, target, missing = output["pred"][:, :NUM_CONTRASTS].detach(), batch["target"], batch["missing"]
@@ -298,9 +311,9 @@ class SynthesisTrainer(Trainer):
         """A batch on the device, augmented, with its scenario.
 
         Returns:
-            The arguments of the step, ``missing`` (B x K), ``samples``, see ``samples_to_judge``, and ``occurrence``
-            (B int64), the place of a sample in its epoch: what is drawn for a sample depends on it, so that a slice
-            that comes twice in an epoch is another sample each time.
+            The arguments of the step, ``missing`` (B x K), ``missing_pairs`` (its M x 2 indices), ``samples``, see
+            ``samples_to_judge``, and ``occurrence`` (B int64), the place of a sample in its epoch: what is drawn for a
+            sample depends on it, so that a slice that comes twice in an epoch is another sample each time.
         """
         epoch, move = self.state.epoch, {"device": self.state.device, "non_blocking": self.non_blocking}
         # drawn on the host, which has to know how many samples lack a contrast without waiting for the device
@@ -319,6 +332,7 @@ class SynthesisTrainer(Trainer):
             "scenario": scenario,
             "image": network_input(source, drawn.to(**move)),
             "missing": missing.to(**move),
+            "missing_pairs": missing.nonzero().to(**move),
             "samples": [rows.to(**move) for rows in samples_to_judge(missing)],
         }
 
@@ -360,8 +374,9 @@ class SynthesisTrainer(Trainer):
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
             output = self.step(batch["image"], *truth, batch["scenario"])
             fake_scores = self.generator_scores(output, batch)
+            distances = self.perceptual_distances(output, batch)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        terms = self.loss(output, *truth[:4], fake_scores, self.draw_bank_entries(batch))
+        terms = self.loss(output, *truth[:4], fake_scores, self.draw_bank_entries(batch), distances)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self.grad_scaler.scale(terms["loss"] / share).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
