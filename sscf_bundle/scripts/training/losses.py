@@ -173,10 +173,11 @@ class SegmentationLoss(nn.Module):
     """BCE and Dice of the segmentation branch (eq. 12, 13).
 
     Args:
-        eps: of eq. 12, in pixels.
+        eps: of eq. 12, in pixels. It has to be small: with 1, a slice without a class pushes all of its probabilities
+            to 0 as strongly as a slice with the class lifts them, and a rare class dies out.
     """
 
-    def __init__(self, eps: float = 1.0) -> None:
+    def __init__(self, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
 
@@ -236,7 +237,7 @@ class GeneratorLoss(nn.Module):
         beta: weights of synthesis, reconstruction, feature, tumor and adversarial loss (eq. 14).
         ctdl_entries: bank entries drawn for each sample's dependency loss (eq. 7 averages over all L; the draw is
             unbiased).
-        dice_eps: of eq. 12.
+        dice_eps: see ``SegmentationLoss``.
         segmentation_weight: of eq. 11 in the sum. The paper does not say how eq. 11 and 14 are joined. The loop is
             differentiable, so eq. 14 reaches the mask with weights of about 100; added with weight 1, eq. 11 is drowned
             and the mask is not learned.
@@ -257,7 +258,7 @@ class GeneratorLoss(nn.Module):
         alpha: float = 0.5,
         beta: Sequence[float] = (100.0, 30.0, 50.0, 50.0, 1.0),
         ctdl_entries: int = 8,
-        dice_eps: float = 1.0,
+        dice_eps: float = 1e-5,
         segmentation_weight: float = 1.0,
         head_weight: float = 0.0,
         relative_feature: bool = False,
