@@ -263,7 +263,7 @@ def test_loss_falls_on_a_batch_that_is_shown_again_and_again() -> None:
     )
     trainer.run()
     # the segmentation branch has a small part in the objective and is slower
-    falls = {"loss": 0.8, "synthesis": 0.8, "reconstruction": 0.8, "discriminator": 0.8, "bce": 0.97, "dice": 0.995}
+    falls = {"loss": 0.8, "synthesis": 0.8, "reconstruction": 0.8, "discriminator": 0.8, "bce": 0.97, "dice": 0.997}
     for name, share in falls.items():
         first, last = (sum(h[name] for h in part) / 8 for part in (history[:8], history[-8:]))
         assert last < share * first, name
