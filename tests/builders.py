@@ -206,7 +206,7 @@ def write_scores(folder: Path, frame: pd.DataFrame, **metadata: object) -> Path:
         "sha256": "0123456789abcdef",
     }
     usual["protocols"] = {"per_slice": "2-D"}
-    (folder / "metrics.json").write_text(json.dumps({"facts": usual | metadata, "summary": []}))
+    (folder / "metrics.json").write_text(json.dumps({"metadata": usual | metadata, "summary": []}))
     return folder
 
 

@@ -92,7 +92,7 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
     train_in_process(config_files("train", "evaluate"), overrides)
     report = json.loads((trained / "evaluation" / "metrics.json").read_text())
     (test_study,) = json.loads((trained / "split.json").read_text())["test"]
-    assert report["facts"]["studies"] == [test_study] and report["facts"]["part"] == "test"
+    assert report["metadata"]["studies"] == [test_study] and report["metadata"]["part"] == "test"
     means = {
         (entry["method"], entry["score"]): entry["mean"]
         for entry in report["summary"]

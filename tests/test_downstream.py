@@ -281,7 +281,7 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     methods = {"real", "network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert {row["method"] for row in rows} == methods and len(rows) == (1 + 14 * 4) * 3
     assert {(row["protocol"], row["score"]) for row in rows} == {("downstream", "dice")}
-    metadata = report["facts"]
+    metadata = report["metadata"]
     assert metadata["studies"] == json.loads((tmp_path / "split.json").read_text())["test"]
     assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in metadata["protocols"]["downstream"]
     overall = {e["method"]: e["mean"] for e in report["summary"] if (e["group"], e["of"]) == ("all", "all")}

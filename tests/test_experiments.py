@@ -290,7 +290,7 @@ def test_sets_have_their_own_seeds_and_what_is_needed_has_them_too(data: Path) -
     sets = {"once": ["first"], "often": ["control"]}
     plan = one_run(data, names=["control", "first"], sets=sets, seeds={"once": [3], "often": [0, 1]})
     # the control evaluates the second's weights, which start from the first's
-    assert plan.seeds == {"first": [0, 1, 3], "second": [0, 1], "control": [0, 1]}
+    assert plan.seeds_of == {"first": [0, 1, 3], "second": [0, 1], "control": [0, 1]}
     plan.run()
     assert len(calls(data)) == 3 * 2 + 2 * 2 + 2
     assert "second 2, control 2 alone" in (data.parent / "out" / "tables" / "mean.md").read_text()

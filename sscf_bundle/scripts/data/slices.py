@@ -21,7 +21,7 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -125,8 +125,8 @@ def prepare_slices(
     start = len(items) * rank // processes
     turned = [*items[start:], *items[:start]]
     with ThreadPoolExecutor(max(1, num_workers)) as executor:
-        results = (executor.map if num_workers else map)(prepare, turned)
-        results = list(tqdm(results, "preparing slices", len(turned), unit="study", disable=not progress or rank > 0))
+        made = (executor.map if num_workers else map)(prepare, turned)
+        results = list(tqdm(made, "preparing slices", len(turned), unit="study", disable=not progress or rank > 0))
     results = results[len(items) - start :] + results[: len(items) - start]
 
     prepared = PreparedSlices([result for result in results if isinstance(result, CachedStudy)])
@@ -313,7 +313,7 @@ class EpochSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: Sized,
+        dataset: Any,
         num_samples: int | None = None,
         weights: torch.Tensor | Sequence[float] | None = None,
         seed: int = 0,
@@ -326,22 +326,23 @@ class EpochSampler(DistributedSampler):
         if rank is None:
             rank = dist.get_rank() if distributed else 0
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
-        draws = len(dataset) if num_samples is None else num_samples
+        self.length = len(dataset)
+        draws = self.length if num_samples is None else num_samples
         if draws <= 0:
             raise ValueError(f"num_samples must be positive, got {draws}.")
         self.num_samples = -(-draws // num_replicas)
         self.total_size = self.num_samples * num_replicas
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        if self.weights is not None and len(self.weights) != len(dataset):
-            raise ValueError(f"weights has {len(self.weights)} values for {len(dataset)} items.")
+        if self.weights is not None and len(self.weights) != self.length:
+            raise ValueError(f"weights has {len(self.weights)} values for {self.length} items.")
         if self.weights is not None and bool((self.weights == self.weights[0]).all()):
             self.weights = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{self.epoch}/order"))
         if self.weights is None:
-            passes = -(-self.total_size // len(self.dataset))
-            order = torch.cat([torch.randperm(len(self.dataset), generator=generator) for _ in range(passes)])
+            passes = -(-self.total_size // self.length)
+            order = torch.cat([torch.randperm(self.length, generator=generator) for _ in range(passes)])
         else:
             order = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
         return iter(order[: self.total_size][self.rank :: self.num_replicas].tolist())
@@ -385,7 +386,7 @@ def _prepare_study(
 
 
 def _slices(data: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and facts of all slices with brain."""
+    """Arrays and metadata of all slices with brain."""
     brain_fraction = data["brain"][0].as_tensor().float().mean(dim=(0, 1))
     kept = torch.nonzero(brain_fraction > 0).flatten()
     image = data["image"].as_tensor().movedim(-1, 0)[kept].half()

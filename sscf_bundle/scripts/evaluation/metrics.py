@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -134,8 +135,8 @@ class ScenarioScores(Metric):
         b = target.shape[0]
         truth = ((target + 1) / 2).flatten(0, 1).unsqueeze(1)
         prediction = ((images + 1) / 2).clamp(0, 1).flatten(0, 1).unsqueeze(1)
-        psnr = self.psnr(prediction, truth).view(b, -1).clamp(max=MAX_PSNR)
-        ssim = self.ssim(prediction, truth).view(b, -1)
+        psnr = torch.as_tensor(self.psnr(prediction, truth)).view(b, -1).clamp(max=MAX_PSNR)
+        ssim = torch.as_tensor(self.ssim(prediction, truth)).view(b, -1)
         # a study that lacks a contrast of the scenario was given less than the scenario says
         complete = (available == scenario_table(available.device)[scenario]).all(dim=1)
         evaluated = ~available & has_contrast & complete.unsqueeze(1)
@@ -159,7 +160,8 @@ class ScenarioScores(Metric):
         Returns:
             ``psnr``, ``ssim``: studies x 14 x K; ``dice``: studies x 14 x 3 (WT, TC, ET).
         """
-        image, mask = self._image, self._mask
+        image: Any = self._image
+        mask: Any = self._mask
         if idist.get_world_size() > 1:
             image, mask = idist.all_reduce(image.clone()), idist.all_reduce(mask.clone())
         mean = image[..., :2] / image[..., 2:]  # 0 / 0 = NaN

@@ -16,10 +16,12 @@ import csv
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -56,11 +58,14 @@ def scenario_panel(output: Mapping[str, torch.Tensor]) -> Figure:
 
 
 def show_slice(
-    axis, image: torch.Tensor | np.ndarray, title: str, classes: torch.Tensor | np.ndarray | None = None, **options
+    axis: Axes,
+    image: torch.Tensor | np.ndarray,
+    title: str,
+    classes: torch.Tensor | np.ndarray | None = None,
+    **options: Any,
 ) -> None:
     """A slice as radiologists see it (first array axis to the right), with an optional class map over it."""
-    options = {"cmap": "gray", "vmin": -1, "vmax": 1} | options
-    axis.imshow(np.asarray(image).T, origin="lower", **options)
+    axis.imshow(np.asarray(image).T, origin="lower", **{"cmap": "gray", "vmin": -1, "vmax": 1, **options})
     if classes is not None:
         axis.imshow(_CLASS_COLORS[np.asarray(classes).astype(int)].transpose(1, 0, 2), origin="lower")
     axis.set_title(title, color="white", fontsize=8)
@@ -102,9 +107,9 @@ class ScoreLog:
         rows[epoch] = {"epoch": epoch, **scores}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=["epoch", *scores], extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(rows[k] for k in sorted(rows))
+            table = csv.DictWriter(file, fieldnames=["epoch", *scores], extrasaction="ignore", restval="")
+            table.writeheader()
+            table.writerows(rows[k] for k in sorted(rows))
         engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         if self.log_dir is not None:
             writer = board(log_dir=self.log_dir)
@@ -129,9 +134,10 @@ class ScenarioPanels:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration % engine.state.epoch_length != 1 % engine.state.epoch_length:
+        length = engine.state.epoch_length or 1
+        if engine.state.iteration % length != 1 % length:
             return
-        output = engine.state.output
+        output: Any = engine.state.output
         picked = torch.linspace(0, output["pred"].shape[0] - 1, min(self.rows, output["pred"].shape[0])).long().tolist()
         figure = scenario_panel(
             {k: output[k][picked].cpu() for k in ("pred", "target", "label", "available", "scenario")}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,14 +79,14 @@ class StudyScores:
 
     @property
     def segmentation(self) -> str:
-        """What the Dice of the network's mask is, for the facts."""
+        """What the Dice of the network's mask is, for the metadata."""
         of = "the whole study on the grid on file" if self.whole else "the evaluated slices of a study together"
         return f"Dice of {of}, both empty 1, one empty 0"
 
     def prepare(self) -> None:
         """Starts anew."""
         self.rows: list[dict[str, Any]] = []
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.regions: Counter[str] = Counter()
         self.failures: list[dict[str, str]] = []
         self._current: tuple[str, bool] | None = None

@@ -208,11 +208,10 @@ class CCP(nn.Module):
         # max, not amax: the gradient of amax divides by the number of values that equal the maximum, and torch.compile
         # may compare half precision with what it was rounded from, find none and give NaN; max is faster as well
         maximum = maps.flatten(2).max(dim=2).values.float()
-        own = (maximum, center.transpose(0, 1).flatten(0, 1), own_std.transpose(0, 1).flatten(0, 1))
         scale, shift = self.affine(
-            gather(own[0], row),
-            gather(own[1], row),
-            gather(own[2], row),
+            gather(maximum, row),
+            gather(center.transpose(0, 1).flatten(0, 1), row),
+            gather(own_std.transpose(0, 1).flatten(0, 1), row),
             target.flatten(),
             found.flatten(),
             mean.flatten(0, 1),

@@ -120,6 +120,14 @@ class MemoryBank(nn.Module):
         num_cells: N = h * w of F^5.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+    present: torch.Tensor
+    patient: torch.Tensor
+    slice_id: torch.Tensor
+    count: torch.Tensor
+    head: torch.Tensor
+
     def __init__(
         self,
         size: int,
@@ -204,7 +212,7 @@ class MemoryBank(nn.Module):
         filled = torch.arange(self.size, device=self.count.device) < self.count
         patients = torch.where(filled, self.patient[: self.size], self.patient[:1])
         ordered = patients.sort().values
-        distinct = (ordered[1:] != ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
+        distinct = ordered[1:].ne(ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
         usable = self.present[: self.size] & filled.unsqueeze(1)
         spread = style_spread(self.mean[: self.size], self.std[: self.size], usable)
         return {"effective_size": self.count.clone(), "patients": distinct, **spread}

@@ -99,7 +99,7 @@ class ConfiguredNetwork(nn.Module):
         theirs = {k: v for k, v in settings.get("arguments", {}).items() if k not in self.FREE_ARGUMENTS}
         return first_difference(ours["arguments"], theirs)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         own = self.get_buffer(SETTINGS_KEY)
         theirs = state_dict.setdefault(prefix + SETTINGS_KEY, own)
         reason = self.refusal(decode_settings(theirs)) if theirs is not own else None

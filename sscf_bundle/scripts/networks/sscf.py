@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,15 @@ class SSCFNet(ConfiguredNetwork):
         "with_citim",
         "with_segmentation",
     ]
+    if TYPE_CHECKING:  # TorchScript would read these, and cannot read them as text
+        bank_key: torch.Tensor
+        bank_key_square: torch.Tensor
+        bank_mean: torch.Tensor
+        bank_std: torch.Tensor
+        bank_value: torch.Tensor
+        bank_gram: torch.Tensor
+        bank_present: torch.Tensor
+        bank_patient: torch.Tensor
 
     def __init__(
         self,
@@ -354,9 +363,9 @@ class SSCFNet(ConfiguredNetwork):
         """
         flat = bottleneck.flatten(0, 1).float()
         if self.spatial_dims == 2:
-            pooled = F.adaptive_avg_pool2d(flat, [self.key_size, self.key_size])
+            pooled = F.adaptive_avg_pool2d(flat, (self.key_size, self.key_size))
         else:
-            pooled = F.adaptive_avg_pool3d(flat, [self.key_size, self.key_size, self.key_size])
+            pooled = F.adaptive_avg_pool3d(flat, (self.key_size, self.key_size, self.key_size))
         return pooled.reshape(bottleneck.shape[0], bottleneck.shape[1], -1)
 
     def prototypes(
@@ -525,6 +534,9 @@ class ScenarioNetwork(nn.Module):
         ValueError: unless ``available`` names K contrasts, at least one of them available.
     """
 
+    source_index: torch.Tensor
+    target_index: torch.Tensor
+
     def __init__(self, net: SSCFNet, available: Sequence[bool]) -> None:
         super().__init__()
         if len(available) != net.num_contrasts or not any(available):
@@ -607,7 +619,7 @@ class ScenarioNetwork(nn.Module):
         start = 0
         for f, ccp in zip(features, net.ccp, strict=True):
             part = slice(start, start + f[0].shape[1])
-            predicted.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
+            predicted.append(cast(CCP, ccp).predict(f, sources, targets, found, mean[..., part], std[..., part]))
             start = part.stop
         return predicted
 

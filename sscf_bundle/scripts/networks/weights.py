@@ -230,7 +230,7 @@ def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
         own = network.read_settings()
         settings = own | settings | {"arguments": own["arguments"] | settings.get("arguments", {})}
         network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
-    if hasattr(network, "bank_present") and not network.bank_present.any():
+    if not dict(network.named_buffers()).get("bank_present", torch.ones(1)).any():
         logger.warning("The memory bank in %s is empty: the network retrieves nothing.", path)
     return sha256
 

@@ -91,8 +91,8 @@ class PlainTrainingStep(nn.Module):
     """Training forward pass of a network that has no bank.
 
     Args:
-        net: B x 8 x spatial to B x 7 x spatial. Where it has ``run``, that gives images and logits, and the
-            segmentation losses apply; else the network has no mask to train.
+        net: B x 8 x spatial to B x 7 x spatial. Of a ``PlainUNet`` the logits are given too, so that the segmentation
+            losses apply; another network has no mask to train.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -116,7 +116,7 @@ class PlainTrainingStep(nn.Module):
             ``pred``: B x 7 x spatial; ``available``: B x 4; ``logits``: B x 3 x spatial, if the network gives them.
         """
         available = read_availability(image) & has_contrast
-        if not hasattr(self.net, "run"):
+        if not isinstance(self.net, PlainUNet):
             return {"pred": self.net(image), "available": available}
         images, logits = self.net.run(image)
         return {
@@ -154,8 +154,9 @@ class MMGANGenerator(ConfiguredNetwork):
         self.spatial_dims, self.channels, self.factor = spatial_dims, tuple(channels), 2 ** len(channels)
         widths = [NUM_CONTRASTS, *channels]
         last = len(channels) - 1
-        halve = {"kernel_size": 4, "strides": 2, "padding": 1, "act": ("leakyrelu", {"negative_slope": 0.2})}
-        double = {"kernel_size": 4, "strides": 2, "padding": 1, "output_padding": 0, "is_transposed": True}
+        common: dict[str, Any] = {"kernel_size": 4, "strides": 2, "padding": 1}
+        halve, double = common | {"act": ("leakyrelu", {"negative_slope": 0.2})}, common | {"output_padding": 0}
+        double["is_transposed"] = True
         self.down = nn.ModuleList(
             # neither the image nor a bottleneck of one voxel is normalized
             Convolution(spatial_dims, widths[k], widths[k + 1], norm=None if k in (0, last) else "INSTANCE", **halve)
@@ -267,6 +268,7 @@ class MMGANTrainer(SynthesisTrainer):
     def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Loss of the discriminator, without a gradient to the generator."""
         fake, real = (stack.detach() for stack in self.stacks(output, batch))
+        assert self.discriminator_step is not None and self.discriminator_loss is not None
         # one call for both, as DistributedDataParallel wants it
         on_real, on_fake = self.discriminator_step(torch.cat([real, fake]), torch.cat([real, real])).chunk(2)
         return self.discriminator_loss(on_real, on_fake, batch["missing"], batch["has_contrast"])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 
 from ..contrasts import NUM_CONTRASTS
 from ..evaluation.evaluator import SliceEvaluator
+from ..networks.ccp import CCP
 from ..networks.sscf import SSCFNet
 from ..training.trainer import BATCH_KEYS, SSCFTrainer
 
@@ -83,7 +85,7 @@ def mean_over_space(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).mean(dim=2).view(maps.shape[:2] + (1,) * (maps.dim() - 2)).expand_as(maps)
 
 
-def after(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Callable], Callable]:
+def after(function: Callable) -> Callable[[Callable], Callable]:
     """Turns a method into one that gives ``function`` of its result."""
     return lambda method: lambda *args: function(method(*args))
 
@@ -115,7 +117,8 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         found["mask of the second pass zero"] = second_pass(torch.zeros_like)
         found["mask of the second pass true"] = second_pass(truth)
     if net.with_ccp:
-        weights = [t for ccp in net.ccp for t in (ccp.gamma_weight, ccp.gamma_bias)]
+        modules = [module for module in net.modules() if isinstance(module, CCP)]
+        weights = [t for ccp in modules for t in (ccp.gamma_weight, ccp.gamma_bias)]
         found["CCP zero"] = changed(weights, torch.zeros_like)
         found["retrieval random"] = retrieving(net, "random")
         found["retrieval mean of the bank"] = retrieving(net, "mean")
@@ -123,10 +126,10 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
             net, "prototypes", after(lambda result: (*result[:2], torch.zeros_like(result[2])))
         )
         found["CBAM, channel attention constant"] = all_of(
-            replaced(ccp, "channel_attention", after(lambda a: a.mean().expand_as(a))) for ccp in net.ccp
+            replaced(ccp, "channel_attention", after(lambda a: a.mean().expand_as(a))) for ccp in modules
         )
         found["CBAM, spatial attention constant"] = all_of(
-            replaced(ccp.spatial, "forward", after(mean_over_space)) for ccp in net.ccp
+            replaced(ccp.spatial, "forward", after(mean_over_space)) for ccp in modules
         )
     return found
 
@@ -145,7 +148,8 @@ def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
     changes: list[list[float]] = []
 
     def compare(engine: Engine) -> None:
-        output, position = engine.state.output, len(changes)
+        output: Any = engine.state.output
+        position = len(changes)
         pred = output["pred"].cpu()
         if len(whole) == position:
             whole.append(pred)
@@ -156,8 +160,10 @@ def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
 
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, compare)
     rows = {}
-    cases = interventions(evaluator.network, lambda: evaluator.state.batch["label"])
-    for name, context in {"nothing": nullcontext(), **cases}.items():
+    state: Any = evaluator.state
+    cases: dict[str, AbstractContextManager] = {"nothing": nullcontext()}
+    cases |= interventions(cast(SSCFNet, evaluator.network), lambda: state.batch["label"])
+    for name, context in cases.items():
         logger.info("diagnosis without: %s", name)
         changes.clear()
         with context:

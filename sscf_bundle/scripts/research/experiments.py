@@ -267,7 +267,7 @@ class Experiments:
         self.experiments = {name: Experiment(**definition) for name, definition in self.experiments.items()}
         self.evaluations = {name: Evaluation(**self.evaluations[name]) for name in self.evaluate_with}
         self.names = self._with_needs(self._members([self.names] if isinstance(self.names, str) else self.names))
-        self.seeds = self._seeds_by_name(self.seeds)
+        self.seeds_of = self._seeds_by_name(self.seeds)
 
     # --------------------------------------------------------------------------------------------------------- plan
     def _members(self, entries: Sequence[str]) -> list[str]:
@@ -441,10 +441,10 @@ class Experiments:
         notes = self._too_large(self.prepare())
         runs = [
             (name, seed, fold)
-            for seed in sorted({seed for seeds in self.seeds.values() for seed in seeds})
+            for seed in sorted({seed for seeds in self.seeds_of.values() for seed in seeds})
             for fold in range(len(self.split_files))
             for name in self.names
-            if name not in notes and seed in self.seeds[name]
+            if name not in notes and seed in self.seeds_of[name]
         ]
         plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
         for step in plan:
@@ -522,11 +522,11 @@ class Experiments:
         done = {name: list(self._evaluations(name)) for name in self.names if name not in notes}
         runs = {
             name: {s: [self.directory(name, s, f) / label for f in folds for label in done[name]] for s in seeds}
-            for name, seeds in self.seeds.items()
+            for name, seeds in self.seeds_of.items()
             if done.get(name)
         }
         if runs:
-            shown = {name: self.directory(name, self.seeds[name][0], 0) for name in self.panels if name in runs}
+            shown = {name: self.directory(name, self.seeds_of[name][0], 0) for name in self.panels if name in runs}
             self.report(
                 runs=runs,
                 reference=self.reference if self.reference in runs else None,

@@ -147,7 +147,7 @@ def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, 
     return one_missing_panel(item["target"], item["label"], predictions)
 
 
-def patient_plot(values: Mapping[str, Sequence[float]], title: str) -> Figure:
+def patient_plot(values: Mapping[str, Sequence[float] | np.ndarray], title: str) -> Figure:
     """A box and a point for each patient, one column for each method.
 
     Args:
@@ -224,6 +224,8 @@ def compare_study(
     real, images = real[kept], torch.stack(made, dim=1)[kept]
     available = ~torch.tensor(missing).expand(len(real), -1)
     scores: dict[str, float] = {}
+    psnr: Any = PSNRMetric(max_val=1.0)
+    ssim: Any = SSIMMetric(spatial_dims=2, data_range=1.0)
     for prefix, prediction in (
         ("", images),
         ("mean_of_available_", mean_of_available(real, available)),
@@ -233,8 +235,8 @@ def compare_study(
         for k, key in enumerate(CONTRAST_KEYS):
             if missing[k]:
                 pair = prediction[:, k : k + 1].clamp(0, 1), (real[:, k : k + 1] + 1) / 2
-                scores[f"{prefix}{key}_psnr"] = float(PSNRMetric(max_val=1.0)(*pair).clamp(max=MAX_PSNR).mean())
-                scores[f"{prefix}{key}_ssim"] = float(SSIMMetric(spatial_dims=2, data_range=1.0)(*pair).mean())
+                scores[f"{prefix}{key}_psnr"] = float(psnr(*pair).clamp(max=MAX_PSNR).mean())
+                scores[f"{prefix}{key}_ssim"] = float(ssim(*pair).mean())
     masks = [load(paths[MASK_KEY])[kept] if MASK_KEY in paths else None for paths in (target, result)]
     _study_figure(real, images, missing, masks, caption).savefig(path, dpi=110, facecolor="black")
     return scores

@@ -128,8 +128,8 @@ class Runs:
             patients, its interval covers 0, or it is not larger than the range of one of the two runs over its seeds),
             empty where it stands out. None if one of the two has no such score.
         """
-        pair = [self._rows.get((name, "network", *measure)) for name in (run, reference)]
-        if pair[0] is None or pair[1] is None:
+        pair = [self._rows[key] for name in (run, reference) if (key := (name, "network", *measure)) in self._rows]
+        if len(pair) < 2:
             return None
         common = set(pair[0]["seed"]) & set(pair[1]["seed"])
         if not common:
@@ -199,7 +199,8 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
     """
     if not folders:
         raise StudyError("There are no runs: give the folder of at least one evaluation.")
-    frames, metadata = [], {}
+    frames: list[pd.DataFrame] = []
+    metadata: dict[str, list[dict[str, Any]]] = {}
     for name, given in folders.items():
         metadata[str(name)] = []
         for seed, paths in (given if isinstance(given, Mapping) else {0: given}).items():
@@ -212,7 +213,7 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
                     )
                 parts.append(read_scores(folder / "scores.csv")[COLUMNS])
                 if (folder / "metrics.json").is_file():
-                    metadata[str(name)].append(json.loads((folder / "metrics.json").read_text())["facts"])
+                    metadata[str(name)].append(json.loads((folder / "metrics.json").read_text())["metadata"])
             part = pd.concat(parts, ignore_index=True)
             # an image evaluation and a downstream evaluation differ in their protocol
             twice = part[part.duplicated(COLUMNS[:-1])]

@@ -80,7 +80,7 @@ class Augmentation:
         target, label = batch["target"], batch["label"]
         over_space = (..., *(None for _ in target.shape[2:]))
         if self.rotation or self.scale or self.translation or self.flip:
-            grid = F.affine_grid(self.maps(batch["occurrence"], seed, epoch, target.shape[2:]), target.shape, False)
+            grid = F.affine_grid(self.maps(batch["occurrence"], seed, epoch, target.shape[2:]), [*target.shape], False)
             # shifted by 1, so that zeros from outside are background
             target = F.grid_sample(target + 1, grid, "bilinear", "zeros", False) - 1
             label = F.grid_sample(label.to(target.dtype), grid, "nearest", "zeros", False).to(label.dtype)

@@ -128,9 +128,10 @@ def dependency_loss(
     fused = mean_weights(present)
     own = mean_weights(present & has_contrast.unsqueeze(2))
     maps = class_map.float().unsqueeze(1), contrast_maps.float()
-    return sum(
+    losses = [
         affinity_cross_entropy(entry_map, w, differ, weight) for w, weight in zip(maps, (fused, own), strict=True)
-    )
+    ]
+    return losses[0] + losses[1]
 
 
 class Draw(NamedTuple):
@@ -138,12 +139,12 @@ class Draw(NamedTuple):
 
     Args:
         entries: all L slots.
-        index: B x E drawn slots.
+        slots: B x E drawn slots.
         usable: B x E, False where the draw found no entry.
     """
 
     entries: BankEntries
-    index: torch.Tensor
+    slots: torch.Tensor
     usable: torch.Tensor
 
 
@@ -339,7 +340,8 @@ class GeneratorLoss(nn.Module):
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
             terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
-        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+        loss: Any = sum(self.weights[name] * value for name, value in terms.items())
+        return {"loss": loss, **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:
         """The dependency loss on drawn entries, the mean over samples.

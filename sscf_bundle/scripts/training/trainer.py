@@ -30,8 +30,8 @@ from ..data.randomness import hash_uniform
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.precision import half_dtype
 from ..networks.sscf import network_input
-from .losses import Draw, draw_entries, samples_to_judge
-from .step import Scenario
+from .losses import Draw, GeneratorLoss, draw_entries, samples_to_judge
+from .step import Scenario, SSCFTrainingStep
 
 #: What a slice dataset gives and the engine needs.
 BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
@@ -186,7 +186,7 @@ class SynthesisTrainer(Trainer):
         amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
         grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
         epoch_length: batches of an epoch; None means the length of the loader.
-        train_handlers: Ignite handlers.
+        train_handlers: Ignite handlers; None stands for one that a config disables.
         non_blocking: copy batches asynchronously.
         postprocessing: applied to ``state.output``; normally None.
 
@@ -259,7 +259,7 @@ class SynthesisTrainer(Trainer):
         # and before StatsHandler's, which would print a traceback where a run ends with one sentence
         self.add_event_handler(Events.EXCEPTION_RAISED, SynthesisTrainer._raise)
         if train_handlers is not None:
-            self._register_handlers(train_handlers)
+            self._register_handlers([handler for handler in train_handlers if handler is not None])
 
     # ------------------------------------------------------------------------------------ what a subclass may replace
     def draw_bank_entries(self, batch: dict[str, torch.Tensor]) -> Draw | None:
@@ -283,6 +283,7 @@ class SynthesisTrainer(Trainer):
         # what is not judged may hold anything, NaN where the study lacks it
         shown = torch.where(missing.view(missing.shape + (1,) * (target.dim() - 2)), target, fake)
         samples = [torch.cat([rows, rows + len(fake)]) for rows in batch["samples"]]
+        assert self.discriminator_step is not None and self.discriminator_loss is not None
         real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake]), samples).chunk(2)
         return self.discriminator_loss(real_scores, fake_scores, missing)
 
@@ -346,7 +347,7 @@ class SynthesisTrainer(Trainer):
             sources = [sources[i] for i in order[: self.reconstructions].tolist()]
         return drawn.expand(has_contrast.shape), Scenario(tuple(drawn[0].tolist()), tuple(sources))
 
-    def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
         device = engine.state.device
         batch = engine.state.batch = self.prepare(batchdata)
         position = (engine.state.iteration - 1) % engine.state.epoch_length
@@ -424,6 +425,9 @@ class SSCFTrainer(SynthesisTrainer):
     ``SynthesisTrainer``.
     """
 
+    training_step: SSCFTrainingStep
+    loss: GeneratorLoss
+
     @property
     def bank(self) -> MemoryBank:
         """The training bank."""
@@ -460,12 +464,8 @@ def gather_entries(entries: BankEntries) -> BankEntries:
     """Entries of all processes in rank order, so that every process writes the same bank."""
     if idist.get_world_size() == 1:
         return entries
-    return BankEntries(
-        *(
-            idist.all_gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).to(tensor.dtype)
-            for tensor in entries
-        )
-    )
+    gathered: list[Any] = [idist.all_gather(t.to(torch.uint8) if t.dtype == torch.bool else t) for t in entries]
+    return BankEntries(*(t.to(own.dtype) for t, own in zip(gathered, entries, strict=True)))
 
 
 def linear_decay(max_epochs: int, decay_start: int) -> Callable[[int], float]:
