@@ -162,10 +162,7 @@ def write_study(
 
 
 def make_scores(
-    seed: int,
-    shift: float = 0.0,
-    studies: Mapping[str, str] | None = None,
-    keep: float = 1.0,
+    seed: int, shift: float = 0.0, studies: Mapping[str, str] | None = None, keep: float = 1.0
 ) -> pd.DataFrame:
     """Random rows of ``scores.csv`` of a network and a reference method.
 

@@ -117,11 +117,7 @@ def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phant
         train_in_process(config_files("train", "evaluate"), overrides)
 
 
-def test_fine_tuning_starts_from_the_trained_weights(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-) -> None:
+def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, tmp_path, pretrained_path=str(trained / "model.pt"), **ONE_EPOCH)
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
     train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
@@ -136,11 +132,7 @@ def test_fine_tuning_starts_from_the_trained_weights(
     assert 0 < moved < 0.01
 
 
-def test_bank_of_a_site_is_built_without_training(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-) -> None:
+def test_bank_of_a_site_is_built_without_training(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     paths = {"source_path": str(trained / "model.pt"), "site_path": str(tmp_path / "site.pt")}
     overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=[1.0, 0.0, 0.0], **paths)
     theirs = load(trained / "model.pt")
@@ -198,9 +190,7 @@ def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_
 
 
 def test_broken_study_does_not_stop_the_others_but_shows_in_the_exit_status(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
+    trained: Path, tmp_path: Path, phantom_cohort: Path
 ) -> None:
     data, output_dir = Path(shutil.copytree(phantom_cohort, tmp_path / "data")), tmp_path / "run"
     broken = json.loads((trained / "split.json").read_text())["training"][0]

@@ -291,7 +291,4 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
 
     # the patients of its training are refused
     with pytest.raises(StudyError, match="trained on 3 of the patients"):
-        train_in_process(
-            config_files(*EVALUATION),
-            overrides | {"evaluated_part": "training"},
-        )
+        train_in_process(config_files(*EVALUATION), overrides | {"evaluated_part": "training"})

@@ -361,8 +361,7 @@ def evaluate_bundle(cohort: Path, output_dir: Path, **changes: object) -> Config
 
 
 def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
-    phantom_cohort: Path,
-    tmp_path: Path,
+    phantom_cohort: Path, tmp_path: Path
 ) -> None:
     evaluate_bundle(phantom_cohort, tmp_path, scenarios=["FLAIR+T1+T2", "T1ce"])
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
@@ -389,10 +388,7 @@ def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
     assert entry["mean"] == pytest.approx(psnr)
 
 
-def test_protocols_of_whole_studies_are_left_out_where_there_are_none(
-    phantom_cohort: Path,
-    tmp_path: Path,
-) -> None:
+def test_protocols_of_whole_studies_are_left_out_where_there_are_none(phantom_cohort: Path, tmp_path: Path) -> None:
     changes = {"scenarios": ["T1"], "reference_methods": ["zero_filling"]}
     evaluate_bundle(phantom_cohort, tmp_path, evaluated_slices="largest_tumor", slice_count=3, **changes)
     robust = {"protocols": ["volume"], "report_dir": str(tmp_path / "volume")}

@@ -202,12 +202,7 @@ def rows(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, tor
 
 
 def make_trainer(
-    loader: Any,
-    epochs: int = 1,
-    rate: float = 1e-3,
-    adam: bool = False,
-    distributed: bool = False,
-    **changes: Any,
+    loader: Any, epochs: int = 1, rate: float = 1e-3, adam: bool = False, distributed: bool = False, **changes: Any
 ) -> SSCFTrainer:
     """A trainer of tiny networks on the CPU whose bank holds four slices of other patients."""
     step = tiny_step(size=SIZE)

@@ -76,9 +76,7 @@ class _Match(NamedTuple):
 
 
 def find_studies(
-    dataset_dir: str | os.PathLike[str],
-    pattern: Mapping[str, str] | None = None,
-    patient_pattern: str | None = None,
+    dataset_dir: str | os.PathLike[str], pattern: Mapping[str, str] | None = None, patient_pattern: str | None = None
 ) -> list[dict[str, Any]]:
     """Find the studies below a folder by the names of their files.
 

@@ -349,10 +349,7 @@ class EpochSampler(DistributedSampler):
 
 
 def _prepare_study(
-    item: Mapping[str, Any],
-    transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    description: Any,
-    cache: Path,
+    item: Mapping[str, Any], transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], description: Any, cache: Path
 ) -> CachedStudy:
     """The cache entry of one study, made if it does not exist."""
     study, patient = str(item["study"]), str(item["patient"])

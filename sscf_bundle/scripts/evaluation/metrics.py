@@ -20,15 +20,7 @@ import torch
 from ignite.metrics import Metric
 from monai.metrics import PSNRMetric, SSIMMetric
 
-from ..contrasts import (
-    NUM_CONTRASTS,
-    NUM_TUMOR_CLASSES,
-    REGIONS,
-    SCENARIOS,
-    label_map,
-    region_masks,
-    scenario_table,
-)
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, label_map, region_masks, scenario_table
 from ..networks.blocks import masked_mean
 
 #: PSNR of identical images is infinite and would ruin a mean.

@@ -130,11 +130,7 @@ class StudyScores:
         return {}
 
     def score(
-        self,
-        scenario: Sequence[int],
-        images: Mapping[str, torch.Tensor],
-        classes: torch.Tensor | None,
-        whole: bool,
+        self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool
     ) -> dict[Key, torch.Tensor]:
         """Scores of all methods.
 

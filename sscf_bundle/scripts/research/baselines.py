@@ -119,11 +119,7 @@ class PlainTrainingStep(nn.Module):
         if not isinstance(self.net, PlainUNet):
             return {"pred": self.net(image), "available": available}
         images, logits = self.net.run(image)
-        return {
-            "pred": torch.cat([images, torch.sigmoid(logits)], dim=1),
-            "logits": logits,
-            "available": available,
-        }
+        return {"pred": torch.cat([images, torch.sigmoid(logits)], dim=1), "logits": logits, "available": available}
 
 
 class MMGANGenerator(ConfiguredNetwork):

@@ -202,11 +202,7 @@ class DownstreamScores(StudyScores):
         self.segmenter, self.inferer = segmenter.eval(), BrainInferer(batch_size)
 
     def score(
-        self,
-        scenario: Sequence[int],
-        images: Mapping[str, torch.Tensor],
-        classes: torch.Tensor | None,
-        whole: bool,
+        self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool
     ) -> dict[Key, torch.Tensor]:
         """Dice of a study, complete and with a mask.
 

@@ -376,7 +376,8 @@ class Experiments:
                 pretrained, before = self._weights(one.after, seed, fold)
                 overrides["pretrained_path"], needs = str(pretrained), [before]
             if self.minutes is not None:
-                limit = {"_target_": "scripts.training.stages.TimeLimit", "minutes": one.share * self.minutes}
+                seconds = max(1, round(60 * one.share * self.minutes))
+                limit = {"_target_": "scripts.training.trainer.TimeLimit", "limit_sec": seconds}
                 overrides |= {"+train#handlers": [limit], "resume": False}
             config = self._config(self.base, self.settings, one.configs, overrides)
             steps.append(Step(training, "training", config.get(), weights, needs))

@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ignite.distributed as idist
+import ignite.handlers
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import Trainer
 from monai.engines.utils import IterationEvents
 from torch import nn
@@ -38,11 +40,7 @@ BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_i
 
 
 def draw_scenarios(
-    ids: torch.Tensor,
-    has_contrast: torch.Tensor,
-    seed: int,
-    epoch: int,
-    numbers: Sequence[int] | None = None,
+    ids: torch.Tensor, has_contrast: torch.Tensor, seed: int, epoch: int, numbers: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Draws one scenario for each sample, a function of (seed, epoch, id).
 
@@ -453,6 +451,15 @@ class SSCFTrainer(SynthesisTrainer):
         if not self.training_step.net.uses_bank:
             return {}
         return {f"bank_{name}": value for name, value in self.bank.statistics().items()}
+
+
+class TimeLimit(ignite.handlers.TimeLimit):
+    """Ignite's, counted from the start of the training and with its validations."""
+
+    def attach(self, engine: Engine) -> None:
+        """Starts the clock at ``STARTED`` and looks at it after every iteration."""
+        engine.add_event_handler(Events.STARTED, lambda: setattr(self, "start_time", time.time()))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
 
 def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
