@@ -47,34 +47,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CachedStudy:
-    """One study in the cache.
+    """One study in the cache."""
 
-    Args:
-        study: name of the study.
-        patient: name of the patient.
-        directory: holds ``image.npy`` (slices x 4 x H x W float16 in [-1, 1]), ``label.npy`` (slices x H x W uint8)
-            and ``info.json``.
-        info: content of ``info.json``: for each slice ``z`` (index in the volume), ``tumor_area`` (pixels) and
-            ``brain_fraction`` (0 to 1); ``has_contrast``, ``has_mask``, ``size`` ([H, W]), ``intensity_scale`` where
-            the transform gives it, and ``files`` and ``transform`` to trace the entry.
-    """
-
-    study: str
-    patient: str
+    study: str  #: name of the study.
+    patient: str  #: name of the patient.
+    #: holds ``image.npy`` (slices x 4 x H x W float16 in [-1, 1]), ``label.npy`` (slices x H x W uint8) and
+    #: ``info.json``.
     directory: Path
+    #: content of ``info.json``: for each slice ``z`` (index in the volume), ``tumor_area`` (pixels) and
+    #: ``brain_fraction`` (0 to 1); ``has_contrast``, ``has_mask``, ``size`` ([H, W]), ``intensity_scale`` where the
+    #: transform gives it, and ``files`` and ``transform`` to trace the entry.
     info: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class PreparedSlices:
-    """Result of ``prepare_slices``.
+    """Result of ``prepare_slices``."""
 
-    Args:
-        studies: the usable studies, in the order of the items.
-        failures: ``{"study": ..., "reason": ...}`` for each of the others.
-    """
-
-    studies: list[CachedStudy]
+    studies: list[CachedStudy]  #: the usable studies, in the order of the items.
+    #: ``{"study": ..., "reason": ...}`` for each of the others.
     failures: list[dict[str, str]] = field(default_factory=list)
 
 

@@ -51,15 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_study_error(error: BaseException) -> StudyError | None:
-    """The ``StudyError`` that a chain of exceptions was raised from.
+    """The first ``StudyError`` among an exception and its causes, None if there is none.
 
     MONAI's ``Compose`` wraps whatever a transform raises in a ``RuntimeError`` that does not give the reason.
-
-    Args:
-        error: an exception as caught.
-
-    Returns:
-        The first ``StudyError`` among ``error`` and its causes, ``None`` if there is none.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, StudyError):
@@ -68,11 +62,7 @@ def find_study_error(error: BaseException) -> StudyError | None:
 
 
 class StudyCompose(Compose):
-    """``monai.transforms.Compose`` that lets a ``StudyError`` through as it is; arguments as there.
-
-    Raises:
-        StudyError: when a transform refuses the study.
-    """
+    """``monai.transforms.Compose`` that lets a ``StudyError`` through as it is; arguments as there."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -323,14 +313,11 @@ class BrainMaskd(MapTransform):
     """Add the union of the available brains (voxels > 0 in any contrast), to be called before scaling.
 
     The mask gives the crop, the brain fraction of a slice, and the region outside of which every method is given the
-    same background. It is a 1 x X x Y x Z uint8 ``MetaTensor``.
+    same background. It is a 1 x X x Y x Z uint8 ``MetaTensor``. A study without a brain is refused.
 
     Args:
         keys: key of the stacked contrasts, intensities >= 0.
         brain_key: key of the mask.
-
-    Raises:
-        StudyError: from the call, when there is no brain.
     """
 
     def __init__(self, keys: KeysCollection = "image", brain_key: str = "brain") -> None:
@@ -387,9 +374,6 @@ class ScaleSliced(MapTransform):
     """Scale every axial slice of every contrast by its own minimum and maximum to [-1, 1], as the paper's code does.
 
     A constant slice, and so every slice of a missing contrast, becomes -1.
-
-    Args:
-        keys: key of the stacked contrasts, 4 x X x Y x Z.
     """
 
     def __init__(self, keys: KeysCollection = "image") -> None:

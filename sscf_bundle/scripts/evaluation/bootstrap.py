@@ -47,13 +47,7 @@ _PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lp
 
 
 def read_scores(path: str | Path) -> pd.DataFrame:
-    """Rows of a ``scores.csv``.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        Frame with ``COLUMNS``.
+    """Rows of a ``scores.csv``, with ``COLUMNS``.
 
     Raises:
         StudyError: if there is no such file, or it is no such table.
@@ -72,16 +66,11 @@ def read_scores(path: str | Path) -> pd.DataFrame:
 
 
 def group_masks(scenario: np.ndarray, of: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """Which rows belong to each group of a summary.
+    """Which rows belong to each group of a summary, by ``group`` and ``of``, of the groups that have a row.
 
-    Args:
-        scenario: of each row.
-        of: contrast or region of each row.
-
-    Returns:
-        By ``group`` and ``of``, of the groups that have a row: ``all`` (mean over scenarios of the mean over a
-        scenario's targets), ``pairs`` (mean over all pairs of scenario and target), ``contrast`` (mean over the
-        scenarios of one target), ``available:<n>`` and ``scenario:<name>`` (as ``all``, of these scenarios alone).
+    ``all`` is the mean over scenarios of the mean over a scenario's targets, ``pairs`` the mean over all pairs of
+    scenario and target, ``contrast`` the mean over the scenarios of one target, ``available:<n>`` and
+    ``scenario:<name>`` are as ``all``, of these scenarios alone.
     """
     everything = np.ones(len(of), dtype=bool)
     available = np.char.count(scenario.astype(str), "+") + 1
@@ -262,22 +251,11 @@ class EvaluationTables:
         self.lpips, self.bootstrap_samples, self.seed = lpips, bootstrap_samples, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``.
-
-        Args:
-            engine: the evaluator.
-        """
+        """Writes at ``COMPLETED``."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: StudyEvaluator) -> None:
-        """Joins the rows of all processes and writes both files.
-
-        Args:
-            engine: the evaluator.
-
-        Raises:
-            StudyError: if nothing could be scored.
-        """
+        """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored."""
         mine: dict[str, Any] = {
             "rows": self.scores.rows,
             "regions": self.scores.regions,
@@ -336,14 +314,7 @@ class EvaluationTables:
 
 
 def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The means of the scenarios (group ``all``) as text.
-
-    Args:
-        summary: of ``summarize``.
-
-    Returns:
-        One line for each method, protocol and region.
-    """
+    """The means of the scenarios (group ``all``) as text, a line for each method, protocol and region."""
     lines: dict[str, list[str]] = {}
     for entry in summary:
         if entry["group"] == "all":

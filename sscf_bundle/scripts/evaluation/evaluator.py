@@ -29,14 +29,7 @@ from ..networks.sscf import network_input
 
 
 def scenario_indices(names: Sequence[str] | None) -> list[int]:
-    """Positions in ``SCENARIOS``.
-
-    Args:
-        names: as ``FLAIR+T2``; None means all 14.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """Positions in ``SCENARIOS`` of names as ``FLAIR+T2``; None means all 14, an unknown one is a ``ValueError``."""
     known = {scenario_name(row): i for i, row in enumerate(SCENARIOS)}
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
@@ -45,15 +38,7 @@ def scenario_indices(names: Sequence[str] | None) -> list[int]:
 
 
 class ScenarioSlices(Dataset):
-    """Every slice of a dataset under each of some scenarios.
-
-    Args:
-        data: a ``SliceDataset``.
-        scenarios: names as ``FLAIR+T2``; None means all 14.
-
-    Raises:
-        ValueError: for an unknown scenario name.
-    """
+    """Every slice of a ``SliceDataset`` under each of some scenarios, see ``scenario_indices``."""
 
     def __init__(self, data: SliceDataset, scenarios: Sequence[str] | None = None) -> None:
         self.data = data
@@ -63,7 +48,7 @@ class ScenarioSlices(Dataset):
         return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Returns: the slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``."""
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``."""
         item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
@@ -87,7 +72,7 @@ class UnseenPatients:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Raises: StudyError: if a patient is in the bank."""
+        """A ``StudyError`` if a patient is in the bank."""
         if not hasattr(self.network, "bank_present"):
             return
         filled = self.network.get_buffer("bank_present").any(dim=1).cpu()

@@ -20,8 +20,8 @@ import torch
 from ignite.metrics import Metric
 from monai.metrics import PSNRMetric, SSIMMetric
 
-from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, SCENARIOS, label_map, region_masks, scenario_table
-from ..networks.blocks import masked_mean
+from ..contrasts import NUM_CONTRASTS, REGIONS, SCENARIOS, class_masks, label_map, region_masks, scenario_table
+from ..networks.blocks import expand_dims_like, masked_mean
 
 #: PSNR of identical images is infinite and would ruin a mean.
 MAX_PSNR = 100.0
@@ -34,12 +34,8 @@ def fill_background(images: torch.Tensor, inputs: torch.Tensor, available: torch
         images: B x K x spatial in [-1, 1].
         inputs: B x K x spatial, of which the available rows are read; background is -1.
         available: B x K boolean.
-
-    Returns:
-        B x K x spatial.
     """
-    mask = available.view(available.shape + (1,) * (inputs.dim() - 2))
-    brain = ((inputs > -1) & mask).any(dim=1, keepdim=True)
+    brain = ((inputs > -1) & expand_dims_like(available, inputs)).any(dim=1, keepdim=True)
     return torch.where(brain, images, torch.full_like(images, -1.0))
 
 
@@ -54,11 +50,7 @@ def zero_filling(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
 
 
 def reference_output(reference_method: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[dict], dict]:
-    """Output transform for ``ScenarioScores`` that puts a reference_method in the place of the network's images.
-
-    Args:
-        reference_method: ``mean_of_available`` or ``zero_filling``.
-    """
+    """Output transform for ``ScenarioScores`` that puts a reference method in the place of the network's images."""
 
     def transform(output: dict) -> dict:
         images = reference_method(output["target"], output["available"])
@@ -138,10 +130,7 @@ class ScenarioScores(Metric):
         self._image.index_put_(index, rows, accumulate=True)
 
         classes = label_map(pred[:, NUM_CONTRASTS:])
-        ours, theirs = (
-            region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).flatten(2)
-            for c in (classes, label)
-        )
+        ours, theirs = (region_masks(class_masks(c)).flatten(2) for c in (classes, label))
         counts = torch.stack([(ours & theirs).sum(2), ours.sum(2), theirs.sum(2), torch.ones_like(ours[..., 0])], dim=2)
         counts = counts.double() * (has_mask & complete).view(-1, 1, 1)
         self._mask.index_put_(index, counts.to(self._device), accumulate=True)

@@ -25,10 +25,10 @@ from ..contrasts import (
     CONTRASTS,
     MASK_KEY,
     NUM_CONTRASTS,
-    NUM_TUMOR_CLASSES,
     REGIONS,
     SCENARIOS,
     TUMOR_CLASSES,
+    class_masks,
     label_map,
     region_masks,
     scenario_name,
@@ -173,8 +173,7 @@ class StudyScores:
             if protocol.whole == whole:
                 protocol.start(StudyTruth(((self._target + 1) / 2).clamp(0, 1), brain, tumor))
         if self._has_mask and whole == self.whole:
-            classes = torch.cat([self._label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
-            present = region_masks(classes).transpose(0, 1).flatten(1).any(dim=1).tolist()
+            present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
 
     def _on_file(self, data: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

@@ -31,16 +31,9 @@ from .blocks import channel_statistics, expand_dims_like, gather_maps, masked_me
 
 
 def gather(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of a table for an index of any shape.
+    """Rows of a table for an index of any shape: ``index.shape + table.shape[1:]``.
 
     Unlike ``table[index]``, its backward pass adds in a fixed order on the CPU, which an exact resume needs.
-
-    Args:
-        table: R x ... tensor.
-        index: int64 tensor of any shape, values below R.
-
-    Returns:
-        Tensor of shape ``index.shape + table.shape[1:]``.
     """
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
@@ -92,16 +85,7 @@ class CCP(nn.Module):
             nn.init.zeros_(self.gamma_weight)
 
     def channel_attention(self, target: torch.Tensor, mean: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-        """CBAM's channel attention from the pooled values of each pair.
-
-        Args:
-            target: int64 tensor of any shape.
-            mean: ``target.shape`` x C, spatial mean.
-            maximum: ``target.shape`` x C, spatial maximum.
-
-        Returns:
-            ``target.shape`` x C in (0, 1).
-        """
+        """CBAM's channel attention in (0, 1) from the spatial mean and maximum (... x C) of the targets (...)."""
         pooled = torch.stack([mean, maximum], dim=-1)
         hidden = torch.matmul(gather(self.squeeze_weight.float(), target), pooled)
         hidden = torch.relu(hidden + gather(self.squeeze_bias.float(), target).unsqueeze(-1))
@@ -189,12 +173,12 @@ class CCP(nn.Module):
             center: B x K x C, their means over space.
             own_std: B x K x C, their standard deviations.
             available: B x K.
-            target: B x P of ``active_pairs``.
+            target: B x P of ``active_pairs``, like ``source`` and ``active``.
             source: B x P.
             active: B x P.
-            found: B x P; without a retrieved entry the source's own statistics are kept.
-            mean: B x P x C prototype mean mu.
-            std: B x P x C prototype standard deviation sigma.
+            found: B x P, like ``mean`` and ``std`` as in ``affine``.
+            mean: B x P x C.
+            std: B x P x C.
 
         Returns:
             B x K x C x spatial, what the decoders read: F_CCP^j of the missing contrasts, F_i^j of the available.
@@ -245,9 +229,9 @@ class CCP(nn.Module):
             features: of each available contrast, B x C x spatial.
             sources: S indices of the available contrasts.
             targets: T indices of the missing contrasts.
-            found: B x T x S.
-            mean: B x T x S x C prototype mean mu.
-            std: B x T x S x C prototype standard deviation sigma.
+            found: B x T x S, like ``mean`` and ``std`` as in ``affine``.
+            mean: B x T x S x C.
+            std: B x T x S x C.
 
         Returns:
             F_CCP^j of the missing contrasts, T x B x C x spatial.

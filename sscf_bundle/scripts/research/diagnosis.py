@@ -24,8 +24,9 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS
+from ..contrasts import NUM_CONTRASTS, class_masks
 from ..evaluation.evaluator import SliceEvaluator
+from ..networks.blocks import expand_dims_like
 from ..networks.ccp import CCP
 from ..networks.sscf import SSCFNet
 from ..training.trainer import BATCH_KEYS, SSCFTrainer
@@ -82,7 +83,7 @@ def all_of(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 def mean_over_space(maps: torch.Tensor) -> torch.Tensor:
     """B x C x spatial maps of the same shape that hold their means over space."""
-    return maps.flatten(2).mean(dim=2).view(maps.shape[:2] + (1,) * (maps.dim() - 2)).expand_as(maps)
+    return expand_dims_like(maps.flatten(2).mean(dim=2), maps).expand_as(maps)
 
 
 def after(function: Callable) -> Callable[[Callable], Callable]:
@@ -111,8 +112,7 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
             return replaced(net, "encode", make)
 
         def truth(seen: torch.Tensor) -> torch.Tensor:
-            classes = label().to(seen.device)
-            return torch.cat([classes == k + 1 for k in range(seen.shape[1])], dim=1)
+            return class_masks(label().to(seen.device))
 
         found["mask of the second pass zero"] = second_pass(torch.zeros_like)
         found["mask of the second pass true"] = second_pass(truth)

@@ -148,12 +148,7 @@ def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, 
 
 
 def patient_plot(values: Mapping[str, Sequence[float] | np.ndarray], title: str) -> Figure:
-    """A box and a point for each patient, one column for each method.
-
-    Args:
-        values: for each method one number for each patient.
-        title: of the vertical axis, with its unit.
-    """
+    """A box and a point for each patient, one column for each method."""
     figure = Figure(figsize=(1.5 + 1.2 * len(values), 3.4), layout="tight")
     axis = figure.subplots()
     axis.boxplot(list(values.values()), tick_labels=list(values), showfliers=False, medianprops={"color": "black"})
@@ -168,12 +163,7 @@ def patient_plot(values: Mapping[str, Sequence[float] | np.ndarray], title: str)
 
 
 def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
-    """Differences from a reference with their intervals, one line for each method.
-
-    Args:
-        differences: for each method ``mean``, ``low`` and ``high``; None draws no interval.
-        title: of the horizontal axis, with its unit.
-    """
+    """Differences (``mean``, ``low``, ``high``) of methods from a reference with their intervals, a line for each."""
     frame = pd.DataFrame.from_dict(differences, orient="index", columns=["mean", "low", "high"], dtype=float)
     figure = Figure(figsize=(5, 1 + 0.35 * len(frame)), layout="tight")
     axis = figure.subplots()
@@ -282,9 +272,6 @@ def demo_figure(
         result_dir: ``output_dir`` of the inference.
         path: PNG file to write.
         caption: put below the mask, for example the source of the images.
-
-    Returns:
-        As ``compare_study``.
     """
     if study.endswith(".json"):
         study = json.loads(Path(study).read_text())["test"][0]

@@ -96,17 +96,7 @@ class Augmentation:
         return {**batch, "target": target, "source": source, "label": label}
 
     def maps(self, occurrence: torch.Tensor, seed: int, epoch: int, size: torch.Size) -> torch.Tensor:
-        """Affine maps from the new to the old image, in the coordinates of ``torch.nn.functional.affine_grid``.
-
-        Args:
-            occurrence: B int64.
-            seed: of the run.
-            epoch: present epoch.
-            size: spatial size.
-
-        Returns:
-            B x D x (D + 1) float32.
-        """
+        """Affine maps from the new to the old image (B x D x (D + 1) float32), as ``affine_grid`` takes them."""
         dims = len(size)
         drawn = hash_uniform(occurrence, seed, epoch, "affine", 3 + dims)
         angle, zoom, mirror = (2 * drawn[:, 0] - 1) * self.rotation, (2 * drawn[:, 1] - 1) * self.scale, drawn[:, 2]

@@ -32,16 +32,7 @@ from .trainer import BATCH_KEYS, draw_scenarios
 
 
 def bank_slices(dataset: SliceDataset, size: int, seed: int = 0) -> Subset:
-    """Chooses the slices of a frozen bank: every patient in turn gives one, in random order, until the bank is full.
-
-    Args:
-        dataset: a ``SliceDataset`` of training studies; its ``slice_ids`` and ``patients`` are int64 tensors.
-        size: bank size L.
-        seed: of the choice.
-
-    Returns:
-        At most ``size`` slices.
-    """
+    """Chooses at most ``size`` slices: every patient in turn gives one, in random order, until the bank is full."""
     ids, patients = dataset.slice_ids, dataset.patients
     order = hash_uniform(ids, seed, 0, "bank").squeeze(1).argsort()
     seen: dict[int, int] = {}

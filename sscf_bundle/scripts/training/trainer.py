@@ -29,6 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
+from ..networks.blocks import expand_dims_like
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.precision import half_dtype
 from ..networks.sscf import network_input
@@ -75,7 +76,7 @@ class Curriculum:
 
     Args:
         stages: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
-            after the last stage all scenarios are drawn. None or an empty list is no curriculum.
+            afterwards all scenarios are drawn. None or an empty list is no curriculum.
 
     Raises:
         ValueError: unless last epochs ascend and each stage allows some of 1 to 3.
@@ -269,7 +270,7 @@ class SynthesisTrainer(Trainer):
 
         Args:
             output: of the step.
-            batch: of ``prepare``; ``missing`` are the contrasts with truth in T.
+            batch: of ``prepare``; ``missing`` are the contrasts with a target in T.
         """
         if self.discriminators is None:
             return None
@@ -279,7 +280,7 @@ class SynthesisTrainer(Trainer):
         """Scalar loss of the discriminators, without a gradient to the network; arguments as ``generator_scores``."""
         fake, target, missing = output["pred"][:, :NUM_CONTRASTS].detach(), batch["target"], batch["missing"]
         # what is not judged may hold anything, NaN where the study lacks it
-        shown = torch.where(missing.view(missing.shape + (1,) * (target.dim() - 2)), target, fake)
+        shown = torch.where(expand_dims_like(missing, target), target, fake)
         samples = [torch.cat([rows, rows + len(fake)]) for rows in batch["samples"]]
         assert self.discriminator_step is not None and self.discriminator_loss is not None
         real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake]), samples).chunk(2)
@@ -324,15 +325,7 @@ class SynthesisTrainer(Trainer):
     def draw_batch_scenarios(
         self, occurrence: torch.Tensor, has_contrast: torch.Tensor
     ) -> tuple[torch.Tensor, Scenario | None]:
-        """Scenarios of a batch, on the CPU.
-
-        Args:
-            occurrence: B int64.
-            has_contrast: B x K.
-
-        Returns:
-            Available contrasts, B x K, and their ``Scenario`` if all samples share it.
-        """
+        """Available contrasts of a batch (B x K, on the CPU), and their ``Scenario`` if all samples share it."""
         numbers = self.curriculum.numbers(self.state.epoch)
         common = has_contrast.all(dim=0, keepdim=True)
         if not self.shared_scenarios or not common.any():
@@ -476,12 +469,7 @@ def gather_entries(entries: BankEntries) -> BankEntries:
 
 
 def linear_decay(max_epochs: int, decay_start: int) -> Callable[[int], float]:
-    """Factor of the learning rate: 1 until ``decay_start``, then linearly to 0 at ``max_epochs`` (section 3.2).
-
-    Args:
-        max_epochs: number of epochs.
-        decay_start: epochs with the full rate.
-    """
+    """Factor of the learning rate: 1 until ``decay_start``, then linearly to 0 at ``max_epochs`` (section 3.2)."""
     return lambda epoch: min(1.0, max(0.0, (max_epochs - epoch) / max(max_epochs - decay_start, 1)))
 
 
@@ -491,10 +479,5 @@ def copy_network(network: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def in_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
-    """The network with the 4-D weights of its convolutions in the channels-last format, or as it is.
-
-    Args:
-        network: changed in place.
-        channels_last: switch, as configs have it.
-    """
+    """The network, with the 4-D weights of its convolutions in the channels-last format where that is asked for."""
     return network.to(memory_format=torch.channels_last) if channels_last else network
