@@ -122,10 +122,10 @@ def test_curriculum_allows_its_numbers_until_its_last_epochs() -> None:
     assert bool(drawn.any(dim=1).all()) and not bool((drawn & ~subsets()).any())
 
 
-@pytest.mark.parametrize("stages", [[[5, [1]], [2, [2]]], [[5, [4]]], [[5, [0]]], [[5, []]]])
-def test_wrong_curriculum_is_refused(stages: list) -> None:
+@pytest.mark.parametrize("phases", [[[5, [1]], [2, [2]]], [[5, [4]]], [[5, [0]]], [[5, []]]])
+def test_wrong_curriculum_is_refused(phases: list) -> None:
     with pytest.raises(ValueError, match="curriculum"):
-        Curriculum(stages)
+        Curriculum(phases)
 
 
 # ----------------------------------------------------------------------------------------------------- moving average

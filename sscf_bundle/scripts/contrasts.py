@@ -42,7 +42,7 @@ SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
 
 
 class StudyError(ValueError):
-    """A study, file or setting that cannot be used; the message is one sentence that names it and the mend."""
+    """A study, file or setting that cannot be used; the message is one sentence that names it and a fix."""
 
 
 def scenario_name(scenario: Sequence[int]) -> str:

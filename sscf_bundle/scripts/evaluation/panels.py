@@ -33,7 +33,7 @@ _CLASS_COLORS = np.array([[0, 0, 0, 0], [0.2, 0.8, 0.3, 0.45], [1.0, 0.8, 0.1, 0
 
 
 def scenario_panel(output: Mapping[str, torch.Tensor]) -> Figure:
-    """One row for each sample: the four true contrasts with the mask, then what the network gives.
+    """One row for each sample: the four target contrasts with the mask, then what the network gives.
 
     Args:
         output: ``pred`` R x 7 x H x W, ``target`` R x 4 x H x W, ``label`` R x 1 x H x W, ``available`` R x 4,
@@ -119,7 +119,7 @@ class ScoreLog:
 
 
 class ScenarioPanels:
-    """Shows the first batch of every evaluation in TensorBoard: truth, prediction and mask under its scenarios.
+    """Shows the first batch of every evaluation in TensorBoard: target, prediction and mask under its scenarios.
 
     Args:
         log_dir: of TensorBoard.

@@ -83,7 +83,7 @@ def matching_table(source: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 class NearestContrast:
     """Reference method: every missing contrast is the most similar available one with its brain histogram matched.
 
-    The histogram is matched to the mean histogram of the target contrast in the training studies, never to the truth.
+    The histogram is matched to the mean histogram of the target contrast in the training studies.
 
     Args:
         histograms: K x ``LEVELS``, see ``mean_histograms``.

@@ -111,11 +111,11 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
 
             return replaced(net, "encode", make)
 
-        def truth(seen: torch.Tensor) -> torch.Tensor:
+        def annotated(seen: torch.Tensor) -> torch.Tensor:
             return class_masks(label().to(seen.device))
 
         found["mask of the second pass zero"] = second_pass(torch.zeros_like)
-        found["mask of the second pass true"] = second_pass(truth)
+        found["mask of the second pass true"] = second_pass(annotated)
     if net.with_ccp:
         modules = [module for module in net.modules() if isinstance(module, CCP)]
         weights = [t for ccp in modules for t in (ccp.gamma_weight, ccp.gamma_bias)]
@@ -190,12 +190,12 @@ def gradient_shares(trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tens
     for repetition in range(2):
         for batch in batches:
             prepared = trainer.prepare(batch)
-            truth = [prepared[key] for key in BATCH_KEYS]
-            output = step(prepared["image"], *truth, prepared["scenario"])
+            batch_arguments = [prepared[key] for key in BATCH_KEYS]
+            output = step(prepared["image"], *batch_arguments, prepared["scenario"])
             if repetition == 0:
                 trainer.on_iteration_end(output)
                 continue
-            terms = trainer.loss(output, *truth[:4], None, trainer.draw_bank_entries(prepared))
+            terms = trainer.loss(output, *batch_arguments[:4], None, trainer.draw_bank_entries(prepared))
             rows = {}
             for name, weight in trainer.loss.weights.items():
                 if weight and name in terms:

@@ -75,7 +75,7 @@ class Augmentation:
 
         Returns:
             The batch with new ``target`` and ``label``, and ``source``: ``target`` with other intensities, which the
-            network is shown in its place. The truth keeps its own, since nothing could predict how they were changed.
+            network is shown in its place. The target keeps its own, since nothing could predict how they were changed.
         """
         target, label = batch["target"], batch["label"]
         over_space = (..., *(None for _ in target.shape[2:]))

@@ -11,7 +11,7 @@
 """All losses of the paper (section 2.3, eq. 5-7 and 10-15).
 
 Every term is a mean over the pixels of an image, then over the contrasts of its set (T missing, S available, X all) in
-the sample, then over the samples. A contrast without truth and a study without a mask give 0 and still count as a
+the sample, then over the samples. A contrast without a target and a study without a mask give 0 and still count as a
 sample, so that accumulation over batches or processes equals one large batch.
 """
 

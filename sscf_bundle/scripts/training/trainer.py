@@ -75,28 +75,28 @@ class Curriculum:
     """Numbers of available contrasts that scenarios may have, by epoch.
 
     Args:
-        stages: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
+        phases: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
             afterwards all scenarios are drawn. None or an empty list is no curriculum.
 
     Raises:
-        ValueError: unless last epochs ascend and each stage allows some of 1 to 3.
+        ValueError: unless last epochs ascend and each phase allows some of 1 to 3.
     """
 
-    def __init__(self, stages: Sequence[Sequence[Any]] | None = None) -> None:
-        self.stages = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in stages or ()]
-        lasts = [last for last, _ in self.stages]
+    def __init__(self, phases: Sequence[Sequence[Any]] | None = None) -> None:
+        self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
+        lasts = [last for last, _ in self.phases]
         if lasts != sorted(set(lasts)):
             raise ValueError(f"the last epochs of a curriculum must ascend, got {lasts}.")
-        for last, numbers in self.stages:
+        for last, numbers in self.phases:
             if not numbers or not all(1 <= number < NUM_CONTRASTS for number in numbers):
                 raise ValueError(
-                    f"a stage of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
+                    f"a phase of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
                     f"until epoch {last}."
                 )
 
     def numbers(self, epoch: int) -> tuple[int, ...] | None:
         """Allowed numbers in an epoch (from 1); None allows all."""
-        return next((numbers for last, numbers in self.stages if epoch <= last), None)
+        return next((numbers for last, numbers in self.phases if epoch <= last), None)
 
 
 class MovingAverage:
@@ -175,7 +175,7 @@ class SynthesisTrainer(Trainer):
         seed: of scenarios, draws and augmentation.
         accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
         augmentation: changes a batch, ``augmentation(batch, seed, epoch) -> batch``, see ``Augmentation``.
-        curriculum: stages of ``Curriculum``; None draws from all scenarios in all epochs.
+        curriculum: phases of ``Curriculum``; None draws from all scenarios in all epochs.
         shared_scenarios: draw one scenario for all samples of a batch, which costs less than half, in the place of one
             for each sample; a batch of studies that have no contrast in common falls back to the latter.
         reconstructions: with ``shared_scenarios`` how many of the available contrasts, drawn for each batch, are
