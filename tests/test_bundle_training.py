@@ -163,6 +163,7 @@ def test_mlflow_tracks_losses_and_scores(tmp_path: Path, phantom_cohort: Path) -
     assert len(client.get_metric_history(run.info.run_id, "iteration_loss")) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:
     output_dir = tmp_path / "run"
     configs = ["configs/train.json", "configs/multi_gpu_train.json"]

@@ -106,6 +106,7 @@ def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken
         assert_same(state, earlier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_training_ends_with_the_same_bits(
     num_workers: int, tmp_path: Path, phantom_cohort: Path, unbroken: Path
