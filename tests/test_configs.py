@@ -214,6 +214,7 @@ def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom
     workflow.initialize()
     assert not workflow.check_properties()
     assert workflow.max_epochs == 4 and len(workflow.train_dataset) == 3 * 20
+    assert workflow.train_preprocessing is workflow.val_preprocessing is workflow.train_dataset_data.transform
     assert workflow.val_dataset_data is workflow.parser.get_parsed_content("validate#slices")
     assert workflow.val_interval == 2 and workflow.evaluator is workflow.parser.get_parsed_content("validate#evaluator")
     workflow.finalize()

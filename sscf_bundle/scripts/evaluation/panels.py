@@ -12,13 +12,13 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from matplotlib.axes import Axes
@@ -100,16 +100,12 @@ class ScoreLog:
             for k, v in engine.state.metrics.items()
             if not isinstance(v, Mapping) and not k.startswith("key_")
         }
-        rows: dict[int, dict[str, str | float]] = {}
+        table = pd.DataFrame(scores, index=pd.Index([epoch], name="epoch"))
         if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
-        rows[epoch] = {"epoch": epoch, **scores}
+            earlier = pd.read_csv(self.path, index_col="epoch", float_precision="round_trip")
+            table = pd.concat([earlier.drop(index=epoch, errors="ignore"), table])[list(scores)].sort_index()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=["epoch", *scores], extrasaction="ignore", restval="")
-            table.writeheader()
-            table.writerows(rows[k] for k in sorted(rows))
+        table.to_csv(self.path)
         engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         if self.log_dir is not None:
             writer = board(log_dir=self.log_dir)
