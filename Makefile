@@ -1,7 +1,7 @@
 # These commands do everything, set-up included:
 #   make demo   fill in a real study with the weights of the bundle and draw demo_output/demo.png
 #   make demo-train   make a phantom cohort, train on it, fill in an incomplete study, draw the result
-#   make test   style, configs and the test suite
+#   make test   style, types, configs and the test suite
 #   make benchmark   speed and memory of this machine: docs/speed.md (BENCHMARK="--parts training" and the like)
 # All use the virtual environment VENV, which is made if it does not exist: make test VENV=/path/to/another
 
@@ -30,6 +30,7 @@ demo-train: $(READY)
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m pytest
 
 benchmark: $(READY)
@@ -41,4 +42,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(DEMO_DIR) .venv .pytest_cache .ruff_cache
+	rm -rf $(DEMO_DIR) .venv .pytest_cache .ruff_cache .mypy_cache

@@ -114,7 +114,7 @@ def build_trainer(
         "bank_size": bank_size,
         "image_size": image_size,
         "max_epochs": 1,
-        "train#handlers": [],
+        "train#trainer#train_handlers": [],
         "train#dataloader": {
             "_target_": "benchmarks.training.MemoryBatches",
             "batch_size": "@batch_size",

@@ -162,10 +162,7 @@ def write_study(
 
 
 def make_scores(
-    seed: int,
-    shift: float = 0.0,
-    studies: Mapping[str, str] | None = None,
-    keep: float = 1.0,
+    seed: int, shift: float = 0.0, studies: Mapping[str, str] | None = None, keep: float = 1.0
 ) -> pd.DataFrame:
     """Random rows of ``scores.csv`` of a network and a reference method.
 
@@ -206,7 +203,7 @@ def write_scores(folder: Path, frame: pd.DataFrame, **metadata: object) -> Path:
         "sha256": "0123456789abcdef",
     }
     usual["protocols"] = {"per_slice": "2-D"}
-    (folder / "metrics.json").write_text(json.dumps({"facts": usual | metadata, "summary": []}))
+    (folder / "metrics.json").write_text(json.dumps({"metadata": usual | metadata, "summary": []}))
     return folder
 
 

@@ -20,14 +20,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import pytest
 import torch
-from builders import (
-    TINY_CHANNELS,
-    config_files,
-    generator,
-    random_batch,
-    tiny_run,
-    train_in_process,
-)
+from builders import TINY_CHANNELS, config_files, generator, random_batch, tiny_run, train_in_process
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
@@ -288,10 +281,7 @@ def test_curriculum_of_the_config_goes_from_one_missing_contrast_to_all_scenario
 # ------------------------------------------------------------------------------------------------------------ configs
 @pytest.mark.parametrize(("name", "changes"), [("unet", {}), ("mmgan", TINY_MMGAN)])
 def test_configs_train_validate_infer_and_evaluate(
-    name: str,
-    changes: dict,
-    tmp_path: Path,
-    phantom_cohort: Path,
+    name: str, changes: dict, tmp_path: Path, phantom_cohort: Path
 ) -> None:
     # a rate at which four epochs already show
     overrides = tiny_run(phantom_cohort, tmp_path, learning_rate=0.005, epoch_samples=16, **changes)

@@ -178,6 +178,7 @@ def test_export_to_torchscript(tmp_path, weights):
     assert read_settings(exported) == PREPROCESSING
 
 
+@pytest.mark.slow
 def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
     """``monai.bundle.load`` gives the network of the weights, whatever the configs and wherever it is called."""
     bundle = tmp_path / "bundles" / "sscf_bundle"

@@ -92,7 +92,7 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
     train_in_process(config_files("train", "evaluate"), overrides)
     report = json.loads((trained / "evaluation" / "metrics.json").read_text())
     (test_study,) = json.loads((trained / "split.json").read_text())["test"]
-    assert report["facts"]["studies"] == [test_study] and report["facts"]["part"] == "test"
+    assert report["metadata"]["studies"] == [test_study] and report["metadata"]["part"] == "test"
     means = {
         (entry["method"], entry["score"]): entry["mean"]
         for entry in report["summary"]
@@ -117,11 +117,7 @@ def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phant
         train_in_process(config_files("train", "evaluate"), overrides)
 
 
-def test_fine_tuning_starts_from_the_trained_weights(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-) -> None:
+def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, tmp_path, pretrained_path=str(trained / "model.pt"), **ONE_EPOCH)
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
     train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
@@ -136,11 +132,7 @@ def test_fine_tuning_starts_from_the_trained_weights(
     assert 0 < moved < 0.01
 
 
-def test_bank_of_a_site_is_built_without_training(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-) -> None:
+def test_bank_of_a_site_is_built_without_training(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     paths = {"source_path": str(trained / "model.pt"), "site_path": str(tmp_path / "site.pt")}
     overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=[1.0, 0.0, 0.0], **paths)
     theirs = load(trained / "model.pt")
@@ -171,6 +163,7 @@ def test_mlflow_tracks_losses_and_scores(tmp_path: Path, phantom_cohort: Path) -
     assert len(client.get_metric_history(run.info.run_id, "iteration_loss")) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_cohort: Path) -> None:
     output_dir = tmp_path / "run"
     configs = ["configs/train.json", "configs/multi_gpu_train.json"]
@@ -198,9 +191,7 @@ def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_
 
 
 def test_broken_study_does_not_stop_the_others_but_shows_in_the_exit_status(
-    trained: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
+    trained: Path, tmp_path: Path, phantom_cohort: Path
 ) -> None:
     data, output_dir = Path(shutil.copytree(phantom_cohort, tmp_path / "data")), tmp_path / "run"
     broken = json.loads((trained / "split.json").read_text())["training"][0]

@@ -399,6 +399,7 @@ def test_channel_attention_uses_the_weights_of_the_target() -> None:
             torch.testing.assert_close(result[b, p].double(), torch.sigmoid(total), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_half_precision_has_the_gradient_of_the_eager_one() -> None:
     ccp = make_ccp(8)

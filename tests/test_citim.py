@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders import compute_in_float64, generator
 
-from scripts.networks.citim import AFFINITY_EPS, CITIM, PredictionHead, affinity, class_prototypes
+from scripts.networks.citim import CITIM, PredictionHead, class_prototypes
 
 K, C, CLASSES = 4, 8, 4
 LAYER_NORM_EPS = 1e-5
@@ -249,23 +249,6 @@ def test_class_prototypes_equal_loops_and_drop_a_class_below_half_a_cell(mean: b
                 if mean:
                     expected = expected / mass if mass >= 0.5 else 0.0
                 assert result[e, c, k].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_affinity_equals_equation_1_memory_by_current_and_is_clamped() -> None:
-    entry_map = torch.randn((2, CLASSES, 5), generator=generator(0)).mul(4).softmax(dim=1)
-    class_map = torch.randn((2, CLASSES, 3), generator=generator(1)).mul(4).softmax(dim=1)
-    result = affinity(entry_map, class_map)
-    assert result.shape == (2, 5, 3)  # rows are memory, columns current
-    for e in range(2):
-        for m in range(5):
-            for n in range(3):
-                expected = sum(float(entry_map[e, k, m]) * float(class_map[e, k, n]) for k in range(CLASSES))
-                assert result[e, m, n].item() == pytest.approx(expected, abs=1e-6)
-    sure = torch.eye(CLASSES)
-    clamped = affinity(sure, sure)
-    torch.testing.assert_close(clamped.diagonal(), torch.full((CLASSES,), 1 - AFFINITY_EPS), rtol=0, atol=1e-9)
-    assert clamped.min().item() == pytest.approx(AFFINITY_EPS)
-    assert torch.isfinite(torch.log(1 - clamped)).all()
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

@@ -65,7 +65,7 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("batch_size", "$2 * 2"),
         ("epoch_samples", 8),
         ("dataset_dir", {"_target_": "x"}),
-        ("train#handlers#4#log_dir", "x"),
+        ("checkpoint#directory", "x"),
         ("train::trainer::amp_dtype", "$torch.float16"),  # an argument that the config does not give
         ("tracking_uri", "x"),  # of MONAI's tracking
         ("run_id", "training"),

@@ -187,23 +187,20 @@ def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     assert all(inference[name] == f"$@settings['{name}']" for name in PREPROCESSING_SETTINGS)
 
 
-def test_every_part_of_the_multi_gpu_overlay_is_what_it_means() -> None:
+def test_only_the_first_process_writes_and_shows() -> None:
     train = combined(["train"])
-    disabled = [name for name in read("multi_gpu_train") if name.endswith("_disabled_")]
-    meant = {name: train[name.rpartition("#")[0]]["_target_"] for name in disabled}
-    logs = ["StatsHandler", "TensorBoardStatsHandler", "scripts.evaluation.panels.board", "ignite.handlers.ProgressBar"]
-    shows = [
+    alone = {
+        "StatsHandler",
+        "TensorBoardStatsHandler",
+        "scripts.evaluation.panels.board",
         "scripts.evaluation.panels.ScenarioPanels",
         "scripts.evaluation.panels.ScoreLog",
         "ignite.handlers.ProgressBar",
-    ]
-    assert [target for name, target in meant.items() if name.startswith("train#handlers#")] == logs
-    assert [target for name, target in meant.items() if name.startswith("validate#handlers#")] == shows
-    # none of these is left on for all processes
-    for engine in ("train", "validate"):
-        for index, handler in enumerate(train[f"{engine}#handlers"]):
-            if isinstance(handler, dict) and handler["_target_"] in logs + shows:
-                assert f"{engine}#handlers#{index}#_disabled_" in disabled
+    }
+    quiet = [part for part in walk(train.config) if isinstance(part, dict) and part.get("_disabled_") == "@quiet"]
+    assert {part["_target_"] for part in quiet} == alone
+    loud = [part for part in walk(train.config) if isinstance(part, dict) and part not in quiet]
+    assert not alone & {part.get("_target_") for part in loud}
 
 
 def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom_cohort: Path) -> None:
@@ -217,6 +214,8 @@ def test_workflow_has_the_properties_that_monai_asks_for(tmp_path: Path, phantom
     workflow.initialize()
     assert not workflow.check_properties()
     assert workflow.max_epochs == 4 and len(workflow.train_dataset) == 3 * 20
+    assert workflow.train_preprocessing is workflow.val_preprocessing is workflow.train_dataset_data.transform
+    assert workflow.val_dataset_data is workflow.parser.get_parsed_content("validate#slices")
     assert workflow.val_interval == 2 and workflow.evaluator is workflow.parser.get_parsed_content("validate#evaluator")
     workflow.finalize()
 

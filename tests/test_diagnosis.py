@@ -55,6 +55,7 @@ def diagnosis(phantom_cohort: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 def test_every_part_acts_after_a_short_training(diagnosis: Path) -> None:
     table = pd.read_csv(diagnosis / "diagnosis" / "effects.csv", index_col=0)
     assert set(table.index) == {"nothing", *FLOORS}
@@ -64,6 +65,7 @@ def test_every_part_acts_after_a_short_training(diagnosis: Path) -> None:
     assert {"psnr", "ssim", "dice_WT"} <= set(table.columns)
 
 
+@pytest.mark.slow
 def test_gradient_shares_add_up(diagnosis: Path) -> None:
     table = pd.read_csv(diagnosis / "diagnosis" / "gradient_shares.csv", index_col=0)
     assert {"synthesis", "feature", "ctdl", "head", "bce", "dice", "tumor", "reconstruction"} == set(table.index)

@@ -281,7 +281,7 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
     methods = {"real", "network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert {row["method"] for row in rows} == methods and len(rows) == (1 + 14 * 4) * 3
     assert {(row["protocol"], row["score"]) for row in rows} == {("downstream", "dice")}
-    metadata = report["facts"]
+    metadata = report["metadata"]
     assert metadata["studies"] == json.loads((tmp_path / "split.json").read_text())["test"]
     assert hashlib.sha256(segmenter.read_bytes()).hexdigest() in metadata["protocols"]["downstream"]
     overall = {e["method"]: e["mean"] for e in report["summary"] if (e["group"], e["of"]) == ("all", "all")}
@@ -291,7 +291,4 @@ def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, ph
 
     # the patients of its training are refused
     with pytest.raises(StudyError, match="trained on 3 of the patients"):
-        train_in_process(
-            config_files(*EVALUATION),
-            overrides | {"evaluated_part": "training"},
-        )
+        train_in_process(config_files(*EVALUATION), overrides | {"evaluated_part": "training"})

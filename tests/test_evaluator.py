@@ -343,7 +343,7 @@ def test_scores_start_anew_with_every_run_and_name_a_failed_study_once() -> None
 # ------------------------------------------------------------------------------------------------ the whole evaluation
 def evaluate_bundle(cohort: Path, output_dir: Path, **changes: object) -> ConfigWorkflow:
     """``evaluating`` of an untrained network on the tiny cohort."""
-    overrides = {**tiny_run(cohort, output_dir), "lpips": False, "bootstrap_draws": 20, **changes}
+    overrides = {**tiny_run(cohort, output_dir), "lpips": False, "bootstrap_samples": 20, **changes}
     if not (output_dir / "model.pt").is_file():
         torch.manual_seed(0)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -361,8 +361,7 @@ def evaluate_bundle(cohort: Path, output_dir: Path, **changes: object) -> Config
 
 
 def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
-    phantom_cohort: Path,
-    tmp_path: Path,
+    phantom_cohort: Path, tmp_path: Path
 ) -> None:
     evaluate_bundle(phantom_cohort, tmp_path, scenarios=["FLAIR+T1+T2", "T1ce"])
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
@@ -372,12 +371,12 @@ def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
     assert set(frame.loc[frame["protocol"] == "volume", "scenario"]) == {"FLAIR+T1+T2", "T1ce"}
     assert np.isfinite(frame["value"]).all() and "lpips" not in set(frame["score"])
     report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    facts = report["facts"]
-    assert facts["cohort"] == "phantom_cohort" and len(facts["sha256"]) == 64 and facts["scaling"] == "brain"
+    metadata = report["metadata"]
+    assert metadata["cohort"] == "phantom_cohort" and len(metadata["sha256"]) == 64 and metadata["scaling"] == "brain"
     split = json.loads((tmp_path / "split.json").read_text())
-    assert facts["studies"] == split["test"]
+    assert metadata["studies"] == split["test"]
     names = json.dumps({part: sorted(split[part]) for part in ("test", "training", "validation")})
-    assert facts["split"] == hashlib.sha256(names.encode()).hexdigest() and facts["amp"] is False
+    assert metadata["split"] == hashlib.sha256(names.encode()).hexdigest() and metadata["amp"] is False
     psnr = frame[(frame["method"] == "network") & (frame["protocol"] == "volume") & (frame["region"] == "whole")]
     psnr = psnr[psnr["score"] == "psnr"].groupby("scenario")["value"].mean().mean()
     (entry,) = [
@@ -389,10 +388,7 @@ def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
     assert entry["mean"] == pytest.approx(psnr)
 
 
-def test_protocols_of_whole_studies_are_left_out_where_there_are_none(
-    phantom_cohort: Path,
-    tmp_path: Path,
-) -> None:
+def test_protocols_of_whole_studies_are_left_out_where_there_are_none(phantom_cohort: Path, tmp_path: Path) -> None:
     changes = {"scenarios": ["T1"], "reference_methods": ["zero_filling"]}
     evaluate_bundle(phantom_cohort, tmp_path, evaluated_slices="largest_tumor", slice_count=3, **changes)
     robust = {"protocols": ["volume"], "report_dir": str(tmp_path / "volume")}

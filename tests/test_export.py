@@ -52,6 +52,7 @@ def network(weights: Path) -> SSCFNet:
     return made
 
 
+@pytest.mark.slow
 def test_torch_export_by_the_config(weights: Path, tmp_path: Path) -> None:
     create_workflow(
         config_file=config_files("inference", "export"),

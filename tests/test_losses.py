@@ -322,12 +322,7 @@ def test_sampled_dependency_loss_averages_over_the_whole_bank_when_it_draws_all(
     priority = torch.rand((3, 6), generator=generator(1))
     draw = draw_entries(priority, step.bank.entries(), step.bank.count, batch["patient"], 6)
     result = dependency_loss(
-        step.bank.entries(),
-        *draw,
-        output["class_map"],
-        output["contrast_maps"],
-        output["available"],
-        output["cells"],
+        step.bank.entries(), *draw, output["class_map"], output["contrast_maps"], output["available"], output["cells"]
     )
     has_mask = torch.tensor([True, False, True])
     drawn = Draw(step.bank.entries(), *draw)

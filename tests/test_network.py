@@ -18,15 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from builders import (
-    TINY_CHANNELS,
-    all_availabilities,
-    generator,
-    random_batch,
-    random_entries,
-    tiny_net,
-    tiny_step,
-)
+from builders import TINY_CHANNELS, all_availabilities, generator, random_batch, random_entries, tiny_net, tiny_step
 
 from scripts.contrasts import scenario_table
 from scripts.networks.citim import CITIM

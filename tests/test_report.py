@@ -22,16 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import (
-    config_files,
-    generator,
-    make_scores,
-    random_batch,
-    tiny_net,
-    tiny_run,
-    write_scores,
-    write_study,
-)
+from builders import config_files, generator, make_scores, random_batch, tiny_net, tiny_run, write_scores, write_study
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 
@@ -80,10 +71,7 @@ def test_log_of_other_scores_can_be_continued(tmp_path: Path) -> None:
     path = tmp_path / "validation.csv"
     log_scores(path, 1, psnr=10.0, old=3.0)
     log_scores(path, 2, psnr=11.0, new=4.0)
-    assert read_csv(path) == [
-        {"epoch": "1", "psnr": "10.0", "new": ""},
-        {"epoch": "2", "psnr": "11.0", "new": "4.0"},
-    ]
+    assert read_csv(path) == [{"epoch": "1", "psnr": "10.0", "new": ""}, {"epoch": "2", "psnr": "11.0", "new": "4.0"}]
 
 
 def test_tensorboard_gets_the_scores_where_it_is_asked_for(tmp_path: Path) -> None:

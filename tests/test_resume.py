@@ -18,15 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import (
-    assert_same,
-    bundle_command,
-    config_files,
-    run_bundle,
-    run_python,
-    tiny_run,
-    train_in_process,
-)
+from builders import assert_same, bundle_command, config_files, run_bundle, run_python, tiny_run, train_in_process
 
 CONFIG = ["configs/train.json"]
 EPOCHS, BATCHES = 4, 4
@@ -114,12 +106,10 @@ def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken
         assert_same(state, earlier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_training_ends_with_the_same_bits(
-    num_workers: int,
-    tmp_path: Path,
-    phantom_cohort: Path,
-    unbroken: Path,
+    num_workers: int, tmp_path: Path, phantom_cohort: Path, unbroken: Path
 ) -> None:
     """Killed in the middle of an epoch, then while a checkpoint is written, always started by the same command."""
     output_dir = tmp_path / "run"
@@ -144,10 +134,7 @@ def test_killed_training_ends_with_the_same_bits(
 
 
 def test_complete_run_started_again_ends_at_once_and_changes_nothing(
-    copy: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-    unbroken: Path,
+    copy: Path, tmp_path: Path, phantom_cohort: Path, unbroken: Path
 ) -> None:
     newest = copy / "checkpoints" / names(EPOCHS)[0]
     written = newest.stat().st_mtime_ns
@@ -162,11 +149,7 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
 
 @pytest.mark.parametrize("remaining", [0, 1000, -1])
 def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
-    remaining: int,
-    copy: Path,
-    phantom_cohort: Path,
-    unbroken: Path,
-    caplog: pytest.LogCaptureFixture,
+    remaining: int, copy: Path, phantom_cohort: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = copy / "checkpoints" / names(EPOCHS)[0]
     newest.write_bytes(newest.read_bytes()[:remaining])
@@ -185,11 +168,7 @@ def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
     assert_same_result(copy, unbroken)
 
 
-def test_resume_false_on_the_command_line_starts_anew(
-    copy: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
-) -> None:
+def test_resume_false_on_the_command_line_starts_anew(copy: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     overrides = tiny_run(phantom_cohort, copy, resume="false", max_epochs=1)
     status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
     assert status == 0, printed
@@ -198,9 +177,7 @@ def test_resume_false_on_the_command_line_starts_anew(
 
 
 def test_other_network_than_in_the_checkpoint_is_told_in_one_sentence(
-    copy: Path,
-    tmp_path: Path,
-    phantom_cohort: Path,
+    copy: Path, tmp_path: Path, phantom_cohort: Path
 ) -> None:
     overrides = tiny_run(phantom_cohort, copy, channels=[4, 8, 8, 8, 16])
     status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")

@@ -143,7 +143,7 @@ def write(directory: Path, frame: pd.DataFrame, network: nn.Module | None = None
     engine = Engine(lambda *_: None)
     engine.seconds = dict.fromkeys(frame["study"], 0.5)  # type: ignore[attr-defined]
     engine.network = network or nn.Identity()  # type: ignore[attr-defined]
-    EvaluationTables(scores, directory, {"part": "test", "weights": str(weights)}, draws=20).attach(engine)
+    EvaluationTables(scores, directory, {"part": "test", "weights": str(weights)}, bootstrap_samples=20).attach(engine)
     engine.run([0])
     return json.loads((directory / "metrics.json").read_text())
 
@@ -156,7 +156,7 @@ def test_files_have_all_rows_the_summary_and_the_metadata(tmp_path: Path) -> Non
     assert report["summary"] == summarize(frame, 20)
     names = {"method", "protocol", "region", "score", "group", "of", "mean", "low", "high"}
     assert set(report["summary"][0]) == names | {"patients", "studies", "values"}
-    metadata = report["facts"]
+    metadata = report["metadata"]
     assert metadata["sha256"] == hashlib.sha256(b"weights").hexdigest() and metadata["part"] == "test"
     assert metadata["patients"] == ["Case_1", "Case_2", "Case_3"] and len(metadata["studies"]) == 4
     assert metadata["studies_with_region"] == {"WT": 3, "ET": 2}
@@ -172,7 +172,7 @@ def test_metadata_say_how_much_the_entries_of_the_bank_differ(tmp_path: Path) ->
     net.bank_std.uniform_(0.5, 1.5, generator=draw)
     net.bank_present[:5] = True
     net.bank_present[2, 1] = False
-    metadata = write(tmp_path / "bank", network_psnr(), net)["facts"]
+    metadata = write(tmp_path / "bank", network_psnr(), net)["metadata"]
     assert metadata["bank_entries"] == 5
     for name, values in (("mean", net.bank_mean.numpy()), ("std", net.bank_std.numpy())):
         relative = []

@@ -124,10 +124,10 @@ def test_curriculum_allows_its_numbers_until_its_last_epochs() -> None:
     assert bool(drawn.any(dim=1).all()) and not bool((drawn & ~subsets()).any())
 
 
-@pytest.mark.parametrize("stages", [[[5, [1]], [2, [2]]], [[5, [4]]], [[5, [0]]], [[5, []]]])
-def test_wrong_curriculum_is_refused(stages: list) -> None:
+@pytest.mark.parametrize("phases", [[[5, [1]], [2, [2]]], [[5, [4]]], [[5, [0]]], [[5, []]]])
+def test_wrong_curriculum_is_refused(phases: list) -> None:
     with pytest.raises(ValueError, match="curriculum"):
-        Curriculum(stages)
+        Curriculum(phases)
 
 
 # ----------------------------------------------------------------------------------------------------- moving average
@@ -204,12 +204,7 @@ def rows(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, tor
 
 
 def make_trainer(
-    loader: Any,
-    epochs: int = 1,
-    rate: float = 1e-3,
-    adam: bool = False,
-    distributed: bool = False,
-    **changes: Any,
+    loader: Any, epochs: int = 1, rate: float = 1e-3, adam: bool = False, distributed: bool = False, **changes: Any
 ) -> SSCFTrainer:
     """A trainer of tiny networks on the CPU whose bank holds four slices of other patients."""
     step = tiny_step(size=SIZE)

@@ -63,7 +63,8 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     for name, value in checked_settings(files, given).items():
         workflow.parser[name] = value
-    for handler in workflow.parser.get("train#handlers", ()):
+    handlers: Any = workflow.parser.get("train#handlers", ())
+    for handler in handlers:
         # MONAI's settings of --tracking mlflow expect the list of a SupervisedTrainer
         if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
             handler["output_transform"] = "$lambda output: {'iteration_' + k: float(v) for k, v in output.items()}"
@@ -87,7 +88,8 @@ def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> di
     parser = ConfigParser()
     parser.read_config(files)
     foreign = {*inspect.signature(ConfigWorkflow.__init__).parameters}
-    foreign |= {name for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for name in settings["configs"]}
+    tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
+    foreign |= {name for settings in tracking.values() for name in settings["configs"]}
     changed: dict[str, Any] = {}
     for given_name, value in given.items():
         name = given_name.lstrip("+").replace("#", "::")
@@ -96,7 +98,8 @@ def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> di
                 near = difflib.get_close_matches(name, [*parser.get(), *foreign], n=1, cutoff=0)
                 raise StudyError(f"There is no setting {given_name}: did you mean {near[0]}?")
             continue
-        default, is_text = parser[name], isinstance(value, str)
+        default: Any = parser[name]
+        is_text = isinstance(value, str)
         by_expression = (isinstance(default, str) and default[:1] in "$@") or (
             isinstance(default, Mapping) and "_target_" in default
         )
@@ -104,14 +107,16 @@ def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> di
             changed[name] = value = _TRUTH[value.lower()]
         elif value is None or (is_text and value[:1] in ("$", "@", "%")):
             continue
-        for kinds, accepted, words in (
+        kind: type
+        accepted: tuple[type, ...]
+        for kind, accepted, words in (
             (bool, (bool,), "True or False"),
             (int, (int,), "a whole number"),
             (float, (int, float), "a number"),
             (list, (list, tuple, dict), 'a list, for example "[1,2]"'),
         ):
-            if isinstance(default, kinds):
-                if not isinstance(value, accepted) or (kinds is not bool and isinstance(value, bool)):
+            if isinstance(default, kind):
+                if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
                     raise StudyError(f"{given_name} must be {words}, got {value!r}.")
                 break
         if name == "device":
@@ -146,12 +151,10 @@ def _run(workflow: ConfigWorkflow) -> Any:
     parser = workflow.parser
     try:
         if "trainer.run()" in str(parser.get(workflow.run_id)) and idist.get_rank() == 0:
-            for i, handler in enumerate(parser["train#handlers"]):
-                if isinstance(handler, dict) and handler["_target_"].endswith(".TrainingCheckpoint"):
-                    path = Path(parser.get_parsed_content(f"train#handlers#{i}#directory")) / "config.json"
-                    trainer = parser.get_parsed_content("train#trainer")
-                    # not before a checkpoint is there: a training that is refused changes nothing
-                    trainer.add_event_handler(Events.EPOCH_COMPLETED, _write_config, parser, path)
+            path = Path(parser.get_parsed_content("checkpoint#directory")) / "config.json"
+            trainer = parser.get_parsed_content("train#trainer")
+            # not before a checkpoint is there: a training that is refused changes nothing
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, _write_config, parser, path)
         return type(workflow).run(workflow)
     except Exception as error:
         known = find_study_error(error)

@@ -42,42 +42,26 @@ SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
 
 
 class StudyError(ValueError):
-    """A study, file or setting that cannot be used; the message is one sentence that names it and the mend."""
+    """A study, file or setting that cannot be used; the message is one sentence that names it and a fix."""
 
 
 def scenario_name(scenario: Sequence[int]) -> str:
-    """Name of a scenario by its available contrasts.
-
-    Args:
-        scenario: 0/1 vector over ``CONTRASTS``.
-
-    Returns:
-        The available contrasts joined by ``+``, for example ``"FLAIR+T2"``.
-    """
+    """Name of a scenario (0/1 over ``CONTRASTS``) by its available contrasts, for example ``"FLAIR+T2"``."""
     return "+".join(name for name, kept in zip(CONTRASTS, scenario, strict=True) if kept)
 
 
 def scenario_table(device: torch.device | str | None = None) -> torch.Tensor:
-    """All scenarios as one boolean tensor.
-
-    Args:
-        device: where the tensor lives.
-
-    Returns:
-        14 x 4 boolean tensor, row order of ``SCENARIOS``.
-    """
+    """All scenarios as a 14 x 4 boolean tensor, in the order of ``SCENARIOS``."""
     return torch.tensor(SCENARIOS, dtype=torch.bool, device=device)
 
 
+def class_masks(classes: torch.Tensor) -> torch.Tensor:
+    """Masks of ED, ET, NET (B x 3 x spatial boolean) of a B x 1 x spatial label map."""
+    return torch.cat([classes == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
+
+
 def region_masks(classes: torch.Tensor) -> torch.Tensor:
-    """Evaluated regions from per-class masks.
-
-    Args:
-        classes: B x 3 x spatial boolean tensor in the order of ``TUMOR_CLASSES``.
-
-    Returns:
-        B x 3 x spatial boolean tensor: WT, TC, ET (order of ``REGIONS``).
-    """
+    """Masks of WT, TC, ET from those of ED, ET, NET; both B x 3 x spatial boolean."""
     index = {name: k for k, name in enumerate(TUMOR_CLASSES)}
     return torch.stack([classes[:, [index[n] for n in names]].any(dim=1) for names in REGIONS.values()], dim=1)
 
@@ -89,7 +73,7 @@ def label_map(probabilities: torch.Tensor) -> torch.Tensor:
         probabilities: B x 3 x spatial of ED, ET, NET.
 
     Returns:
-        B x 1 x spatial uint8: 0 background, 1 ED, 2 ET, 3 NET.
+        B x 1 x spatial uint8: 0 background, k + 1 is ``TUMOR_CLASSES[k]``.
     """
     value, index = probabilities.max(dim=1, keepdim=True)
     return torch.where(value < 0.5, 0, index + 1).to(torch.uint8)

@@ -74,11 +74,7 @@ class Cohort:
         logger.info(f"{len(items)} studies in {dataset_dir}: {sizes}")
 
     def slices(self, part: str, **options: Any) -> SliceDataset:
-        """Slices of one part of the split.
-
-        Args:
-            part: ``training``, ``validation`` or ``test``.
-            options: of ``SliceDataset``: ``choice``, ``count``, ``min_brain``, ``tumor_weight``.
+        """Slices of one part of the split, with the ``options`` of ``SliceDataset``.
 
         Raises:
             StudyError: if the part has no usable study.

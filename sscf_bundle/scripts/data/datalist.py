@@ -76,9 +76,7 @@ class _Match(NamedTuple):
 
 
 def find_studies(
-    dataset_dir: str | os.PathLike[str],
-    pattern: Mapping[str, str] | None = None,
-    patient_pattern: str | None = None,
+    dataset_dir: str | os.PathLike[str], pattern: Mapping[str, str] | None = None, patient_pattern: str | None = None
 ) -> list[dict[str, Any]]:
     """Find the studies below a folder by the names of their files.
 
@@ -149,9 +147,9 @@ def find_studies(
             if len(folders_called[study]) > 1:
                 study = folder.replace("/", "_")
         items.append(_item(study, files, root, patient_expression))
-    for error in unreadable:
-        study = Path(error.filename).relative_to(root).as_posix().replace("/", "_")
-        reason = f"The folder {error.filename} cannot be listed ({error.strerror}): change its permissions."
+    for failure in unreadable:
+        study = Path(failure.filename).relative_to(root).as_posix().replace("/", "_")
+        reason = f"The folder {failure.filename} cannot be listed ({failure.strerror}): change its permissions."
         items.append({"study": study, "patient": study, FAILURE_KEY: reason})
     items.sort(key=lambda item: item["study"])
     for one, other in itertools.pairwise(items):

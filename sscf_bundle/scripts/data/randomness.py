@@ -20,14 +20,7 @@ _MASK_31 = (1 << 31) - 1
 
 
 def stable_hash(text: str) -> int:
-    """Signed 64-bit hash of a text, the same on every machine and in every process.
-
-    Args:
-        text: for example a patient name or ``"<study>/<slice index>"``.
-
-    Returns:
-        An integer that fits a ``torch.int64``.
-    """
+    """Signed 64-bit hash of a text, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 

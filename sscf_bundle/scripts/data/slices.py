@@ -21,7 +21,7 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -47,34 +47,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CachedStudy:
-    """One study in the cache.
+    """One study in the cache."""
 
-    Args:
-        study: name of the study.
-        patient: name of the patient.
-        directory: holds ``image.npy`` (slices x 4 x H x W float16 in [-1, 1]), ``label.npy`` (slices x H x W uint8)
-            and ``info.json``.
-        info: content of ``info.json``: for each slice ``z`` (index in the volume), ``tumor_area`` (pixels) and
-            ``brain_fraction`` (0 to 1); ``has_contrast``, ``has_mask``, ``size`` ([H, W]), ``intensity_scale`` where
-            the transform gives it, and ``files`` and ``transform`` to trace the entry.
-    """
-
-    study: str
-    patient: str
+    study: str  #: name of the study.
+    patient: str  #: name of the patient.
+    #: holds ``image.npy`` (slices x 4 x H x W float16 in [-1, 1]), ``label.npy`` (slices x H x W uint8) and
+    #: ``info.json``.
     directory: Path
+    #: content of ``info.json``: for each slice ``z`` (index in the volume), ``tumor_area`` (pixels) and
+    #: ``brain_fraction`` (0 to 1); ``has_contrast``, ``has_mask``, ``size`` ([H, W]), ``intensity_scale`` where the
+    #: transform gives it, and ``files`` and ``transform`` to trace the entry.
     info: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class PreparedSlices:
-    """Result of ``prepare_slices``.
+    """Result of ``prepare_slices``."""
 
-    Args:
-        studies: the usable studies, in the order of the items.
-        failures: ``{"study": ..., "reason": ...}`` for each of the others.
-    """
-
-    studies: list[CachedStudy]
+    studies: list[CachedStudy]  #: the usable studies, in the order of the items.
+    #: ``{"study": ..., "reason": ...}`` for each of the others.
     failures: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -125,8 +116,8 @@ def prepare_slices(
     start = len(items) * rank // processes
     turned = [*items[start:], *items[:start]]
     with ThreadPoolExecutor(max(1, num_workers)) as executor:
-        results = (executor.map if num_workers else map)(prepare, turned)
-        results = list(tqdm(results, "preparing slices", len(turned), unit="study", disable=not progress or rank > 0))
+        made = (executor.map if num_workers else map)(prepare, turned)
+        results = list(tqdm(made, "preparing slices", len(turned), unit="study", disable=not progress or rank > 0))
     results = results[len(items) - start :] + results[: len(items) - start]
 
     prepared = PreparedSlices([result for result in results if isinstance(result, CachedStudy)])
@@ -313,7 +304,7 @@ class EpochSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: Sized,
+        dataset: Any,
         num_samples: int | None = None,
         weights: torch.Tensor | Sequence[float] | None = None,
         seed: int = 0,
@@ -326,32 +317,30 @@ class EpochSampler(DistributedSampler):
         if rank is None:
             rank = dist.get_rank() if distributed else 0
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
-        draws = len(dataset) if num_samples is None else num_samples
+        self.length = len(dataset)
+        draws = self.length if num_samples is None else num_samples
         if draws <= 0:
             raise ValueError(f"num_samples must be positive, got {draws}.")
         self.num_samples = -(-draws // num_replicas)
         self.total_size = self.num_samples * num_replicas
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        if self.weights is not None and len(self.weights) != len(dataset):
-            raise ValueError(f"weights has {len(self.weights)} values for {len(dataset)} items.")
+        if self.weights is not None and len(self.weights) != self.length:
+            raise ValueError(f"weights has {len(self.weights)} values for {self.length} items.")
         if self.weights is not None and bool((self.weights == self.weights[0]).all()):
             self.weights = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{self.epoch}/order"))
         if self.weights is None:
-            passes = -(-self.total_size // len(self.dataset))
-            order = torch.cat([torch.randperm(len(self.dataset), generator=generator) for _ in range(passes)])
+            passes = -(-self.total_size // self.length)
+            order = torch.cat([torch.randperm(self.length, generator=generator) for _ in range(passes)])
         else:
             order = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
         return iter(order[: self.total_size][self.rank :: self.num_replicas].tolist())
 
 
 def _prepare_study(
-    item: Mapping[str, Any],
-    transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    description: Any,
-    cache: Path,
+    item: Mapping[str, Any], transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], description: Any, cache: Path
 ) -> CachedStudy:
     """The cache entry of one study, made if it does not exist."""
     study, patient = str(item["study"]), str(item["patient"])
@@ -385,7 +374,7 @@ def _prepare_study(
 
 
 def _slices(data: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and facts of all slices with brain."""
+    """Arrays and metadata of all slices with brain."""
     brain_fraction = data["brain"][0].as_tensor().float().mean(dim=(0, 1))
     kept = torch.nonzero(brain_fraction > 0).flatten()
     image = data["image"].as_tensor().movedim(-1, 0)[kept].half()

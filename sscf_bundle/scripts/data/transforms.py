@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -51,15 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_study_error(error: BaseException) -> StudyError | None:
-    """The ``StudyError`` that a chain of exceptions was raised from.
+    """The first ``StudyError`` among an exception and its causes, None if there is none.
 
     MONAI's ``Compose`` wraps whatever a transform raises in a ``RuntimeError`` that does not give the reason.
-
-    Args:
-        error: an exception as caught.
-
-    Returns:
-        The first ``StudyError`` among ``error`` and its causes, ``None`` if there is none.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, StudyError):
@@ -68,11 +62,7 @@ def find_study_error(error: BaseException) -> StudyError | None:
 
 
 class StudyCompose(Compose):
-    """``monai.transforms.Compose`` that lets a ``StudyError`` through as it is; arguments as there.
-
-    Raises:
-        StudyError: when a transform refuses the study.
-    """
+    """``monai.transforms.Compose`` that lets a ``StudyError`` through as it is; arguments as there."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -156,7 +146,7 @@ class LoadStudyd(MapTransform):
         d = dict(data)
         if d.get(FAILURE_KEY):
             raise StudyError(d[FAILURE_KEY])
-        paths = {key: str(d[key]) for key in self.keys if d.get(key)}
+        paths = {str(key): str(d[key]) for key in self.keys if d.get(key)}
         if not paths:
             raise StudyError(
                 f"Study {d.get('study', d.get(self.mask_key, '(without name)'))} has no contrast: give at least one of "
@@ -177,6 +167,7 @@ class LoadStudyd(MapTransform):
             else:
                 volume = self._on_grid(first, first_path, volume, paths[key])
             image[channel] = volume.as_tensor()
+        assert first is not None
         meta = dict(first.meta)
         d[self.image_key] = MetaTensor(image, meta=meta)
         d["has_contrast"] = torch.tensor([key in paths for key in self.keys])
@@ -222,7 +213,7 @@ class LoadStudyd(MapTransform):
         affines = [volume.affine[:3]]
         if "sform_code" in volume.meta:
             # the reader puts another in the place of one that does not fit the voxel sizes
-            affines.append(torch.as_tensor(nib.load(path).affine[:3]))
+            affines.append(torch.as_tensor(cast(nib.Nifti1Image, nib.load(path)).affine[:3]))
         for affine in affines:
             sizes = affine[:, :3].norm(dim=0)
             if not torch.isfinite(affine).all() or torch.linalg.det(affine[:, :3]).abs() <= 1e-2 * sizes.prod():
@@ -262,10 +253,11 @@ class LoadStudyd(MapTransform):
         """``other`` on the grid of ``first``: axes in its order, and resampled where that is asked for."""
         axcodes = nib.aff2axcodes(first.affine.numpy())
         if nib.aff2axcodes(other.affine.numpy()) != axcodes:
-            other = Orientation(axcodes=axcodes, labels=None)(other[None])[0]
+            other = cast(MetaTensor, Orientation(axcodes=axcodes, labels=None)(other[None])[0])
         if self.resample and not (first.shape == other.shape and torch.allclose(first.affine, other.affine, atol=1e-3)):
             mode = "nearest" if is_mask else "bilinear"
-            other = ResampleToMatch(mode, padding_mode="zeros", dtype=np.float32)(other[None], first[None])[0]
+            moved = ResampleToMatch(mode, padding_mode="zeros", dtype=np.float32)(other[None], first[None])
+            other = cast(MetaTensor, moved[0])
             # what interpolation leaves of nothing is no brain
             other[other < 1e-4 * other.max()] = 0
             if not is_mask and not other.any():
@@ -321,14 +313,11 @@ class BrainMaskd(MapTransform):
     """Add the union of the available brains (voxels > 0 in any contrast), to be called before scaling.
 
     The mask gives the crop, the brain fraction of a slice, and the region outside of which every method is given the
-    same background. It is a 1 x X x Y x Z uint8 ``MetaTensor``.
+    same background. It is a 1 x X x Y x Z uint8 ``MetaTensor``. A study without a brain is refused.
 
     Args:
         keys: key of the stacked contrasts, intensities >= 0.
         brain_key: key of the mask.
-
-    Raises:
-        StudyError: from the call, when there is no brain.
     """
 
     def __init__(self, keys: KeysCollection = "image", brain_key: str = "brain") -> None:
@@ -385,9 +374,6 @@ class ScaleSliced(MapTransform):
     """Scale every axial slice of every contrast by its own minimum and maximum to [-1, 1], as the paper's code does.
 
     A constant slice, and so every slice of a missing contrast, becomes -1.
-
-    Args:
-        keys: key of the stacked contrasts, 4 x X x Y x Z.
     """
 
     def __init__(self, keys: KeysCollection = "image") -> None:

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -120,7 +121,7 @@ def make_phantom(seed: int, subject: int, shape: Sequence[int] = FULL_SHAPE) -> 
             inside &= tissue != _NAMES.index("csf")
         labels[inside], tissue[inside] = label, _NAMES.index(name)
 
-    volumes = {}
+    volumes: dict[str, np.ndarray] = {}
     for k, key in enumerate(CONTRAST_KEYS):
         values = np.array([TISSUES[name][k] for name in _NAMES], np.float64)[tissue]
         values *= np.exp(0.06 * _smooth_noise(rng, shape, 70.0) + 0.04 * _smooth_noise(rng, shape, 6.0))
@@ -143,7 +144,7 @@ def _is_complete(study: Path, shape: tuple[int, ...], description: str) -> bool:
     """Whether a folder holds all five files of this subject and shape."""
     for key in (*CONTRAST_KEYS, MASK_KEY):
         try:
-            image = nib.load(study / f"{study.name}_{key}.nii.gz")
+            image = cast(nib.Nifti1Image, nib.load(study / f"{study.name}_{key}.nii.gz"))
         except (OSError, nib.filebasedimages.ImageFileError):
             return False
         if image.shape != shape or bytes(image.header["descrip"]).rstrip(b"\0").decode("latin-1") != description:

@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import platform
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,7 @@ _PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lp
 
 
 def read_scores(path: str | Path) -> pd.DataFrame:
-    """Rows of a ``scores.csv``.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        Frame with ``COLUMNS``.
+    """Rows of a ``scores.csv``, with ``COLUMNS``.
 
     Raises:
         StudyError: if there is no such file, or it is no such table.
@@ -73,16 +66,11 @@ def read_scores(path: str | Path) -> pd.DataFrame:
 
 
 def group_masks(scenario: np.ndarray, of: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """Which rows belong to each group of a summary.
+    """Which rows belong to each group of a summary, by ``group`` and ``of``, of the groups that have a row.
 
-    Args:
-        scenario: of each row.
-        of: contrast or region of each row.
-
-    Returns:
-        By ``group`` and ``of``, of the groups that have a row: ``all`` (mean over scenarios of the mean over a
-        scenario's targets), ``pairs`` (mean over all pairs of scenario and target), ``contrast`` (mean over the
-        scenarios of one target), ``available:<n>`` and ``scenario:<name>`` (as ``all``, of these scenarios alone).
+    ``all`` is the mean over scenarios of the mean over a scenario's targets, ``pairs`` the mean over all pairs of
+    scenario and target, ``contrast`` the mean over the scenarios of one target, ``available:<n>`` and
+    ``scenario:<name>`` are as ``all``, of these scenarios alone.
     """
     everything = np.ones(len(of), dtype=bool)
     available = np.char.count(scenario.astype(str), "+") + 1
@@ -236,17 +224,17 @@ def sign_flip_p_value(values: np.ndarray, flips: int = 2000, seed: int = 0) -> f
 
 
 class EvaluationTables:
-    """Writes ``scores.csv`` (all rows) and ``metrics.json`` (facts and summary) at the end of an evaluation.
+    """Writes ``scores.csv`` (all rows) and ``metrics.json`` (metadata and summary) at the end of an evaluation.
 
     Each file appears complete or not at all. In a distributed run the rows of all processes are joined.
 
     Args:
         scores: the writer of the evaluator.
         directory: where to write.
-        facts: metadata of the run, written as they are; where there is ``weights``, the hash of that file is added. For
-            a network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
+        metadata: of the run, written as they are; where there is ``weights``, the hash of that file is added. For a
+            network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
         lpips: the perceptual distance in use, for the hash of its weights.
-        draws: bootstrap samples.
+        bootstrap_samples: bootstrap samples.
         seed: of the bootstrap.
     """
 
@@ -254,38 +242,27 @@ class EvaluationTables:
         self,
         scores: StudyScores,
         directory: str | Path,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         lpips: PerceptualDistance | None = None,
-        draws: int = 2000,
+        bootstrap_samples: int = 2000,
         seed: int = 0,
     ) -> None:
-        self.scores, self.directory, self.facts = scores, Path(directory), dict(facts)
-        self.lpips, self.draws, self.seed = lpips, draws, seed
+        self.scores, self.directory, self.metadata = scores, Path(directory), dict(metadata)
+        self.lpips, self.bootstrap_samples, self.seed = lpips, bootstrap_samples, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``.
-
-        Args:
-            engine: the evaluator.
-        """
+        """Writes at ``COMPLETED``."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: StudyEvaluator) -> None:
-        """Joins the rows of all processes and writes both files.
-
-        Args:
-            engine: the evaluator.
-
-        Raises:
-            StudyError: if nothing could be scored.
-        """
-        mine = {
+        """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored."""
+        mine: dict[str, Any] = {
             "rows": self.scores.rows,
             "regions": self.scores.regions,
             "network": engine.seconds,
             "scoring": self.scores.seconds,
         }
-        parts = idist.all_gather(mine) if idist.get_world_size() > 1 else [mine]
+        parts: Any = idist.all_gather(mine) if idist.get_world_size() > 1 else [mine]
         if idist.get_rank() > 0:
             return
         frame = pd.DataFrame([row for part in parts for row in part["rows"]], columns=COLUMNS)
@@ -294,15 +271,19 @@ class EvaluationTables:
                 "Nothing could be scored: the evaluated studies have neither a missing contrast nor a mask."
             )
         names = sorted(set(frame["study"]))
-        facts = {
-            **self.facts,
+        metadata: dict[str, Any] = {
+            **self.metadata,
             "studies": names,
             "patients": sorted(set(frame["patient"])),
             "studies_with_region": _total(part["regions"] for part in parts),
             "protocols": {k: v for c in self.scores.protocols for k, v in c.definitions().items()},
             "methods": ["network", *self.scores.reference_methods],
             "lpips_sha256": None if self.lpips is None else self.lpips.fingerprint(),
-            "bootstrap": {"draws": self.draws, "seed": self.seed, "unit": "patient", "interval": "95%, percentile"},
+            "bootstrap": {
+                "samples": self.bootstrap_samples,
+                "seed": self.seed,
+                "interval": "95%, percentile, patients",
+            },
             "seconds_per_study": {
                 name: round(sum(_total(part[name] for part in parts).values()) / len(names), 3)
                 for name in ("network", "scoring")
@@ -313,19 +294,19 @@ class EvaluationTables:
             },
         }
         if "segmentation" in set(frame["protocol"]):
-            facts["protocols"]["segmentation"] = self.scores.segmentation
-        if getattr(engine.network, "uses_bank", False):
-            network = engine.network
+            metadata["protocols"]["segmentation"] = self.scores.segmentation
+        network: Any = engine.network
+        if getattr(network, "uses_bank", False):
             present = network.bank_present
             spread = style_spread(network.bank_mean, network.bank_std, present)
-            facts["bank_entries"] = int(present.any(dim=1).sum())
-            facts |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
-        if "weights" in facts:
-            facts["sha256"] = hashlib.sha256(Path(facts["weights"]).read_bytes()).hexdigest()
-        summary = summarize(frame, self.draws, self.seed)
+            metadata["bank_entries"] = int(present.any(dim=1).sum())
+            metadata |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
+        if "weights" in metadata:
+            metadata["sha256"] = hashlib.sha256(Path(metadata["weights"]).read_bytes()).hexdigest()
+        summary = summarize(frame, self.bootstrap_samples, self.seed)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / "scores.csv", frame.to_csv(index=False))
-        text = json.dumps({"facts": facts, "summary": summary}, indent=1, allow_nan=False)
+        text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)
         write_text(self.directory / "metrics.json", text + "\n")
         for line in overview(summary):
             engine.logger.info(line)
@@ -333,14 +314,7 @@ class EvaluationTables:
 
 
 def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The means of the scenarios (group ``all``) as text.
-
-    Args:
-        summary: of ``summarize``.
-
-    Returns:
-        One line for each method, protocol and region.
-    """
+    """The means of the scenarios (group ``all``) as text, a line for each method, protocol and region."""
     lines: dict[str, list[str]] = {}
     for entry in summary:
         if entry["group"] == "all":
@@ -352,10 +326,10 @@ def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: Counter[str] = Counter()
+    total: dict[str, float] = {}
     for counter in counters:
-        total.update(counter)
-    return dict(total)
+        total = {name: total.get(name, 0) + counter.get(name, 0) for name in {**total, **counter}}
+    return total
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,18 +24,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
+from ..data.slices import SliceDataset
 from ..networks.sscf import network_input
 
 
 def scenario_indices(names: Sequence[str] | None) -> list[int]:
-    """Positions in ``SCENARIOS``.
-
-    Args:
-        names: as ``FLAIR+T2``; None means all 14.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """Positions in ``SCENARIOS`` of names as ``FLAIR+T2``; None means all 14, an unknown one is a ``ValueError``."""
     known = {scenario_name(row): i for i, row in enumerate(SCENARIOS)}
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
@@ -44,26 +38,18 @@ def scenario_indices(names: Sequence[str] | None) -> list[int]:
 
 
 class ScenarioSlices(Dataset):
-    """Every slice of a dataset under each of some scenarios.
+    """Every slice of a ``SliceDataset`` under each of some scenarios, see ``scenario_indices``."""
 
-    Args:
-        dataset: a ``SliceDataset``.
-        scenarios: names as ``FLAIR+T2``; None means all 14.
-
-    Raises:
-        ValueError: for an unknown scenario name.
-    """
-
-    def __init__(self, dataset: Dataset, scenarios: Sequence[str] | None = None) -> None:
-        self.dataset = dataset
+    def __init__(self, data: SliceDataset, scenarios: Sequence[str] | None = None) -> None:
+        self.data = data
         self.scenarios = scenario_indices(scenarios)
 
     def __len__(self) -> int:
-        return len(self.dataset) * len(self.scenarios)
+        return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Returns: the slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``."""
-        item = dict(self.dataset[index // len(self.scenarios)])
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``."""
+        item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
         image = network_input(item["target"].unsqueeze(0), available.unsqueeze(0)).squeeze(0)
@@ -86,11 +72,11 @@ class UnseenPatients:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Raises: StudyError: if a patient is in the bank."""
+        """A ``StudyError`` if a patient is in the bank."""
         if not hasattr(self.network, "bank_present"):
             return
-        filled = self.network.bank_present.any(dim=1).cpu()
-        shared = set(self.network.bank_patient.cpu()[filled].tolist()) & set(self.patients.tolist())
+        filled = self.network.get_buffer("bank_present").any(dim=1).cpu()
+        shared = set(self.network.get_buffer("bank_patient").cpu()[filled].tolist()) & set(self.patients.tolist())
         if shared:
             raise StudyError(
                 f"{len(shared)} of the evaluated patients are in the memory bank of the weights, so the scores would "
@@ -137,7 +123,7 @@ class SliceEvaluator(Evaluator):
         )
         self.network, self.inferer, self.amp_dtype = network, inferer or SimpleInferer(), amp_dtype
 
-    def _iteration(self, engine: SliceEvaluator, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def _iteration(self, engine: SliceEvaluator, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = engine.state.device
         batch = {k: v.to(device, non_blocking=True) for k, v in batchdata.items()}
         with self.mode(self.network), torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
@@ -198,7 +184,7 @@ class StudySlices(Dataset):
         slices: a ``SliceDataset``.
     """
 
-    def __init__(self, slices: Dataset) -> None:
+    def __init__(self, slices: SliceDataset) -> None:
         self.slices, self.studies = slices, list(slices.studies)
         order = slices.index[:, 1].argsort(stable=True).tolist()
         self.positions = [[i for i in order if int(slices.index[i, 0]) == k] for k in range(len(self.studies))]
@@ -224,7 +210,7 @@ class SliceScenarios(Dataset):
         datalist: of ``list_scenarios``; what is in no slice is left out.
     """
 
-    def __init__(self, slices: Dataset, shown: Dataset, datalist: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, slices: SliceDataset, shown: SliceDataset, datalist: Sequence[Mapping[str, Any]]) -> None:
         self.stacks, self._shown = StudySlices(slices), torch.isin(slices.slice_ids, shown.slice_ids)
         self._index = {study: k for k, study in enumerate(self.stacks.studies)}
         self.datalist = [item for item in datalist if item["study"] in self._index]

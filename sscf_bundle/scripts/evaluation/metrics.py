@@ -13,22 +13,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.metrics import Metric
 from monai.metrics import PSNRMetric, SSIMMetric
 
-from ..contrasts import (
-    NUM_CONTRASTS,
-    NUM_TUMOR_CLASSES,
-    REGIONS,
-    SCENARIOS,
-    label_map,
-    region_masks,
-    scenario_table,
-)
-from ..networks.blocks import masked_mean
+from ..contrasts import NUM_CONTRASTS, REGIONS, SCENARIOS, class_masks, label_map, region_masks, scenario_table
+from ..networks.blocks import expand_dims_like, masked_mean
 
 #: PSNR of identical images is infinite and would ruin a mean.
 MAX_PSNR = 100.0
@@ -41,12 +34,8 @@ def fill_background(images: torch.Tensor, inputs: torch.Tensor, available: torch
         images: B x K x spatial in [-1, 1].
         inputs: B x K x spatial, of which the available rows are read; background is -1.
         available: B x K boolean.
-
-    Returns:
-        B x K x spatial.
     """
-    mask = available.view(available.shape + (1,) * (inputs.dim() - 2))
-    brain = ((inputs > -1) & mask).any(dim=1, keepdim=True)
+    brain = ((inputs > -1) & expand_dims_like(available, inputs)).any(dim=1, keepdim=True)
     return torch.where(brain, images, torch.full_like(images, -1.0))
 
 
@@ -61,11 +50,7 @@ def zero_filling(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
 
 
 def reference_output(reference_method: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[dict], dict]:
-    """Output transform for ``ScenarioScores`` that puts a reference_method in the place of the network's images.
-
-    Args:
-        reference_method: ``mean_of_available`` or ``zero_filling``.
-    """
+    """Output transform for ``ScenarioScores`` that puts a reference method in the place of the network's images."""
 
     def transform(output: dict) -> dict:
         images = reference_method(output["target"], output["available"])
@@ -134,8 +119,8 @@ class ScenarioScores(Metric):
         b = target.shape[0]
         truth = ((target + 1) / 2).flatten(0, 1).unsqueeze(1)
         prediction = ((images + 1) / 2).clamp(0, 1).flatten(0, 1).unsqueeze(1)
-        psnr = self.psnr(prediction, truth).view(b, -1).clamp(max=MAX_PSNR)
-        ssim = self.ssim(prediction, truth).view(b, -1)
+        psnr = torch.as_tensor(self.psnr(prediction, truth)).view(b, -1).clamp(max=MAX_PSNR)
+        ssim = torch.as_tensor(self.ssim(prediction, truth)).view(b, -1)
         # a study that lacks a contrast of the scenario was given less than the scenario says
         complete = (available == scenario_table(available.device)[scenario]).all(dim=1)
         evaluated = ~available & has_contrast & complete.unsqueeze(1)
@@ -145,10 +130,7 @@ class ScenarioScores(Metric):
         self._image.index_put_(index, rows, accumulate=True)
 
         classes = label_map(pred[:, NUM_CONTRASTS:])
-        ours, theirs = (
-            region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).flatten(2)
-            for c in (classes, label)
-        )
+        ours, theirs = (region_masks(class_masks(c)).flatten(2) for c in (classes, label))
         counts = torch.stack([(ours & theirs).sum(2), ours.sum(2), theirs.sum(2), torch.ones_like(ours[..., 0])], dim=2)
         counts = counts.double() * (has_mask & complete).view(-1, 1, 1)
         self._mask.index_put_(index, counts.to(self._device), accumulate=True)
@@ -159,7 +141,8 @@ class ScenarioScores(Metric):
         Returns:
             ``psnr``, ``ssim``: studies x 14 x K; ``dice``: studies x 14 x 3 (WT, TC, ET).
         """
-        image, mask = self._image, self._mask
+        image: Any = self._image
+        mask: Any = self._mask
         if idist.get_world_size() > 1:
             image, mask = idist.all_reduce(image.clone()), idist.all_reduce(mask.clone())
         mean = image[..., :2] / image[..., 2:]  # 0 / 0 = NaN

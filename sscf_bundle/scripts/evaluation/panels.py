@@ -12,14 +12,16 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +33,7 @@ _CLASS_COLORS = np.array([[0, 0, 0, 0], [0.2, 0.8, 0.3, 0.45], [1.0, 0.8, 0.1, 0
 
 
 def scenario_panel(output: Mapping[str, torch.Tensor]) -> Figure:
-    """One row for each sample: the four true contrasts with the mask, then what the network gives.
+    """One row for each sample: the four target contrasts with the mask, then what the network gives.
 
     Args:
         output: ``pred`` R x 7 x H x W, ``target`` R x 4 x H x W, ``label`` R x 1 x H x W, ``available`` R x 4,
@@ -56,11 +58,14 @@ def scenario_panel(output: Mapping[str, torch.Tensor]) -> Figure:
 
 
 def show_slice(
-    axis, image: torch.Tensor | np.ndarray, title: str, classes: torch.Tensor | np.ndarray | None = None, **options
+    axis: Axes,
+    image: torch.Tensor | np.ndarray,
+    title: str,
+    classes: torch.Tensor | np.ndarray | None = None,
+    **options: Any,
 ) -> None:
     """A slice as radiologists see it (first array axis to the right), with an optional class map over it."""
-    options = {"cmap": "gray", "vmin": -1, "vmax": 1} | options
-    axis.imshow(np.asarray(image).T, origin="lower", **options)
+    axis.imshow(np.asarray(image).T, origin="lower", **{"cmap": "gray", "vmin": -1, "vmax": 1, **options})
     if classes is not None:
         axis.imshow(_CLASS_COLORS[np.asarray(classes).astype(int)].transpose(1, 0, 2), origin="lower")
     axis.set_title(title, color="white", fontsize=8)
@@ -95,16 +100,12 @@ class ScoreLog:
             for k, v in engine.state.metrics.items()
             if not isinstance(v, Mapping) and not k.startswith("key_")
         }
-        rows: dict[int, dict[str, str | float]] = {}
+        table = pd.DataFrame(scores, index=pd.Index([epoch], name="epoch"))
         if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
-        rows[epoch] = {"epoch": epoch, **scores}
+            earlier = pd.read_csv(self.path, index_col="epoch", float_precision="round_trip")
+            table = pd.concat([earlier.drop(index=epoch, errors="ignore"), table])[list(scores)].sort_index()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=["epoch", *scores], extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(rows[k] for k in sorted(rows))
+        table.to_csv(self.path)
         engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         if self.log_dir is not None:
             writer = board(log_dir=self.log_dir)
@@ -114,7 +115,7 @@ class ScoreLog:
 
 
 class ScenarioPanels:
-    """Shows the first batch of every evaluation in TensorBoard: truth, prediction and mask under its scenarios.
+    """Shows the first batch of every evaluation in TensorBoard: target, prediction and mask under its scenarios.
 
     Args:
         log_dir: of TensorBoard.
@@ -129,9 +130,10 @@ class ScenarioPanels:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration % engine.state.epoch_length != 1 % engine.state.epoch_length:
+        length = engine.state.epoch_length or 1
+        if engine.state.iteration % length != 1 % length:
             return
-        output = engine.state.output
+        output: Any = engine.state.output
         picked = torch.linspace(0, output["pred"].shape[0] - 1, min(self.rows, output["pred"].shape[0])).long().tolist()
         figure = scenario_panel(
             {k: output[k][picked].cpu() for k in ("pred", "target", "label", "available", "scenario")}

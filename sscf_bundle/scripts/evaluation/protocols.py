@@ -61,7 +61,7 @@ def psnr(mean_square: torch.Tensor) -> torch.Tensor:
     return (-10 * torch.log10(mean_square)).clamp(max=MAX_PSNR)
 
 
-def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | Sequence[int]) -> torch.Tensor:
+def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
 
     Args:
@@ -87,8 +87,8 @@ def gaussian_window_mean(images: torch.Tensor, spatial_dims: int) -> torch.Tenso
         The same with every spatial side shorter by 10.
     """
     offsets = torch.arange(WINDOW, dtype=torch.float64) - REACH
-    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).tolist()
+    kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = (kernel / kernel.sum()).tolist()
     for axis in range(-spatial_dims, 0):
         length = images.shape[axis] - WINDOW + 1
         mean = images.narrow(axis, 0, length) * weights[0]
@@ -278,7 +278,7 @@ class Protocol(ABC):
 
     #: Value of the column ``protocol``.
     name: str
-    #: One line for the facts of an evaluation.
+    #: One line for the metadata of an evaluation.
     definition: str
     #: Whether it scores whole studies on the grid on file; else slices on the network's grid.
     whole: bool = False
@@ -400,6 +400,7 @@ class PerSliceProtocol(Protocol):
 
     def _perceive(self, images: torch.Tensor) -> list[list[torch.Tensor]]:
         """Features of R x H x W: of whole slices, then of each batch of boxes as they are and with the tumor alone."""
+        assert self.lpips is not None
         found = [self.lpips.features(images)]
         for members, rows, columns in self.crops:
             index = members.view(-1, 1, 1), rows, columns
@@ -526,7 +527,8 @@ class BraSynProtocol(Protocol):
         self.tumor = truth.tumor[self.crop]
         self.inner = bounding_box(self.tumor)
         # background between these boxes and the border of the volume, as far as a window that sees the box reaches
-        self.room, self.inner_room = [], []
+        self.room: list[int] = []
+        self.inner_room: list[int] = []
         for axis in (2, 1, 0):  # the order of padding
             start, inner = self.crop[axis].start, self.inner[axis]
             for room, first, stop in (

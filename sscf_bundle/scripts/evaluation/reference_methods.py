@@ -36,26 +36,16 @@ LEVELS = 4097
 
 
 def brain_histogram(images: torch.Tensor) -> torch.Tensor:
-    """Shares of the levels among the voxels above background.
-
-    Args:
-        images: one contrast of a study, any shape, in [-1, 1].
-
-    Returns:
-        ``LEVELS`` float64 values that add up to 1; all 0 where there is only background.
-    """
+    """Shares of the ``LEVELS`` among the voxels above background, float64; all 0 where there is only background."""
     counts = torch.bincount(_levels(images[images > -1]), minlength=LEVELS).double()
     return counts / counts.sum().clamp(min=1)
 
 
 def mean_histograms(studies: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Mean histogram of each contrast over studies, each study counting the same.
+    """Mean histogram of each contrast over studies, each study counting the same: K x ``LEVELS`` float64.
 
     Args:
         studies: items with ``target`` (Z x K x H x W in [-1, 1]) and ``has_contrast`` (K).
-
-    Returns:
-        K x ``LEVELS`` float64; all 0 for a contrast that no study has.
     """
     total, number = torch.zeros(NUM_CONTRASTS, LEVELS, dtype=torch.float64), torch.zeros(NUM_CONTRASTS, 1)
     for study in studies:
@@ -93,7 +83,7 @@ def matching_table(source: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 class NearestContrast:
     """Reference method: every missing contrast is the most similar available one with its brain histogram matched.
 
-    The histogram is matched to the mean histogram of the target contrast in the training studies, never to the truth.
+    The histogram is matched to the mean histogram of the target contrast in the training studies.
 
     Args:
         histograms: K x ``LEVELS``, see ``mean_histograms``.
@@ -103,15 +93,7 @@ class NearestContrast:
         self.histograms = histograms
 
     def __call__(self, target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-        """Fills in one study.
-
-        Args:
-            target: Z x K x H x W in [-1, 1], of which the available contrasts are read.
-            available: Z x K boolean, every row the same.
-
-        Returns:
-            Z x K x H x W; available contrasts as they are.
-        """
+        """Fills in one study (Z x K x H x W in [-1, 1]), whose slices all have the same available contrasts."""
         given = available[0].tolist()
         images = []
         for k, name in enumerate(CONTRASTS):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +25,10 @@ from ..contrasts import (
     CONTRASTS,
     MASK_KEY,
     NUM_CONTRASTS,
-    NUM_TUMOR_CLASSES,
     REGIONS,
     SCENARIOS,
     TUMOR_CLASSES,
+    class_masks,
     label_map,
     region_masks,
     scenario_name,
@@ -79,14 +79,14 @@ class StudyScores:
 
     @property
     def segmentation(self) -> str:
-        """What the Dice of the network's mask is, for the facts."""
+        """What the Dice of the network's mask is, for the metadata."""
         of = "the whole study on the grid on file" if self.whole else "the evaluated slices of a study together"
         return f"Dice of {of}, both empty 1, one empty 0"
 
     def prepare(self) -> None:
         """Starts anew."""
         self.rows: list[dict[str, Any]] = []
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.regions: Counter[str] = Counter()
         self.failures: list[dict[str, str]] = []
         self._current: tuple[str, bool] | None = None
@@ -130,11 +130,7 @@ class StudyScores:
         return {}
 
     def score(
-        self,
-        scenario: Sequence[int],
-        images: Mapping[str, torch.Tensor],
-        classes: torch.Tensor | None,
-        whole: bool,
+        self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool
     ) -> dict[Key, torch.Tensor]:
         """Scores of all methods.
 
@@ -177,8 +173,7 @@ class StudyScores:
             if protocol.whole == whole:
                 protocol.start(StudyTruth(((self._target + 1) / 2).clamp(0, 1), brain, tumor))
         if self._has_mask and whole == self.whole:
-            classes = torch.cat([self._label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
-            present = region_masks(classes).transpose(0, 1).flatten(1).any(dim=1).tolist()
+            present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
 
     def _on_file(self, data: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

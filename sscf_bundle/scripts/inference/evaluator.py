@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class StudyEvaluator(Evaluator):
         val_data_loader: Any,
         network: nn.Module,
         inferer: Inferer,
-        postprocessing: Callable[[Any], Any],
+        postprocessing: Any,
         writer: StudyWriter | Any,
         ckpt_path: str | os.PathLike[str] | None = None,
         val_handlers: Sequence | None = None,
@@ -95,13 +95,13 @@ class StudyEvaluator(Evaluator):
         self.network, self.inferer, self.writer = network, inferer, writer
         self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
         self.weights_sha256: str | None = None
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.failures: list[dict[str, str]] = []
         self.written: dict[str, dict[str, Path]] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[str, Future[dict[str, Path]]]] = deque()
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Fill in all studies.
 
         Args:
@@ -187,7 +187,7 @@ def provenance(network: nn.Module, patient: str, weights_sha256: str | None) -> 
     """
     in_bank = False
     if hasattr(network, "bank_patient"):
-        used = network.bank_patient[network.bank_present.any(dim=1)]
+        used = network.get_buffer("bank_patient")[network.get_buffer("bank_present").any(dim=1)]
         in_bank = bool((used == stable_hash(patient)).any())
     if in_bank:
         logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)

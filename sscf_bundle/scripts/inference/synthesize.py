@@ -84,12 +84,13 @@ def synthesize_study(
     sha256 = None
     if network is None and ckpt_path is None:
         ckpt_path = _BUNDLE_ROOT / "models" / "model.pt"
+    weights = "" if ckpt_path is None else str(ckpt_path)
     if network is None:
-        network = network_from_weights(ckpt_path)
+        network = network_from_weights(weights)
     if ckpt_path is not None:
-        sha256 = load_weights(network, ckpt_path)
+        sha256 = load_weights(network, weights)
     if preprocessing is None:
-        preprocessing = inference_transforms(**read_settings(ckpt_path))
+        preprocessing = inference_transforms(**read_settings(weights))
     data = preprocessing(item)
     data.update(provenance(network, item["patient"], sha256))
     inferer = BrainSliceInferer(sw_batch_size=sw_batch_size)

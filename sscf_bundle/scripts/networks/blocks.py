@@ -26,18 +26,15 @@ DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 
 
 def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the contrasts that a mask names; what it leaves out may hold NaN.
+    """Mean over the contrasts that a mask (B x K boolean) names, zero where it names none.
 
     Args:
-        features: B x K x ... tensor.
-        mask: B x K boolean tensor.
-
-    Returns:
-        B x ... tensor; zero where the mask names no contrast.
+        features: B x K x ... tensor; what the mask leaves out may hold NaN.
+        mask: B x K boolean.
     """
-    shape = mask.shape + (1,) * (features.dim() - 2)
-    kept = torch.where(mask.view(shape), features, torch.zeros((), dtype=features.dtype, device=features.device))
-    return kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1).to(features.dtype).view((-1,) + (1,) * (features.dim() - 2))
+    zero = torch.zeros((), dtype=features.dtype, device=features.device)
+    total = torch.where(expand_dims_like(mask, features), features, zero).sum(dim=1)
+    return total / expand_dims_like(mask.sum(dim=1).clamp(min=1).to(features.dtype), total)
 
 
 def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -65,15 +62,7 @@ def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
 
 
 def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation over space, in float32 (the mu and sigma of eq. 8).
-
-    Args:
-        features: B x K x C x spatial tensor.
-        eps: added to the variance.
-
-    Returns:
-        Two B x K x C tensors.
-    """
+    """Mean and standard deviation over space (mu and sigma of eq. 8) of B x K x C x spatial, each B x K x C float32."""
     flat = features.flatten(3).float()
     mean = flat.mean(dim=3)
     # on a CPU ten times as fast as var_mean, with the same two passes; what was converted is a copy of our own
@@ -88,16 +77,10 @@ def expand_dims_like(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def stack_contrasts(maps: list[torch.Tensor]) -> torch.Tensor:
-    """Stacks the feature maps of several contrasts, contrast after contrast in memory.
+    """Stacks R feature maps B x C x spatial to B x R x C x spatial, contrast after contrast in memory.
 
     The memory layout of a map (channels first or last) is kept, and ``result[:, i]`` is as dense as ``maps[i]``, so
     that a decoder that reads one contrast needs no copy.
-
-    Args:
-        maps: R tensors B x C x spatial.
-
-    Returns:
-        B x R x C x spatial.
     """
     if channels_are_last(maps[0]):
         return torch.stack([m.movedim(1, -1) for m in maps]).movedim(-1, 2).transpose(0, 1)
@@ -110,15 +93,7 @@ def channels_are_last(maps: torch.Tensor) -> bool:
 
 
 def gather_maps(maps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Rows of a table of feature maps in their own memory layout.
-
-    Args:
-        maps: R x C x spatial.
-        row: M int64.
-
-    Returns:
-        M x C x spatial.
-    """
+    """Rows (M int64) of a table of feature maps (R x C x spatial) in their own memory layout."""
     if channels_are_last(maps):
         return maps.movedim(1, -1).index_select(0, row).movedim(-1, 1)
     return maps.index_select(0, row)
@@ -131,9 +106,6 @@ def mix_channels(weight: torch.Tensor, maps: torch.Tensor, base: torch.Tensor) -
         weight: M x O x C.
         maps: M x C x spatial.
         base: M x O x spatial, or of size 1 in any of these.
-
-    Returns:
-        M x O x spatial.
     """
     flat, space, start = maps.flatten(2), maps.shape[2:], base.flatten(2)
     if channels_are_last(maps):
@@ -151,8 +123,8 @@ class EncoderStage(nn.Module):
         out_channels: channels of F^j.
         stride: 2 to halve the resolution, 1 at scale 1.
         pre_activation: normalize and activate the input first (it is the raw F^(j-1)).
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
+        norm: see ``Encoder``.
+        act: see ``Encoder``.
     """
 
     def __init__(
@@ -210,7 +182,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Args: x: B x in_channels x spatial. Returns: F^1..F^5, each B x C_j x spatial / 2^(j-1)."""
+        """F^1..F^5 of B x in_channels x spatial, each B x C_j x spatial / 2^(j-1)."""
         features: list[torch.Tensor] = []
         for stage in self.stages:
             # the next stage activates in place, so it must not be given the tapped tensor where it starts with an
@@ -221,15 +193,7 @@ class Encoder(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Upsample, join the skip feature, two 3-wide convolutions.
-
-    Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the coarser input.
-        out_channels: channels of the skip feature and of the result.
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
-    """
+    """Upsample, join the skip feature (``out_channels``), two 3-wide convolutions; arguments as of ``Decoder``."""
 
     def __init__(
         self, spatial_dims: int, in_channels: int, out_channels: int, norm: str | tuple, act: str | tuple
@@ -278,7 +242,7 @@ class Decoder(nn.Module):
         self.head = Conv[Conv.CONV, spatial_dims](channels[0], out_channels, kernel_size=1)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Args: features: F^1..F^5. Returns: B x out_channels x spatial of F^1."""
+        """B x out_channels x spatial of F^1, from F^1..F^5."""
         x = self.bottom_act(features[-1])
         for k, stage in enumerate(self.stages):
             x = stage(x, features[len(features) - 2 - k])

@@ -39,16 +39,9 @@ from .blocks import (
 
 
 def gather(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of a table for an index of any shape.
+    """Rows of a table for an index of any shape: ``index.shape + table.shape[1:]``.
 
     Unlike ``table[index]``, its backward pass adds in a fixed order on the CPU, which an exact resume needs.
-
-    Args:
-        table: R x ... tensor.
-        index: int64 tensor of any shape, values below R.
-
-    Returns:
-        Tensor of shape ``index.shape + table.shape[1:]``.
     """
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
@@ -100,16 +93,7 @@ class CCP(nn.Module):
             nn.init.zeros_(self.gamma_weight)
 
     def channel_attention(self, target: torch.Tensor, mean: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-        """CBAM's channel attention from the pooled values of each pair.
-
-        Args:
-            target: int64 tensor of any shape.
-            mean: ``target.shape`` x C, spatial mean.
-            maximum: ``target.shape`` x C, spatial maximum.
-
-        Returns:
-            ``target.shape`` x C in (0, 1).
-        """
+        """CBAM's channel attention in (0, 1) from the spatial mean and maximum (... x C) of the targets (...)."""
         pooled = torch.stack([mean, maximum], dim=-1)
         hidden = torch.matmul(gather(self.squeeze_weight.float(), target), pooled)
         hidden = torch.relu(hidden + gather(self.squeeze_bias.float(), target).unsqueeze(-1))
@@ -195,12 +179,12 @@ class CCP(nn.Module):
             center: B x K x C, their means over space.
             own_std: B x K x C, their standard deviations.
             available: B x K.
-            target: B x P of ``active_pairs``.
+            target: B x P of ``active_pairs``, like ``source`` and ``active``.
             source: B x P.
             active: B x P.
-            found: B x P; without a retrieved entry the source's own statistics are kept.
-            mean: B x P x C prototype mean mu.
-            std: B x P x C prototype standard deviation sigma.
+            found: B x P, like ``mean`` and ``std`` as in ``affine``.
+            mean: B x P x C.
+            std: B x P x C.
 
         Returns:
             B x K x C x spatial, what the decoders read: F_CCP^j of the missing contrasts, F_i^j of the available.
@@ -212,11 +196,10 @@ class CCP(nn.Module):
         # an idle slot repeats the first pair with gain 0, so that it reads no missing contrast
         row = (torch.where(active, source, source[:, :1]) * b + sample).flatten()
         maximum = maximum_over(maps.flatten(2), 2).float()
-        own = (maximum, center.transpose(0, 1).flatten(0, 1), own_std.transpose(0, 1).flatten(0, 1))
         scale, shift = self.affine(
-            gather(own[0], row),
-            gather(own[1], row),
-            gather(own[2], row),
+            gather(maximum, row),
+            gather(center.transpose(0, 1).flatten(0, 1), row),
+            gather(own_std.transpose(0, 1).flatten(0, 1), row),
             target.flatten(),
             found.flatten(),
             mean.flatten(0, 1),
@@ -250,9 +233,9 @@ class CCP(nn.Module):
             features: of each available contrast, B x C x spatial.
             sources: S indices of the available contrasts.
             targets: T indices of the missing contrasts.
-            found: B x T x S.
-            mean: B x T x S x C prototype mean mu.
-            std: B x T x S x C prototype standard deviation sigma.
+            found: B x T x S, like ``mean`` and ``std`` as in ``affine``.
+            mean: B x T x S x C.
+            std: B x T x S x C.
 
         Returns:
             F_CCP^j of the missing contrasts, T x B x C x spatial.

@@ -30,22 +30,13 @@ from .blocks import DEFAULT_ACT, DEFAULT_NORM
 
 #: A class with less mass than half a cell has no mean prototype.
 MIN_CLASS_MASS = 0.5
-AFFINITY_EPS = 1e-6
 
 
 class PredictionHead(nn.Module):
     """The light head of CITIM: four convolution blocks from a bottleneck feature to class probabilities W.
 
     The probabilities are a softmax over the tumor classes and background. With independent sigmoids (the paper's text)
-    an entry of W_l^T W can exceed 1 and eq. 6 is undefined.
-
-    Args:
-        spatial_dims: 2 or 3.
-        in_channels: C of F^5.
-        num_classes: c', with background.
-        hidden_channels: width of the three inner blocks.
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
+    an entry of W_l^T W can exceed 1 and eq. 6 is undefined. ``hidden_channels`` is the width of the three inner blocks.
     """
 
     def __init__(
@@ -68,7 +59,7 @@ class PredictionHead(nn.Module):
         )
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """Args: feature: B x C x spatial. Returns: W, B x c' x N float32, summing to 1 over c'."""
+        """W, B x c' x N float32, summing to 1 over c', of B x C x spatial."""
         return torch.softmax(self.blocks(feature).flatten(2).float(), dim=1)
 
 
@@ -96,24 +87,6 @@ def class_prototypes(
         mass = class_map.float().sum(dim=2).unsqueeze(1)
         prototype = torch.where(mass < MIN_CLASS_MASS, torch.zeros_like(prototype), prototype / mass.clamp(min=1e-6))
     return prototype
-
-
-def affinity(entry_map: torch.Tensor, class_map: torch.Tensor) -> torch.Tensor:
-    """Affinity P_l = W_l^T W (eq. 1), clamped away from 0 and 1.
-
-    Written as a sum of outer products, so that a compiler fuses it into whatever reads it.
-
-    Args:
-        entry_map: ... x c' x N_l class probabilities of the entries.
-        class_map: ... x c' x N class probabilities of the current slice (broadcast over leading dimensions).
-
-    Returns:
-        ... x N_l x N, float32 in (0, 1); rows are locations of the entry, columns of the current slice.
-    """
-    total = entry_map[..., 0, :, None] * class_map[..., 0, None, :]
-    for k in range(1, entry_map.shape[-2]):
-        total = total + entry_map[..., k, :, None] * class_map[..., k, None, :]
-    return total.clamp(AFFINITY_EPS, 1 - AFFINITY_EPS)
 
 
 class CITIM(nn.Module):
@@ -247,7 +220,7 @@ class CITIM(nn.Module):
         return out.transpose(1, 2).reshape(feature.shape)
 
     def _coefficients(self, weights: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """What multiplies each row psi_i Gc. Args: weights: B x N x L x K; w: B x N x c'. Returns: B x N x (L K c')."""
+        """What multiplies each row psi_i Gc, B x N x (L K c'), from B x N x L x K weights and B x N x c' W."""
         return (weights.flatten(2).unsqueeze(3) * w.unsqueeze(2)).flatten(2)
 
     def _phi_bias(self, like: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ def _write_onnx(
     table[_aten.sort.stable] = _sort
     table[_aten.repeat_interleave.self_int] = _repeat
     table[_aten.adaptive_avg_pool2d.default] = _pool
-    exported = torch.onnx.export(
+    exported: Any = torch.onnx.export(
         program.run_decompositions(table), (example,), input_names=["image"], output_names=["pred"], verbose=False
     )
     exported.model.metadata_props["settings"] = json.dumps(network.read_settings())
@@ -111,7 +112,7 @@ def _sort(values: torch.Tensor, *, stable: bool | None, dim: int = -1, descendin
     return values.gather(dim, order), order
 
 
-def _repeat(values: torch.Tensor, repeats: int, dim: int | None = None, output_size: int | None = None) -> torch.Tensor:
+def _repeat(values: torch.Tensor, repeats: int, dim: int, output_size: int | None = None) -> torch.Tensor:
     shape = values.shape
     repeated = values.unsqueeze(dim + 1).expand(*shape[: dim + 1], repeats, *shape[dim + 1 :])
     return repeated.flatten(dim, dim + 1)

@@ -17,37 +17,26 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .blocks import expand_dims_like
+
 
 class BankEntries(NamedTuple):
-    """What the bank keeps of E slices (the feature bank B_f and the mask bank B_m of the paper in one).
+    """What the bank keeps of E slices (the feature bank B_f and the mask bank B_m of the paper in one)."""
 
-    Args:
-        key: E x K x D retrieval keys, pooled F_i^5 of the second pass.
-        mean: E x K x (C_1 + ... + C_5) channel means of the second pass (mu of eq. 8).
-        std: E x K x (C_1 + ... + C_5) channel standard deviations (sigma of eq. 8).
-        prototype: E x K x C x c' class prototypes G = b W_l^T of the first pass (eq. 2).
-        class_map: E x K x c' x N class probabilities W_l of the first pass (eq. 1).
-        label: E x N class map y_l, uint8 (eq. 5).
-        present: E x K, which contrasts the study really has.
-        has_mask: E, whether y_l is known.
-        patient: E patient hashes, int64.
-        slice_id: E slice hashes, int64.
-    """
-
-    key: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
-    prototype: torch.Tensor
-    class_map: torch.Tensor
-    label: torch.Tensor
-    present: torch.Tensor
-    has_mask: torch.Tensor
-    patient: torch.Tensor
-    slice_id: torch.Tensor
+    key: torch.Tensor  #: E x K x D retrieval keys, pooled F_i^5 of the second pass.
+    mean: torch.Tensor  #: E x K x (C_1 + ... + C_5) channel means of the second pass (mu of eq. 8).
+    std: torch.Tensor  #: E x K x (C_1 + ... + C_5) channel standard deviations (sigma of eq. 8).
+    prototype: torch.Tensor  #: E x K x C x c' class prototypes G = b W_l^T of the first pass (eq. 2).
+    class_map: torch.Tensor  #: E x K x c' x N class probabilities W_l of the first pass (eq. 1).
+    label: torch.Tensor  #: E x N class map y_l, uint8 (eq. 5).
+    present: torch.Tensor  #: E x K, which contrasts the study really has.
+    has_mask: torch.Tensor  #: E, whether y_l is known.
+    patient: torch.Tensor  #: E patient hashes, int64.
+    slice_id: torch.Tensor  #: E slice hashes, int64.
 
 
 def usable_entries(entries: BankEntries) -> torch.Tensor:
-    """Which entries a bank may take: all values finite and at least one contrast. Returns: E boolean."""
+    """Which entries a bank may take (E boolean): all values finite and at least one contrast."""
     usable = entries.present.any(dim=1)
     for tensor in (entries.key, entries.mean, entries.std, entries.prototype, entries.class_map):
         usable = usable & torch.isfinite(tensor).flatten(1).all(dim=1)
@@ -81,27 +70,16 @@ def style_spread(mean: torch.Tensor, std: torch.Tensor, present: torch.Tensor) -
 
 
 class CompiledBank(NamedTuple):
-    """What the network reads of a bank of L slots: the linear maps of CITIM are folded into the prototypes.
+    """What the network reads of a bank of L slots: the linear maps of CITIM are folded into the prototypes."""
 
-    Args:
-        key: L x K x D.
-        key_square: L x K, squared norms of the keys.
-        mean: L x K x (C_1 + ... + C_5).
-        std: L x K x (C_1 + ... + C_5).
-        value: L x K x c' x C, what ``CITIM.fold`` makes of the prototypes.
-        gram: L x K x c' x c', Q = Gc^T Gc / C.
-        present: L x K; an empty slot has no contrast.
-        patient: L.
-    """
-
-    key: torch.Tensor
-    key_square: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
-    value: torch.Tensor
-    gram: torch.Tensor
-    present: torch.Tensor
-    patient: torch.Tensor
+    key: torch.Tensor  #: L x K x D.
+    key_square: torch.Tensor  #: L x K, squared norms of the keys.
+    mean: torch.Tensor  #: L x K x (C_1 + ... + C_5).
+    std: torch.Tensor  #: L x K x (C_1 + ... + C_5).
+    value: torch.Tensor  #: L x K x c' x C, what ``CITIM.fold`` makes of the prototypes.
+    gram: torch.Tensor  #: L x K x c' x c', Q = Gc^T Gc / C.
+    present: torch.Tensor  #: L x K; an empty slot has no contrast.
+    patient: torch.Tensor  #: L.
 
 
 class MemoryBank(nn.Module):
@@ -119,6 +97,14 @@ class MemoryBank(nn.Module):
         num_classes: c', tumor classes and background.
         num_cells: N = h * w of F^5.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    present: torch.Tensor
+    patient: torch.Tensor
+    slice_id: torch.Tensor
+    count: torch.Tensor
+    head: torch.Tensor
 
     def __init__(
         self,
@@ -186,7 +172,7 @@ class MemoryBank(nn.Module):
         slot = torch.where(accepted, slot, torch.full_like(slot, self.size))
         for name, value in zip(BankEntries._fields, new, strict=True):
             buffer = getattr(self, name)
-            keep = accepted.view((-1,) + (1,) * (value.dim() - 1))
+            keep = expand_dims_like(accepted, value)
             buffer.index_copy_(0, slot, torch.where(keep, value.to(buffer.dtype), torch.zeros_like(buffer[:1])))
         written = fresh.sum()
         self.count.copy_((self.count + written).clamp(max=self.size))
@@ -195,16 +181,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, torch.Tensor]:
-        """State of the bank for the log.
-
-        Returns:
-            ``effective_size``: filled slots, each a different slice; ``patients``: different patients; and those of
-            ``style_spread``.
-        """
+        """``effective_size``: filled slots, each another slice; ``patients``: their number; and ``style_spread``."""
         filled = torch.arange(self.size, device=self.count.device) < self.count
         patients = torch.where(filled, self.patient[: self.size], self.patient[:1])
         ordered = patients.sort().values
-        distinct = (ordered[1:] != ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
+        distinct = ordered[1:].ne(ordered[:-1]).sum() + (self.count > 0).to(torch.int64)
         usable = self.present[: self.size] & filled.unsqueeze(1)
         spread = style_spread(self.mean[: self.size], self.std[: self.size], usable)
         return {"effective_size": self.count.clone(), "patients": distinct, **spread}

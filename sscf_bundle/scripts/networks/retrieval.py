@@ -36,32 +36,13 @@ def active_pairs(available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def usable_for_pairs(
     bank: CompiledBank, allowed: torch.Tensor, target: torch.Tensor, source: torch.Tensor
 ) -> torch.Tensor:
-    """Entries that the sample may use and that hold both contrasts of a pair.
-
-    Args:
-        bank: the compiled bank of L slots.
-        allowed: B x L, entries that the sample may use.
-        target: B x P.
-        source: B x P.
-
-    Returns:
-        B x P x L boolean.
-    """
+    """Entries (B x P x L) that the sample may use (``allowed``, B x L) and that hold both contrasts of a pair."""
     has = bank.present.t()  # K x L
     return allowed.unsqueeze(1) & has[source] & has[target]
 
 
 def key_distances(query: torch.Tensor, bank: CompiledBank, source: int) -> torch.Tensor:
-    """Squared Euclidean distances of the keys of one contrast, less the query's own norm, which moves no argmin.
-
-    Args:
-        query: B x D float32 keys of the current slices.
-        bank: the compiled bank of L slots.
-        source: the contrast.
-
-    Returns:
-        B x L float32.
-    """
+    """Squared distances (B x L float32) of keys (B x D) of one contrast, less their own norm, which moves no argmin."""
     return bank.key_square[:, source] - 2 * torch.matmul(query, bank.key[:, source].float().t())
 
 
@@ -88,9 +69,6 @@ def mean_prototype(table: torch.Tensor, usable: torch.Tensor, target: torch.Tens
         table: L x K x C means or standard deviations.
         usable: B x P x L.
         target: B x P.
-
-    Returns:
-        B x P x C.
     """
     weight = usable.to(table.dtype) / usable.sum(dim=2, keepdim=True).clamp(min=1)
     per_contrast = torch.matmul(weight, table.flatten(1)).unflatten(2, table.shape[1:])

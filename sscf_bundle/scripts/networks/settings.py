@@ -32,24 +32,13 @@ SETTINGS_LENGTH = 4096
 
 
 def encode_settings(settings: Mapping[str, Any]) -> torch.Tensor:
-    """Settings as text in a tensor.
-
-    Args:
-        settings: what JSON can hold.
-
-    Returns:
-        uint8, the JSON text, filled up with zeros to ``SETTINGS_LENGTH``.
-    """
+    """Settings (what JSON can hold) as text in uint8, filled up with zeros to ``SETTINGS_LENGTH``."""
     text = json.dumps(settings, sort_keys=True).encode().ljust(SETTINGS_LENGTH, b"\0")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def decode_settings(buffer: torch.Tensor) -> dict[str, Any]:
-    """Settings from a tensor of ``encode_settings``.
-
-    Raises:
-        StudyError: if the tensor holds no such text.
-    """
+    """Settings from a tensor of ``encode_settings``; a ``StudyError`` if it holds none."""
     try:
         settings = json.loads(bytes(buffer.cpu().tolist()).rstrip(b"\0"))
     except (ValueError, TypeError) as error:
@@ -99,7 +88,7 @@ class ConfiguredNetwork(nn.Module):
         theirs = {k: v for k, v in settings.get("arguments", {}).items() if k not in self.FREE_ARGUMENTS}
         return first_difference(ours["arguments"], theirs)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         own = self.get_buffer(SETTINGS_KEY)
         theirs = state_dict.setdefault(prefix + SETTINGS_KEY, own)
         reason = self.refusal(decode_settings(theirs)) if theirs is not own else None

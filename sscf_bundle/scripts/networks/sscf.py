@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .blocks import (
     Decoder,
     Encoder,
     channel_statistics,
+    expand_dims_like,
     masked_mean,
     mean_of_maps,
     stack_contrasts,
@@ -50,25 +51,17 @@ PRIOR_PROBABILITY = 0.02
 
 
 class BranchOutputs(NamedTuple):
-    """What both branches compute of one batch.
+    """What both branches compute of one batch."""
 
-    Args:
-        logits: B x 3 x spatial, logits of ED, ET, NET; -inf without a segmentation branch.
-        images: B x K x spatial in [-1, 1]; -1 without a synthesis branch.
-        class_map: B x c' x N, W of the fused feature; zero without CITIM.
-        first: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
-        second: F_i^1..F_i^5 of the second pass (predicted mask).
-        statistics: of the second pass by scale, mean and standard deviation, each B x K x C_j.
-        predicted: by scale F_CCP^j of the missing contrasts and F_i^j of the available, B x K x C_j x spatial; empty
-            without a synthesis branch.
-    """
-
-    logits: torch.Tensor
-    images: torch.Tensor
-    class_map: torch.Tensor
-    first: list[torch.Tensor]
-    second: list[torch.Tensor]
+    logits: torch.Tensor  #: B x 3 x spatial, logits of ED, ET, NET; -inf without a segmentation branch.
+    images: torch.Tensor  #: B x K x spatial in [-1, 1]; -1 without a synthesis branch.
+    class_map: torch.Tensor  #: B x c' x N, W of the fused feature; zero without CITIM.
+    first: list[torch.Tensor]  #: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
+    second: list[torch.Tensor]  #: F_i^1..F_i^5 of the second pass (predicted mask).
+    #: of the second pass by scale, mean and standard deviation, each B x K x C_j.
     statistics: list[tuple[torch.Tensor, torch.Tensor]]
+    #: by scale F_CCP^j of the missing contrasts and F_i^j of the available, B x K x C_j x spatial; empty without a
+    #: synthesis branch.
     predicted: list[torch.Tensor]
 
 
@@ -114,6 +107,15 @@ class SSCFNet(ConfiguredNetwork):
         "with_citim",
         "with_segmentation",
     ]
+    if TYPE_CHECKING:  # TorchScript would read these, and cannot read them as text
+        bank_key: torch.Tensor
+        bank_key_square: torch.Tensor
+        bank_mean: torch.Tensor
+        bank_std: torch.Tensor
+        bank_value: torch.Tensor
+        bank_gram: torch.Tensor
+        bank_present: torch.Tensor
+        bank_patient: torch.Tensor
 
     def __init__(
         self,
@@ -201,11 +203,7 @@ class SSCFNet(ConfiguredNetwork):
 
     # ------------------------------------------------------------------------------------------------------- banks
     def new_bank(self, image_size: Sequence[int]) -> MemoryBank:
-        """An empty training bank for this network.
-
-        Args:
-            image_size: spatial size of the training slices, multiples of 16.
-        """
+        """An empty training bank for slices of a spatial size, multiples of 16."""
         cells = 1
         for size in image_size:
             cells *= size // 2 ** (len(self.channels) - 1)
@@ -256,14 +254,11 @@ class SSCFNet(ConfiguredNetwork):
 
     # ---------------------------------------------------------------------------------------------------- branches
     def encode(self, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Runs the four encoders.
+        """F_i^1..F_i^5 of all contrasts, each B x K x C_j x spatial / 2^(j-1), see ``stack_contrasts``.
 
         Args:
             images: B x K x spatial.
             mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
-
-        Returns:
-            F_i^1..F_i^5, each B x K x C_j x spatial / 2^(j-1), see ``stack_contrasts``.
         """
         per_contrast: list[list[torch.Tensor]] = []
         for i, encoder in enumerate(self.encoders):
@@ -274,14 +269,7 @@ class SSCFNet(ConfiguredNetwork):
         return features
 
     def contrast_maps(self, bottleneck: torch.Tensor) -> torch.Tensor:
-        """W^i of each contrast's own bottleneck feature.
-
-        Args:
-            bottleneck: B x K x C x spatial, F_i^5 of the first pass.
-
-        Returns:
-            B x K x c' x N float32; zero without CITIM.
-        """
+        """W^i of each contrast's own F_i^5 of the first pass, B x K x c' x N float32; zero without CITIM."""
         b, k = bottleneck.shape[:2]
         if not self.with_citim:
             cells = bottleneck.flatten(3).shape[3]
@@ -291,26 +279,13 @@ class SSCFNet(ConfiguredNetwork):
     def segment(
         self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The segmentation branch (section 2.1).
-
-        Args:
-            features: of the first pass.
-            available: B x K boolean, with at least one contrast for a meaningful result.
-            bank: compiled bank of L slots.
-            allowed: B x L, entries that the sample may use.
-
-        Returns:
-            logits, B x 3 x spatial; W, B x c' x N.
-        """
+        """The segmentation branch (section 2.1) on the features of the first pass; see ``decode_mask``."""
         fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
         bottleneck = features[-1]
-        shape = available.shape + (1,) * (bottleneck.dim() - 2)
-        kept = torch.where(
-            available.view(shape), bottleneck, torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
-        )
+        zero = torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
+        kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, zero).flatten(1, 2)
         count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
-        scale = (available.shape[1] / count).view((-1,) + (1,) * (bottleneck.dim() - 2))
-        return self.decode_mask(fused, kept.flatten(1, 2) * scale, bank, allowed)
+        return self.decode_mask(fused, kept * expand_dims_like(available.shape[1] / count, kept), bank, allowed)
 
     def decode_mask(
         self, fused: list[torch.Tensor], concatenated: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -320,8 +295,8 @@ class SSCFNet(ConfiguredNetwork):
         Args:
             fused: by scale the mean over the available contrasts, B x C_j x spatial.
             concatenated: B x (K C) x spatial, the zero-filled F_i^5, scaled by K / |S|.
-            bank: compiled bank of L slots.
-            allowed: B x L, entries that the sample may use.
+            bank: compiled bank.
+            allowed: entries that the sample may use.
 
         Returns:
             logits, B x 3 x spatial; W, B x c' x N.
@@ -344,19 +319,12 @@ class SSCFNet(ConfiguredNetwork):
         return self.segmentation_decoder(fused), class_map
 
     def retrieval_key(self, bottleneck: torch.Tensor) -> torch.Tensor:
-        """Keys of eq. 8's l*: F_i^5 pooled to a coarse grid.
-
-        Args:
-            bottleneck: B x R x C x spatial.
-
-        Returns:
-            B x R x D float32, D = C * key_size^spatial_dims.
-        """
+        """Keys of eq. 8's l*: F_i^5 (B x R x C x spatial) pooled to B x R x (C * key_size^spatial_dims) float32."""
         flat = bottleneck.flatten(0, 1).float()
         if self.spatial_dims == 2:
-            pooled = F.adaptive_avg_pool2d(flat, [self.key_size, self.key_size])
+            pooled = F.adaptive_avg_pool2d(flat, (self.key_size, self.key_size))
         else:
-            pooled = F.adaptive_avg_pool3d(flat, [self.key_size, self.key_size, self.key_size])
+            pooled = F.adaptive_avg_pool3d(flat, (self.key_size, self.key_size, self.key_size))
         return pooled.reshape(bottleneck.shape[0], bottleneck.shape[1], -1)
 
     def prototypes(
@@ -367,12 +335,12 @@ class SSCFNet(ConfiguredNetwork):
         target: torch.Tensor,
         source: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the retrieved prototype of each pair (eq. 8).
+        """Mean and standard deviation of the retrieved prototype of each (target, source) pair (eq. 8).
 
         Args:
             distance: B x P x L distances of the source's keys.
-            bank: compiled bank of L slots.
-            allowed: B x L, entries that the sample may use.
+            bank: compiled bank.
+            allowed: entries that the sample may use.
             target: B x P.
             source: B x P.
 
@@ -400,8 +368,8 @@ class SSCFNet(ConfiguredNetwork):
             features: of the second pass.
             statistics: their means and standard deviations by scale.
             available: B x K boolean.
-            bank: compiled bank of L slots.
-            allowed: B x L, entries that the sample may use.
+            bank: compiled bank.
+            allowed: entries that the sample may use.
 
         Returns:
             images, B x K x spatial in [-1, 1]; what the decoders read by scale, see ``BranchOutputs.predicted``.
@@ -438,15 +406,14 @@ class SSCFNet(ConfiguredNetwork):
                 start = stop
         else:
             for f in features:
-                own = available.view(available.shape + (1,) * (f.dim() - 2))
-                predicted.append(torch.where(own, f, masked_mean(f, available).unsqueeze(1)))
+                predicted.append(torch.where(expand_dims_like(available, f), f, masked_mean(f, available).unsqueeze(1)))
         images: list[torch.Tensor] = []
         for i, decoder in enumerate(self.synthesis_decoders):
             images.append(decoder([f[:, i] for f in predicted]))
         return torch.tanh(torch.cat(images, dim=1).float()), predicted
 
     def _distances(self, key: torch.Tensor, bank: CompiledBank) -> torch.Tensor:
-        """Distances of all contrasts' keys. Args: key: B x K x D. Returns: B x K x L."""
+        """Distances of the keys (B x K x D) of all contrasts, B x K x L."""
         return torch.stack([key_distances(key[:, i], bank, i) for i in range(key.shape[1])], dim=1)
 
     def run_branches(
@@ -498,16 +465,12 @@ class SSCFNet(ConfiguredNetwork):
         allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
         images = image[:, : self.num_contrasts]
         # what stands in a missing contrast is not read, and no NaN may enter the features
-        images = torch.where(over_space(available, images), images, -1.0)
+        images = torch.where(expand_dims_like(available, images), images, -1.0)
         out = self.run_branches(images, available, bank, allowed)
         return torch.cat([out.images, torch.sigmoid(out.logits)], dim=1)
 
     def for_scenario(self, available: Sequence[bool]) -> ScenarioNetwork:
-        """The same network for samples that all have one scenario; only what it needs is computed.
-
-        Args:
-            available: which of the K contrasts are available.
-        """
+        """The same network for samples that all have one scenario; only what it needs is computed."""
         return ScenarioNetwork(self, available)
 
 
@@ -525,6 +488,9 @@ class ScenarioNetwork(nn.Module):
         ValueError: unless ``available`` names K contrasts, at least one of them available.
     """
 
+    source_index: torch.Tensor
+    target_index: torch.Tensor
+
     def __init__(self, net: SSCFNet, available: Sequence[bool]) -> None:
         super().__init__()
         if len(available) != net.num_contrasts or not any(available):
@@ -539,14 +505,7 @@ class ScenarioNetwork(nn.Module):
         )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """The missing contrasts and the probabilities of samples that have this scenario.
-
-        Args:
-            image: B x 8 x spatial, as for ``SSCFNet.forward``; its availability is not read.
-
-        Returns:
-            B x 7 x spatial.
-        """
+        """The missing contrasts and the probabilities; the availability in ``image`` is not read."""
         net, bank = self.net, self.net.stored_bank()
         allowed = bank.present.any(dim=1).unsqueeze(0).expand(image.shape[0], -1)
         mask = torch.zeros_like(image[:, : net.num_tumor_classes])
@@ -567,13 +526,7 @@ class ScenarioNetwork(nn.Module):
         return torch.cat([*images, mask.float()], dim=1)
 
     def encode(self, images: torch.Tensor, mask: torch.Tensor, contrasts: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Features of some contrasts by scale, then by contrast.
-
-        Args:
-            images: B x K (or more) x spatial.
-            mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
-            contrasts: whose encoders run.
-        """
+        """Features of some contrasts by scale, then by contrast; arguments as those of ``SSCFNet.encode``."""
         runs = [self.net.encoders[i](torch.cat([images[:, i : i + 1], mask], dim=1)) for i in contrasts]
         return [list(scale) for scale in zip(*runs, strict=True)]
 
@@ -607,7 +560,7 @@ class ScenarioNetwork(nn.Module):
         start = 0
         for f, ccp in zip(features, net.ccp, strict=True):
             part = slice(start, start + f[0].shape[1])
-            predicted.append(ccp.predict(f, sources, targets, found, mean[..., part], std[..., part]))
+            predicted.append(cast(CCP, ccp).predict(f, sources, targets, found, mean[..., part], std[..., part]))
             start = part.stop
         return predicted
 
@@ -622,21 +575,14 @@ def read_availability(image: torch.Tensor) -> torch.Tensor:
 
 
 def network_input(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-    """Network input from complete contrasts and a scenario.
+    """B x 2K x spatial network input: the available contrasts (missing ones -1) and the availability planes.
 
     Args:
         target: B x K x spatial in [-1, 1].
         available: B x K boolean.
-
-    Returns:
-        B x 2K x spatial: the available contrasts (missing ones -1) and the availability planes.
     """
-    mask = over_space(available, target)
+    mask = expand_dims_like(available, target)
     return torch.cat([torch.where(mask, target, -1.0), mask.expand(target.shape).to(target.dtype)], dim=1)
-
-
-def over_space(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return mask.view(mask.shape + (1,) * (like.dim() - 2))
 
 
 def _as_spec(spec: str | tuple | list) -> str | tuple:

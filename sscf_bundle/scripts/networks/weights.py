@@ -34,11 +34,7 @@ from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, encode_s
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
 #: Networks that weights may name and the modules that hold them, imported when asked for: nothing else of what a file
 #: says is imported.
-NETWORKS = {
-    "SSCFNet": "..networks.sscf",
-    "PlainUNet": "..research.baselines",
-    "MMGANGenerator": "..research.baselines",
-}
+NETWORKS = {"SSCFNet": "..networks.sscf", "PlainUNet": "..research.baselines", "MMGANGenerator": "..research.baselines"}
 
 #: Tensors of fewer values are never kept in half precision.
 _SMALL = 1024
@@ -230,9 +226,29 @@ def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
         own = network.read_settings()
         settings = own | settings | {"arguments": own["arguments"] | settings.get("arguments", {})}
         network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
-    if hasattr(network, "bank_present") and not network.bank_present.any():
+    if not dict(network.named_buffers()).get("bank_present", torch.ones(1)).any():
         logger.warning("The memory bank in %s is empty: the network retrieves nothing.", path)
     return sha256
+
+
+def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """The network with those tensors of a file that it has too; its bank and whatever is new stay as they are.
+
+    Args:
+        network: of the second phase of a training.
+        path: state_dict of the first phase, which may lack parts of the network.
+
+    Raises:
+        StudyError: if the file cannot be read or shares nothing with the network.
+    """
+    state = read_state(path)[0]
+    ours = dict(network.named_parameters())
+    shared = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
+    if not shared:
+        raise StudyError(f"{path} has no tensor of this network: give the weights of its first phase.")
+    network.load_state_dict(shared, strict=False)
+    logger.info("%d of %d tensors are those of %s", len(shared), len(ours), path)
+    return network
 
 
 def with_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> nn.Module:

@@ -23,7 +23,7 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
-from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder
+from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, expand_dims_like
 from ..networks.settings import ConfiguredNetwork
 from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
 from ..training.losses import set_mean
@@ -68,21 +68,14 @@ class PlainUNet(ConfiguredNetwork):
             self.decoder.head.bias[NUM_CONTRASTS:] = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
 
     def run(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: image: as for ``forward``. Returns: images, B x 4 x spatial in [-1, 1]; logits, B x 3 x spatial."""
+        """Images (B x 4 x spatial in [-1, 1]) and logits (B x 3 x spatial) of ``image`` as for ``forward``."""
         # written anew, so that neither a stray value of a missing contrast nor a padded plane reaches the encoder
         clean = network_input(image[:, : self.num_contrasts], read_availability(image))
         out = self.decoder(self.encoder(clean)).float()
         return torch.tanh(out[:, : self.num_contrasts]), out[:, self.num_contrasts :]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Fills in the missing contrasts and segments the tumor.
-
-        Args:
-            image: B x 8 x spatial (multiples of 16), as for ``SSCFNet.forward``.
-
-        Returns:
-            B x 7 x spatial: four contrasts in [-1, 1], then probabilities of ED, ET, NET.
-        """
+        """B x 8 x spatial (multiples of 16) to B x 7 x spatial, as ``SSCFNet.forward``."""
         images, logits = self.run(image)
         return torch.cat([images, torch.sigmoid(logits)], dim=1)
 
@@ -91,8 +84,8 @@ class PlainTrainingStep(nn.Module):
     """Training forward pass of a network that has no bank.
 
     Args:
-        net: B x 8 x spatial to B x 7 x spatial. Where it has ``run``, that gives images and logits, and the
-            segmentation losses apply; else the network has no mask to train.
+        net: B x 8 x spatial to B x 7 x spatial. Of a ``PlainUNet`` the logits are given too, so that the segmentation
+            losses apply; another network has no mask to train.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -116,14 +109,10 @@ class PlainTrainingStep(nn.Module):
             ``pred``: B x 7 x spatial; ``available``: B x 4; ``logits``: B x 3 x spatial, if the network gives them.
         """
         available = read_availability(image) & has_contrast
-        if not hasattr(self.net, "run"):
+        if not isinstance(self.net, PlainUNet):
             return {"pred": self.net(image), "available": available}
         images, logits = self.net.run(image)
-        return {
-            "pred": torch.cat([images, torch.sigmoid(logits)], dim=1),
-            "logits": logits,
-            "available": available,
-        }
+        return {"pred": torch.cat([images, torch.sigmoid(logits)], dim=1), "logits": logits, "available": available}
 
 
 class MMGANGenerator(ConfiguredNetwork):
@@ -154,8 +143,9 @@ class MMGANGenerator(ConfiguredNetwork):
         self.spatial_dims, self.channels, self.factor = spatial_dims, tuple(channels), 2 ** len(channels)
         widths = [NUM_CONTRASTS, *channels]
         last = len(channels) - 1
-        halve = {"kernel_size": 4, "strides": 2, "padding": 1, "act": ("leakyrelu", {"negative_slope": 0.2})}
-        double = {"kernel_size": 4, "strides": 2, "padding": 1, "output_padding": 0, "is_transposed": True}
+        common: dict[str, Any] = {"kernel_size": 4, "strides": 2, "padding": 1}
+        halve, double = common | {"act": ("leakyrelu", {"negative_slope": 0.2})}, common | {"output_padding": 0}
+        double["is_transposed"] = True
         self.down = nn.ModuleList(
             # neither the image nor a bottleneck of one voxel is normalized
             Convolution(spatial_dims, widths[k], widths[k + 1], norm=None if k in (0, last) else "INSTANCE", **halve)
@@ -176,14 +166,9 @@ class MMGANGenerator(ConfiguredNetwork):
         self.head = Convolution(spatial_dims, 2 * channels[0], NUM_CONTRASTS, conv_only=True, **double)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Fills in the missing contrasts.
+        """Fills in the missing contrasts; B x 8 x spatial (any size) to B x 7 x spatial, as ``SSCFNet.forward``.
 
-        Args:
-            image: B x 8 x spatial, as for ``SSCFNet.forward``; any size.
-
-        Returns:
-            B x 7 x spatial: four contrasts in [-1, 1], the available ones as given, then zeros, since MM-GAN has no
-            mask.
+        The available contrasts come back as given, and the last three channels are 0, since MM-GAN has no mask.
         """
         available = read_availability(image)
         given = network_input(image[:, : self.num_contrasts], available)[:, : self.num_contrasts]
@@ -199,8 +184,7 @@ class MMGANGenerator(ConfiguredNetwork):
         for k, stage in enumerate(self.up):
             x = torch.cat([stage(x), skips[len(skips) - 2 - k]], dim=1)
         made = torch.tanh(F.pad(self.head(x), [-m for m in margins]).float())
-        kept = available.view(available.shape + (1,) * self.spatial_dims)
-        images = torch.where(kept, given.float(), made)
+        images = torch.where(expand_dims_like(available, made), given.float(), made)
         return torch.cat([images, torch.zeros_like(images[:, : self.num_tumor_classes])], dim=1)
 
 
@@ -221,7 +205,7 @@ class MMGANDiscriminator(nn.Module):
         )
 
     def forward(self, shown: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Args: shown, real: B x 4 x spatial. Returns: B x 4 x patches, the scores of each shown contrast."""
+        """Scores of each contrast of ``shown``, given ``real`` (both B x 4 x spatial): B x 4 x patches."""
         return self.net(torch.cat([shown, real], dim=1))[-1].flatten(2)
 
 
@@ -235,7 +219,7 @@ class MMGANDiscriminatorLoss(nn.Module):
     def forward(
         self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor, has_contrast: torch.Tensor
     ) -> torch.Tensor:
-        """Args: real, fake: B x 4 x patches, scores of x and f; missing, has_contrast: B x 4. Returns: scalar."""
+        """Scalar from B x 4 x patches scores of x and f; ``missing`` and ``has_contrast`` are B x 4."""
         on_real = (real.float() - 1).square().mean(dim=2)
         on_fake = (fake.float() - (~missing).unsqueeze(2).float()).square().mean(dim=2)
         return 0.5 * set_mean(on_real + on_fake, has_contrast)
@@ -256,9 +240,8 @@ class MMGANTrainer(SynthesisTrainer):
         A contrast that the study lacks is background in both.
         """
         target = batch["target"]
-        shape = batch["missing"].shape + (1,) * (target.dim() - 2)
-        real = torch.where(batch["has_contrast"].view(shape), target, -1.0)
-        return torch.where(batch["missing"].view(shape), output["pred"][:, :NUM_CONTRASTS], real), real
+        real = torch.where(expand_dims_like(batch["has_contrast"], target), target, -1.0)
+        return torch.where(expand_dims_like(batch["missing"], target), output["pred"][:, :NUM_CONTRASTS], real), real
 
     def generator_scores(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Scores of the contrasts of f, B x 4 x patches; None without a discriminator."""
@@ -267,6 +250,7 @@ class MMGANTrainer(SynthesisTrainer):
     def compute_discriminator_loss(self, output: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Loss of the discriminator, without a gradient to the generator."""
         fake, real = (stack.detach() for stack in self.stacks(output, batch))
+        assert self.discriminator_step is not None and self.discriminator_loss is not None
         # one call for both, as DistributedDataParallel wants it
         on_real, on_fake = self.discriminator_step(torch.cat([real, fake]), torch.cat([real, real])).chunk(2)
         return self.discriminator_loss(on_real, on_fake, batch["missing"], batch["has_contrast"])

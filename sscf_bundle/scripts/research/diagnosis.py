@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS
+from ..contrasts import NUM_CONTRASTS, class_masks
 from ..evaluation.evaluator import SliceEvaluator
+from ..networks.blocks import expand_dims_like
+from ..networks.ccp import CCP
 from ..networks.sscf import SSCFNet
 from ..training.trainer import BATCH_KEYS, SSCFTrainer
 
@@ -80,10 +83,10 @@ def all_of(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 def mean_over_space(maps: torch.Tensor) -> torch.Tensor:
     """B x C x spatial maps of the same shape that hold their means over space."""
-    return maps.flatten(2).mean(dim=2).view(maps.shape[:2] + (1,) * (maps.dim() - 2)).expand_as(maps)
+    return expand_dims_like(maps.flatten(2).mean(dim=2), maps).expand_as(maps)
 
 
-def after(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Callable], Callable]:
+def after(function: Callable) -> Callable[[Callable], Callable]:
     """Turns a method into one that gives ``function`` of its result."""
     return lambda method: lambda *args: function(method(*args))
 
@@ -108,14 +111,14 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
 
             return replaced(net, "encode", make)
 
-        def truth(seen: torch.Tensor) -> torch.Tensor:
-            classes = label().to(seen.device)
-            return torch.cat([classes == k + 1 for k in range(seen.shape[1])], dim=1)
+        def annotated(seen: torch.Tensor) -> torch.Tensor:
+            return class_masks(label().to(seen.device))
 
         found["mask of the second pass zero"] = second_pass(torch.zeros_like)
-        found["mask of the second pass true"] = second_pass(truth)
+        found["mask of the second pass true"] = second_pass(annotated)
     if net.with_ccp:
-        weights = [t for ccp in net.ccp for t in (ccp.gamma_weight, ccp.gamma_bias)]
+        modules = [module for module in net.modules() if isinstance(module, CCP)]
+        weights = [t for ccp in modules for t in (ccp.gamma_weight, ccp.gamma_bias)]
         found["CCP zero"] = changed(weights, torch.zeros_like)
         found["retrieval random"] = retrieving(net, "random")
         found["retrieval mean of the bank"] = retrieving(net, "mean")
@@ -123,10 +126,10 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
             net, "prototypes", after(lambda result: (*result[:2], torch.zeros_like(result[2])))
         )
         found["CBAM, channel attention constant"] = all_of(
-            replaced(ccp, "channel_attention", after(lambda a: a.mean().expand_as(a))) for ccp in net.ccp
+            replaced(ccp, "channel_attention", after(lambda a: a.mean().expand_as(a))) for ccp in modules
         )
         found["CBAM, spatial attention constant"] = all_of(
-            replaced(ccp.spatial, "forward", after(mean_over_space)) for ccp in net.ccp
+            replaced(ccp.spatial, "forward", after(mean_over_space)) for ccp in modules
         )
     return found
 
@@ -145,7 +148,8 @@ def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
     changes: list[list[float]] = []
 
     def compare(engine: Engine) -> None:
-        output, position = engine.state.output, len(changes)
+        output: Any = engine.state.output
+        position = len(changes)
         pred = output["pred"].cpu()
         if len(whole) == position:
             whole.append(pred)
@@ -156,8 +160,10 @@ def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
 
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, compare)
     rows = {}
-    cases = interventions(evaluator.network, lambda: evaluator.state.batch["label"])
-    for name, context in {"nothing": nullcontext(), **cases}.items():
+    state: Any = evaluator.state
+    cases: dict[str, AbstractContextManager] = {"nothing": nullcontext()}
+    cases |= interventions(cast(SSCFNet, evaluator.network), lambda: state.batch["label"])
+    for name, context in cases.items():
         logger.info("diagnosis without: %s", name)
         changes.clear()
         with context:
@@ -184,12 +190,12 @@ def gradient_shares(trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tens
     for repetition in range(2):
         for batch in batches:
             prepared = trainer.prepare(batch)
-            truth = [prepared[key] for key in BATCH_KEYS]
-            output = step(prepared["image"], *truth, prepared["scenario"])
+            batch_arguments = [prepared[key] for key in BATCH_KEYS]
+            output = step(prepared["image"], *batch_arguments, prepared["scenario"])
             if repetition == 0:
                 trainer.on_iteration_end(output)
                 continue
-            terms = trainer.loss(output, *truth[:4], None, trainer.draw_bank_entries(prepared))
+            terms = trainer.loss(output, *batch_arguments[:4], None, trainer.draw_bank_entries(prepared))
             rows = {}
             for name, weight in trainer.loss.weights.items():
                 if weight and name in terms:

@@ -22,7 +22,7 @@ from monai.inferers import Inferer
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, StudyError, label_map
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, StudyError, class_masks, label_map
 from ..data.cohort import Cohort
 from ..data.slices import PreparedSlices, SliceDataset
 from ..evaluation.protocols import Protocol, StudyTruth, region_dice
@@ -50,11 +50,8 @@ def complete_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
 
     Args:
         data: the cohort.
-        part: ``training``, ``validation`` or ``test``.
+        part: ``training``, ``validation`` or ``test``; a ``StudyError`` if it has no complete study.
         options: of ``SliceDataset``.
-
-    Raises:
-        StudyError: if the part has no complete study.
     """
     dataset = data.slices(part, **options)
     complete = [s for s in dataset._cached if all(s.info["has_contrast"]) and s.info["has_mask"]]
@@ -72,19 +69,10 @@ def segmentation_batch(
     non_blocking: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``prepare_batch`` of MONAI's engines for slices.
-
-    Args:
-        batchdata: with ``target`` (B x 4 x spatial) and ``label`` (B x 1 x spatial classes).
-        device: where the tensors go.
-        non_blocking: copy asynchronously.
-
-    Returns:
-        Image, B x 4 x spatial, and label, B x 3 x spatial of 0 and 1: ED, ET, NET.
-    """
+    """``prepare_batch`` of MONAI's engines: B x 4 x spatial images, B x 3 x spatial masks of ED, ET, NET."""
     image = batchdata["target"].to(device, non_blocking=non_blocking)
     label = batchdata["label"].to(device, non_blocking=non_blocking)
-    return image, torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1).float()
+    return image, class_masks(label).float()
 
 
 class BrainInferer(Inferer):
@@ -105,11 +93,7 @@ class BrainInferer(Inferer):
 
 
 def study_dice(output: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean Dice of WT, TC and ET of one study, for an Ignite metric.
-
-    Args:
-        output: ``pred``, Z x 3 x spatial probabilities, and ``label``, that of ``segmentation_batch``.
-    """
+    """Mean Dice of WT, TC and ET of one study, for an Ignite metric."""
     return region_dice(label_map(output["pred"]), label_map(output["label"])).mean()
 
 
@@ -149,11 +133,7 @@ def load_segmenter(
 
 
 class DownstreamProtocol(Protocol):
-    """Describes the rows of the downstream task in the metadata of an evaluation; it scores no single contrast.
-
-    Args:
-        segmenter_path: file of the segmenter's weights.
-    """
+    """Describes the rows of the downstream task in the metadata of an evaluation; it scores no single contrast."""
 
     name = "downstream"
 
@@ -168,7 +148,7 @@ class DownstreamProtocol(Protocol):
         )
 
     def start(self, truth: StudyTruth) -> None:
-        """Nothing depends on the truth alone."""
+        """Nothing depends on the target alone."""
 
     def score(self, target: int, prediction: torch.Tensor) -> dict[str, dict]:
         """No score of a single contrast."""
@@ -202,20 +182,9 @@ class DownstreamScores(StudyScores):
         self.segmenter, self.inferer = segmenter.eval(), BrainInferer(batch_size)
 
     def score(
-        self,
-        scenario: Sequence[int],
-        images: Mapping[str, torch.Tensor],
-        classes: torch.Tensor | None,
-        whole: bool,
+        self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool
     ) -> dict[Key, torch.Tensor]:
-        """Dice of a study, complete and with a mask.
-
-        Args:
-            scenario: 0/1 vector over ``CONTRASTS``.
-            images: for each method Z x K x H x W in [0, 1], of which the missing contrasts are read.
-            classes: ignored.
-            whole: ignored, since nothing but slices is scored.
-        """
+        """Dice of a study, complete and with a mask; arguments as of ``StudyScores.score``."""
         given = torch.tensor(scenario, dtype=torch.bool, device=self._target.device)[:, None, None]
         return self._dice({name: torch.where(given, self._target, 2 * made - 1) for name, made in images.items()})
 

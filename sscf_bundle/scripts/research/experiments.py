@@ -93,65 +93,40 @@ def write_splits(
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of a table: what is laid over the common base.
+    """One row of a table: what is laid over the common base."""
 
-    Args:
-        configs: names of configs below ``configs/`` without the suffix, as ``ablations/ccp``.
-        overrides: of single ids.
-        evaluation_overrides: of single ids in its evaluations alone.
-        share: of the budget, above 0.
-        after: experiment whose weights this one starts from (its configs read ``pretrained_path``).
-        weights_of: experiment whose weights are evaluated; nothing is trained.
-        evaluated: False for what is only a step of another experiment.
-        writes: file of the weights in its folder by the id that takes its path, where it is not ``last_ckpt_path``.
-    """
-
-    configs: Sequence[str] = ()
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    evaluation_overrides: Mapping[str, Any] = field(default_factory=dict)
-    share: float = 1.0
-    after: str | None = None
-    weights_of: str | None = None
-    evaluated: bool = True
+    configs: Sequence[str] = ()  #: names of configs below ``configs/`` without the suffix, as ``ablations/ccp``.
+    overrides: Mapping[str, Any] = field(default_factory=dict)  #: of single ids.
+    evaluation_overrides: Mapping[str, Any] = field(default_factory=dict)  #: of single ids in its evaluations alone.
+    share: float = 1.0  #: of the budget, above 0.
+    after: str | None = None  #: experiment whose weights this one starts from (its configs read ``pretrained_path``).
+    weights_of: str | None = None  #: experiment whose weights are evaluated; nothing is trained.
+    evaluated: bool = True  #: False for what is only a step of another experiment.
+    #: file of the weights in its folder by the id that takes its path, where it is not ``last_ckpt_path``.
     writes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is done with the weights of the experiments.
+    """What is done with the weights of the experiments."""
 
-    Args:
-        configs: overlays, as those of ``Experiment``.
-        run_id: of the overlays.
-        overrides: of single ids.
-        uses: for each id of the overlay that takes the file of other weights, the experiment that trains them.
-        only: experiments or sets for which it is done; None means all.
-    """
-
-    configs: Sequence[str]
-    run_id: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    configs: Sequence[str]  #: overlays, as those of ``Experiment``.
+    run_id: str  #: of the overlays.
+    overrides: Mapping[str, Any] = field(default_factory=dict)  #: of single ids.
+    #: for each id of the overlay that takes the file of other weights, the experiment that trains them.
     uses: Mapping[str, str] = field(default_factory=dict)
-    only: Sequence[str] | None = None
+    only: Sequence[str] | None = None  #: experiments or sets for which it is done; None means all.
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A training or an evaluation of one experiment, seed and fold; all of its files begin with ``path``.
+    """A training or an evaluation of one experiment, seed and fold; all of its files begin with ``path``."""
 
-    Args:
-        path: folder of the run and name of the step.
-        run_id: of the config.
-        config: all settings of the step, written to ``<path>.json``.
-        writes: what it must leave behind.
-        needs: steps that must be finished before.
-    """
-
-    path: Path
-    run_id: str
-    config: Mapping[str, Any]
-    writes: Path
-    needs: Sequence[Path]
+    path: Path  #: folder of the run and name of the step.
+    run_id: str  #: of the config.
+    config: Mapping[str, Any]  #: all settings of the step, written to ``<path>.json``.
+    writes: Path  #: what it must leave behind.
+    needs: Sequence[Path]  #: steps that must be finished before.
 
     def file(self, suffix: str) -> Path:
         """``json`` the settings, ``log`` what was printed, ``started`` and ``done`` empty, their times count."""
@@ -184,7 +159,7 @@ class Step:
         self.file("json").write_text(json.dumps(self.config, indent=1) + "\n")
 
     def run(self, bundle_root: Path) -> str:
-        """Runs the command; returns the reason of a failure, empty where there is none."""
+        """Runs the command; the reason of a failure, empty where there is none."""
         status = subprocess.run(self.command(bundle_root), shell=True).returncode
         if not status:
             return ""
@@ -202,59 +177,41 @@ class Experiments:
     its own, and above them the budget, which is the same for all. Finished steps are skipped; a failed step is named,
     and the others go on without it. All runs share one slice cache. The checkpoints of a finished training are removed.
 
-    Args:
-        experiments: definitions by name, see ``Experiment``.
-        names: which to run; those that they need are added. A name of ``sets`` stands for its list.
-        output_dir: gets everything.
-        dataset_dir: folder of the studies.
-        split_files: of the folds, see ``write_splits``.
-        report: see ``write_report``; called with ``runs``, ``reference``, ``panels``, ``notes`` and ``more_tables``.
-        bundle_root: folder of ``configs`` and ``scripts``.
-        sets: lists of names.
-        file_pattern: see ``find_studies``.
-        patient_pattern: see ``find_studies``.
-        base: configs under every training.
-        evaluation_base: configs under every evaluation.
-        settings: of every experiment, where its own configs do not say otherwise.
-        budget: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment; an experiment's ``share``
-            multiplies the first two.
-        minutes: wall time of a training instead of the end of its epochs; a training that was stopped before its end
-            then starts anew.
-        seeds: of the training; every seed has the same splits. A mapping gives them by set or experiment; what is in
-            several gets all of theirs, and what is needed those of what needs it.
-        evaluations: by name, see ``Evaluation``.
-        evaluate_with: names of those that are done.
-        weights: ``last`` or ``best`` (by the validation) are evaluated.
-        reference: experiment from which the report draws differences; where it is not complete, the first one.
-        panels: experiments whose images the report shows side by side, of the first seed and fold.
-        dry_run: print the plan and run nothing.
-
     Raises:
         StudyError: for unknown names and settings that cannot be.
     """
 
-    experiments: Mapping[str, Any]
-    names: str | Sequence[str]
-    output_dir: str | Path
-    dataset_dir: str | Path
-    split_files: Sequence[str]
+    experiments: Mapping[str, Any]  #: definitions by name, see ``Experiment``.
+    names: str | Sequence[str]  #: which to run; those that they need are added. A name of ``sets`` stands for its list.
+    output_dir: str | Path  #: gets everything.
+    dataset_dir: str | Path  #: folder of the studies.
+    split_files: Sequence[str]  #: of the folds, see ``write_splits``.
+    #: see ``write_report``; called with ``runs``, ``reference``, ``panels``, ``notes`` and ``more_tables``.
     report: Callable[..., None]
-    bundle_root: str | Path = "."
-    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    file_pattern: Mapping[str, str] | None = None
-    patient_pattern: str | None = None
-    base: Sequence[str] = ("train",)
-    evaluation_base: Sequence[str] = ("train",)
+    bundle_root: str | Path = "."  #: folder of ``configs`` and ``scripts``.
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)  #: lists of names.
+    file_pattern: Mapping[str, str] | None = None  #: see ``find_studies``.
+    patient_pattern: str | None = None  #: see ``find_studies``.
+    base: Sequence[str] = ("train",)  #: configs under every training.
+    evaluation_base: Sequence[str] = ("train",)  #: configs under every evaluation.
+    #: of every experiment, where its own configs do not say otherwise.
     settings: Mapping[str, Any] = field(default_factory=dict)
+    #: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment; an experiment's ``share`` multiplies
+    #: the first two.
     budget: Mapping[str, Any] = field(default_factory=dict)
+    #: wall time of a training instead of the end of its epochs; a training that was stopped before its end then starts
+    #: anew.
     minutes: float | None = None
+    #: of the training; every seed has the same splits. A mapping gives them by set or experiment; what is in several
+    #: gets all of theirs, and what is needed those of what needs it.
     seeds: Sequence[int] | Mapping[str, Sequence[int]] = (0,)
-    evaluations: Mapping[str, Any] = field(default_factory=dict)
-    evaluate_with: Sequence[str] = ()
-    weights: str = "last"
+    evaluations: Mapping[str, Any] = field(default_factory=dict)  #: by name, see ``Evaluation``.
+    evaluate_with: Sequence[str] = ()  #: names of those that are done.
+    weights: str = "last"  #: ``last`` or ``best`` (by the validation) are evaluated.
+    #: experiment from which the report draws differences; where it is not complete, the first one.
     reference: str | None = None
-    panels: Sequence[str] = ()
-    dry_run: bool = False
+    panels: Sequence[str] = ()  #: experiments whose images the report shows side by side, of the first seed and fold.
+    dry_run: bool = False  #: print the plan and run nothing.
 
     def __post_init__(self) -> None:
         # the runs have another working directory
@@ -267,7 +224,7 @@ class Experiments:
         self.experiments = {name: Experiment(**definition) for name, definition in self.experiments.items()}
         self.evaluations = {name: Evaluation(**self.evaluations[name]) for name in self.evaluate_with}
         self.names = self._with_needs(self._members([self.names] if isinstance(self.names, str) else self.names))
-        self.seeds = self._seeds_by_name(self.seeds)
+        self.seeds_of = self._seeds_by_name(self.seeds)
 
     # --------------------------------------------------------------------------------------------------------- plan
     def _members(self, entries: Sequence[str]) -> list[str]:
@@ -352,13 +309,7 @@ class Experiments:
         return {**places, **names, "split_file": self.split_files[fold], "output_dir": str(directory)}
 
     def steps(self, name: str, seed: int, fold: int) -> list[Step]:
-        """Everything that one run does, in order.
-
-        Args:
-            name: of the experiment.
-            seed: of the training.
-            fold: position in ``split_files``.
-        """
+        """Everything that one run of an experiment (with a seed and a position in ``split_files``) does, in order."""
         one, folder = self.experiments[name], self.directory(name, seed, fold)
         common = {**self._common(fold, folder), "seed": seed, "split_studies": _read(Path(self.split_files[fold]))}
         common |= one.overrides
@@ -376,7 +327,8 @@ class Experiments:
                 pretrained, before = self._weights(one.after, seed, fold)
                 overrides["pretrained_path"], needs = str(pretrained), [before]
             if self.minutes is not None:
-                limit = {"_target_": "scripts.training.stages.TimeLimit", "minutes": one.share * self.minutes}
+                seconds = max(1, round(60 * one.share * self.minutes))
+                limit = {"_target_": "scripts.training.trainer.TimeLimit", "limit_sec": seconds}
                 overrides |= {"+train#handlers": [limit], "resume": False}
             config = self._config(self.base, self.settings, one.configs, overrides)
             steps.append(Step(training, "training", config.get(), weights, needs))
@@ -397,10 +349,7 @@ class Experiments:
         return steps
 
     def prepare(self) -> int:
-        """Fills the slice cache, so that no two runs do the same work.
-
-        Returns:
-            The number of training slices of the smallest fold.
+        """Fills the slice cache, so that no two runs do the same work; the training slices of the smallest fold.
 
         Raises:
             StudyError: if a study cannot be used.
@@ -441,10 +390,10 @@ class Experiments:
         notes = self._too_large(self.prepare())
         runs = [
             (name, seed, fold)
-            for seed in sorted({seed for seeds in self.seeds.values() for seed in seeds})
+            for seed in sorted({seed for seeds in self.seeds_of.values() for seed in seeds})
             for fold in range(len(self.split_files))
             for name in self.names
-            if name not in notes and seed in self.seeds[name]
+            if name not in notes and seed in self.seeds_of[name]
         ]
         plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
         for step in plan:
@@ -522,11 +471,11 @@ class Experiments:
         done = {name: list(self._evaluations(name)) for name in self.names if name not in notes}
         runs = {
             name: {s: [self.directory(name, s, f) / label for f in folds for label in done[name]] for s in seeds}
-            for name, seeds in self.seeds.items()
+            for name, seeds in self.seeds_of.items()
             if done.get(name)
         }
         if runs:
-            shown = {name: self.directory(name, self.seeds[name][0], 0) for name in self.panels if name in runs}
+            shown = {name: self.directory(name, self.seeds_of[name][0], 0) for name in self.panels if name in runs}
             self.report(
                 runs=runs,
                 reference=self.reference if self.reference in runs else None,

@@ -40,16 +40,16 @@ class _NamedEvaluator(SupervisedEvaluator):
         Evaluator.__init__(self, **arguments)
 
 
-class FederatedTrainer(SSCFTrainer, _NamedTrainer):
+class FederatedTrainer(SSCFTrainer, _NamedTrainer):  # type: ignore[misc]
     """``SSCFTrainer`` whose ``network`` is what ``MonaiAlgo`` exchanges; arguments as there."""
 
     @property
-    def network(self) -> ExchangedParameters:
+    def network(self) -> ExchangedParameters:  # type: ignore[override]
         """The parameters of the network that is trained."""
         return ExchangedParameters(self.training_step.net)
 
 
-class FederatedEvaluator(SliceEvaluator, _NamedEvaluator):
+class FederatedEvaluator(SliceEvaluator, _NamedEvaluator):  # type: ignore[misc]
     """``SliceEvaluator`` as ``MonaiAlgo`` takes it; arguments as there. Its weights are read into, never out."""
 
 
@@ -68,7 +68,7 @@ class ExchangedParameters(nn.Module):
         """Copies of the parameters by name."""
         return {name: value.detach().clone() for name, value in self._network[0].named_parameters()}
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Writes parameters; all have to be there."""
         lacking = set(dict(self._network[0].named_parameters())) - set(state_dict)
         if lacking:

@@ -147,13 +147,8 @@ def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, 
     return one_missing_panel(item["target"], item["label"], predictions)
 
 
-def patient_plot(values: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """A box and a point for each patient, one column for each method.
-
-    Args:
-        values: for each method one number for each patient.
-        title: of the vertical axis, with its unit.
-    """
+def patient_plot(values: Mapping[str, Sequence[float] | np.ndarray], title: str) -> Figure:
+    """A box and a point for each patient, one column for each method."""
     figure = Figure(figsize=(1.5 + 1.2 * len(values), 3.4), layout="tight")
     axis = figure.subplots()
     axis.boxplot(list(values.values()), tick_labels=list(values), showfliers=False, medianprops={"color": "black"})
@@ -168,12 +163,7 @@ def patient_plot(values: Mapping[str, Sequence[float]], title: str) -> Figure:
 
 
 def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
-    """Differences from a reference with their intervals, one line for each method.
-
-    Args:
-        differences: for each method ``mean``, ``low`` and ``high``; None draws no interval.
-        title: of the horizontal axis, with its unit.
-    """
+    """Differences (``mean``, ``low``, ``high``) of methods from a reference with their intervals, a line for each."""
     frame = pd.DataFrame.from_dict(differences, orient="index", columns=["mean", "low", "high"], dtype=float)
     figure = Figure(figsize=(5, 1 + 0.35 * len(frame)), layout="tight")
     axis = figure.subplots()
@@ -224,6 +214,8 @@ def compare_study(
     real, images = real[kept], torch.stack(made, dim=1)[kept]
     available = ~torch.tensor(missing).expand(len(real), -1)
     scores: dict[str, float] = {}
+    psnr: Any = PSNRMetric(max_val=1.0)
+    ssim: Any = SSIMMetric(spatial_dims=2, data_range=1.0)
     for prefix, prediction in (
         ("", images),
         ("mean_of_available_", mean_of_available(real, available)),
@@ -233,8 +225,8 @@ def compare_study(
         for k, key in enumerate(CONTRAST_KEYS):
             if missing[k]:
                 pair = prediction[:, k : k + 1].clamp(0, 1), (real[:, k : k + 1] + 1) / 2
-                scores[f"{prefix}{key}_psnr"] = float(PSNRMetric(max_val=1.0)(*pair).clamp(max=MAX_PSNR).mean())
-                scores[f"{prefix}{key}_ssim"] = float(SSIMMetric(spatial_dims=2, data_range=1.0)(*pair).mean())
+                scores[f"{prefix}{key}_psnr"] = float(psnr(*pair).clamp(max=MAX_PSNR).mean())
+                scores[f"{prefix}{key}_ssim"] = float(ssim(*pair).mean())
     masks = [load(paths[MASK_KEY])[kept] if MASK_KEY in paths else None for paths in (target, result)]
     _study_figure(real, images, missing, masks, caption).savefig(path, dpi=110, facecolor="black")
     return scores
@@ -280,9 +272,6 @@ def demo_figure(
         result_dir: ``output_dir`` of the inference.
         path: PNG file to write.
         caption: put below the mask, for example the source of the images.
-
-    Returns:
-        As ``compare_study``.
     """
     if study.endswith(".json"):
         study = json.loads(Path(study).read_text())["test"][0]

@@ -119,15 +119,7 @@ def write_report(
 
 
 def plots(runs: Runs, reference: str) -> dict[str, dict[str, str]]:
-    """The figures of the scores.
-
-    Args:
-        runs: scores.
-        reference: run from which differences are drawn.
-
-    Returns:
-        For each heading the figures (see ``encode``) by their captions.
-    """
+    """For each heading the figures of the scores (see ``encode``) by their captions."""
     differences, patients = {}, {}
     for measure in PLOTTED:
         protocol, region, score = measure
@@ -148,23 +140,14 @@ def plots(runs: Runs, reference: str) -> dict[str, dict[str, str]]:
 
 
 def encode(figure: Figure, **options: Any) -> str:
-    """A figure as base64 of a PNG file.
-
-    Args:
-        figure: to draw.
-        options: of ``savefig``.
-    """
+    """A figure as base64 of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def metadata_html(runs: Runs) -> str:
-    """What is recorded of every run in one text or number, as a table.
-
-    Args:
-        runs: with metadata.
-    """
+    """What is recorded of every run in one text or number, as a table."""
     rows: dict[str, dict[str, str]] = {}
     for name, entries in runs.metadata.items():
         keys = dict.fromkeys(k for one in entries for k, value in one.items() if isinstance(value, str | int | float))

@@ -128,8 +128,8 @@ class Runs:
             patients, its interval covers 0, or it is not larger than the range of one of the two runs over its seeds),
             empty where it stands out. None if one of the two has no such score.
         """
-        pair = [self._rows.get((name, "network", *measure)) for name in (run, reference)]
-        if pair[0] is None or pair[1] is None:
+        pair = [self._rows[key] for name in (run, reference) if (key := (name, "network", *measure)) in self._rows]
+        if len(pair) < 2:
             return None
         common = set(pair[0]["seed"]) & set(pair[1]["seed"])
         if not common:
@@ -148,12 +148,7 @@ class Runs:
         return found | {"noise": " and ".join(reason for reason, holds in reasons.items() if holds)}
 
     def patients(self, run: str, *measure: str) -> np.ndarray:
-        """Mean over the scenarios of every patient alone.
-
-        Args:
-            run: name.
-            measure: method, protocol, region and score.
-        """
+        """Mean over the scenarios of every patient alone; ``measure`` is method, protocol, region and score."""
         means = GroupMeans(average_seeds(self._rows[run, *measure]))
         return means(np.arange(means.patients)[:, None])[0]
 
@@ -164,15 +159,9 @@ def average_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def methods_of(frame: pd.DataFrame, labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """The rows of a table or figure.
+    """The rows of a table or figure: label, run and method, first the reference methods, last the real contrasts.
 
-    Args:
-        frame: scores that it shows.
-        labels: of the runs, in order.
-
-    Returns:
-        Label, run and method: the reference methods, the networks, the real contrasts. What is not of a network is the
-        same for every run and taken from the first.
+    What is not of a network is the same for every run and taken from the first.
     """
     there = set(frame[["run", "method"]].itertuples(index=False, name=None))
     networks = [(label, run, "network") for run, label in labels.items() if (run, "network") in there]
@@ -199,7 +188,8 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
     """
     if not folders:
         raise StudyError("There are no runs: give the folder of at least one evaluation.")
-    frames, metadata = [], {}
+    frames: list[pd.DataFrame] = []
+    metadata: dict[str, list[dict[str, Any]]] = {}
     for name, given in folders.items():
         metadata[str(name)] = []
         for seed, paths in (given if isinstance(given, Mapping) else {0: given}).items():
@@ -212,7 +202,8 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
                     )
                 parts.append(read_scores(folder / "scores.csv")[COLUMNS])
                 if (folder / "metrics.json").is_file():
-                    metadata[str(name)].append(json.loads((folder / "metrics.json").read_text())["facts"])
+                    content = json.loads((folder / "metrics.json").read_text())
+                    metadata[str(name)].append(content.get("metadata") or content["facts"])  # their name in 0.2.0
             part = pd.concat(parts, ignore_index=True)
             # an image evaluation and a downstream evaluation differ in their protocol
             twice = part[part.duplicated(COLUMNS[:-1])]
@@ -238,25 +229,18 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
 # ------------------------------------------------------------------------------------------------------------- tables
 @dataclass(frozen=True)
 class Table:
-    """One table.
+    """One table."""
 
-    Args:
-        name: stem of its files.
-        title: a few words.
-        caption: cohort, part, patients, protocol, seeds and weights.
-        cells: long form with ``row``, ``block``, ``score``, ``mean`` and, where they were computed, ``low``, ``high``
-            (95% interval over patients), ``spread`` (standard deviation over seeds) and ``patients``.
-        remarks: text for some rows, shown in a last column of that title.
-        remark_title: title of that column.
-        transposed: the methods are the blocks; the best is then that of a row, among the columns of one score.
-    """
-
-    name: str
-    title: str
-    caption: str
+    name: str  #: stem of its files.
+    title: str  #: a few words.
+    caption: str  #: cohort, part, patients, protocol, seeds and weights.
+    #: long form with ``row``, ``block``, ``score``, ``mean`` and, where they were computed, ``low``, ``high`` (95%
+    #: interval over patients), ``spread`` (standard deviation over seeds) and ``patients``.
     cells: pd.DataFrame
+    #: text for some rows, shown in a last column of that title.
     remarks: Mapping[str, str] = field(default_factory=dict)
-    remark_title: str = "remark"
+    remark_title: str = "remark"  #: title of that column.
+    #: the methods are the blocks; the best is then that of a row, among the columns of one score.
     transposed: bool = False
 
     def grid(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -297,12 +281,7 @@ class Table:
         return "\n".join([f"### {self.title}", "", *rows, "", self.caption, ""])
 
     def style(self, escape: Callable[[str], str], bold: str) -> Styler:
-        """The table for ``to_html`` or ``to_latex`` of pandas.
-
-        Args:
-            escape: of every text.
-            bold: CSS that marks the best.
-        """
+        """The table for ``to_html`` or ``to_latex`` of pandas, every text escaped and the best in the CSS ``bold``."""
         text, best = self.grid()
         text = text.map(escape).rename(index=escape)
         text.columns = pd.MultiIndex.from_tuples([tuple(map(escape, column)) for column in text.columns])
@@ -359,13 +338,7 @@ def difference_text(found: Mapping[str, Any], score: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- captions
 def recorded(metadata: Sequence[Mapping[str, Any]], key: str, length: int | None = None) -> list[str]:
-    """The different values of a key as text.
-
-    Args:
-        metadata: of some evaluations.
-        key: of them.
-        length: of a text at most.
-    """
+    """The different values of a key of some evaluations as text, ``length`` characters at most."""
     return list(dict.fromkeys(str(one[key])[:length] for one in metadata if one.get(key) is not None))
 
 
@@ -410,15 +383,12 @@ def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame
 def protocol_differences(
     metadata: Sequence[Mapping[str, Any]], patients: int, protocol: Mapping[str, Any]
 ) -> list[str]:
-    """In what an evaluation differs from the protocol of published values.
+    """In what evaluations differ from the protocol of published values, one text for each difference.
 
     Args:
         metadata: of the evaluations, all runs, folds and seeds.
         patients: evaluated.
         protocol: ``cohort``, ``studies``, ``fractions``, and ``metadata`` that must be as they are there.
-
-    Returns:
-        One text for each difference; with none, only the random split is another.
     """
     differences = []
     wanted = round(protocol["fractions"][2] * protocol["studies"])
@@ -568,12 +538,7 @@ def standard_tables(
 
 
 def write_tables(tables: Sequence[Table], folder: str | Path) -> None:
-    """Writes ``<name>.csv``, ``.md`` and ``.tex`` of every table, and all of them in ``tables.md``.
-
-    Args:
-        tables: at least one.
-        folder: made if needed.
-    """
+    """Writes ``<name>.csv``, ``.md`` and ``.tex`` of every table, and all of them in ``tables.md``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:

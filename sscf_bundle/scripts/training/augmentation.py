@@ -75,12 +75,12 @@ class Augmentation:
 
         Returns:
             The batch with new ``target`` and ``label``, and ``source``: ``target`` with other intensities, which the
-            network is shown in its place. The truth keeps its own, since nothing could predict how they were changed.
+            network is shown in its place. The target keeps its own, since nothing could predict how they were changed.
         """
         target, label = batch["target"], batch["label"]
         over_space = (..., *(None for _ in target.shape[2:]))
         if self.rotation or self.scale or self.translation or self.flip:
-            grid = F.affine_grid(self.maps(batch["occurrence"], seed, epoch, target.shape[2:]), target.shape, False)
+            grid = F.affine_grid(self.maps(batch["occurrence"], seed, epoch, target.shape[2:]), [*target.shape], False)
             # shifted by 1, so that zeros from outside are background
             target = F.grid_sample(target + 1, grid, "bilinear", "zeros", False) - 1
             label = F.grid_sample(label.to(target.dtype), grid, "nearest", "zeros", False).to(label.dtype)
@@ -96,17 +96,7 @@ class Augmentation:
         return {**batch, "target": target, "source": source, "label": label}
 
     def maps(self, occurrence: torch.Tensor, seed: int, epoch: int, size: torch.Size) -> torch.Tensor:
-        """Affine maps from the new to the old image, in the coordinates of ``torch.nn.functional.affine_grid``.
-
-        Args:
-            occurrence: B int64.
-            seed: of the run.
-            epoch: present epoch.
-            size: spatial size.
-
-        Returns:
-            B x D x (D + 1) float32.
-        """
+        """Affine maps from the new to the old image (B x D x (D + 1) float32), as ``affine_grid`` takes them."""
         dims = len(size)
         drawn = hash_uniform(occurrence, seed, epoch, "affine", 3 + dims)
         angle, zoom, mirror = (2 * drawn[:, 0] - 1) * self.rotation, (2 * drawn[:, 1] - 1) * self.scale, drawn[:, 2]

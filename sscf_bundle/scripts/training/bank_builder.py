@@ -20,9 +20,10 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..data.randomness import hash_uniform
+from ..data.slices import SliceDataset
 from ..networks.blocks import channel_statistics
 from ..networks.memory_bank import BankEntries, CompiledBank, usable_entries
 from ..networks.sscf import SSCFNet
@@ -30,17 +31,8 @@ from .step import make_entries
 from .trainer import BATCH_KEYS, draw_scenarios
 
 
-def bank_slices(dataset: Dataset, size: int, seed: int = 0) -> Subset:
-    """Chooses the slices of a frozen bank: every patient in turn gives one, in random order, until the bank is full.
-
-    Args:
-        dataset: a ``SliceDataset`` of training studies; its ``slice_ids`` and ``patients`` are int64 tensors.
-        size: bank size L.
-        seed: of the choice.
-
-    Returns:
-        At most ``size`` slices.
-    """
+def bank_slices(dataset: SliceDataset, size: int, seed: int = 0) -> Subset:
+    """Chooses at most ``size`` slices: every patient in turn gives one, in random order, until the bank is full."""
     ids, patients = dataset.slice_ids, dataset.patients
     order = hash_uniform(ids, seed, 0, "bank").squeeze(1).argsort()
     seen: dict[int, int] = {}
@@ -127,7 +119,7 @@ class BankFreezer:
     def __init__(
         self,
         network: SSCFNet,
-        data_loader: Iterable,
+        data_loader: Any,
         device: torch.device | str,
         seed: int = 0,
         list_file: str | Path | None = None,

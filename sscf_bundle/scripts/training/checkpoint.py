@@ -95,7 +95,7 @@ class TrainingCheckpoint:
             return
         for path in reversed(self.files()):
             try:
-                state = torch.load(path, map_location=engine.state.device, weights_only=True)
+                state = torch.load(path, map_location=getattr(engine.state, "device", None), weights_only=True)
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 logger.warning(f"{path} cannot be read ({type(error).__name__}) and is passed over.")
                 continue

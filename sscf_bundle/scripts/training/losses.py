@@ -11,7 +11,7 @@
 """All losses of the paper (section 2.3, eq. 5-7 and 10-15).
 
 Every term is a mean over the pixels of an image, then over the contrasts of its set (T missing, S available, X all) in
-the sample, then over the samples. A contrast without truth and a study without a mask give 0 and still count as a
+the sample, then over the samples. A contrast without a target and a study without a mask give 0 and still count as a
 sample, so that accumulation over batches or processes equals one large batch.
 """
 
@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
-from ..networks.blocks import channel_statistics
-from ..networks.citim import AFFINITY_EPS
+from ..contrasts import NUM_CONTRASTS, class_masks
+from ..networks.blocks import channel_statistics, expand_dims_like
 from ..networks.memory_bank import BankEntries
+
+#: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
+AFFINITY_EPS = 1e-6
 
 
 def set_mean(values: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
@@ -128,22 +130,20 @@ def dependency_loss(
     fused = mean_weights(present)
     own = mean_weights(present & has_contrast.unsqueeze(2))
     maps = class_map.float().unsqueeze(1), contrast_maps.float()
-    return sum(
+    losses = [
         affinity_cross_entropy(entry_map, w, differ, weight) for w, weight in zip(maps, (fused, own), strict=True)
-    )
+    ]
+    return losses[0] + losses[1]
 
 
 class Draw(NamedTuple):
-    """Bank entries drawn for the dependency loss of a batch.
+    """Bank entries drawn for the dependency loss of a batch: all L, and the drawn ``slots`` (B x E).
 
-    Args:
-        entries: all L slots.
-        index: B x E drawn slots.
-        usable: B x E, False where the draw found no entry.
+    ``usable`` (B x E) is False where the draw found no entry.
     """
 
     entries: BankEntries
-    index: torch.Tensor
+    slots: torch.Tensor
     usable: torch.Tensor
 
 
@@ -157,10 +157,10 @@ def draw_entries(
         entries: all L slots.
         count: filled slots.
         patient: B patient hashes.
-        number: how many for each sample.
+        number: how many for each sample, E; at most L are drawn.
 
     Returns:
-        ``index``: B x E; ``usable``: B x E, False where fewer than E entries can be used. E is at most L.
+        ``slots`` and ``usable`` of a ``Draw``.
     """
     size = priority.shape[1]
     filled = torch.arange(size, device=priority.device) < count
@@ -182,8 +182,8 @@ class SegmentationLoss(nn.Module):
         self.eps = eps
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor, has_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Args: logits: B x 3 x spatial; label: B x 1 x spatial classes; has_mask: B. Returns: ``bce`` and ``dice``."""
-        truth = torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1).to(logits.dtype)
+        """``bce`` and ``dice`` of B x 3 x spatial logits against B x 1 x spatial classes."""
+        truth = class_masks(label).to(logits.dtype)
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(dim=1)
         # MONAI's DiceLoss reads a tensor on the host, which breaks the graph of a compiler
         p, y = torch.sigmoid(logits).flatten(2), truth.flatten(2)
@@ -213,9 +213,6 @@ def class_map_cross_entropy(
         label: B x N classes y.
         has_contrast: B x K.
         has_mask: B; a sample without a mask counts as 0.
-
-    Returns:
-        Scalar.
     """
     index = label.long()[:, None, None, :].expand(-1, contrast_maps.shape[1] + 1, 1, -1)
     maps = torch.cat([class_map.unsqueeze(1), contrast_maps], dim=1).float()
@@ -322,7 +319,7 @@ class GeneratorLoss(nn.Module):
             terms |= self.segmentation(output["logits"].float(), label, has_mask)
         if used & {"synthesis", "reconstruction", "tumor"}:
             images = output["pred"][:, :NUM_CONTRASTS].float()
-            known = has_contrast.view(has_contrast.shape + (1,) * (target.dim() - 2))
+            known = expand_dims_like(has_contrast, target)
             error = torch.where(known, (images - target.float()).abs(), torch.zeros_like(images))
             absolute = error.flatten(2).mean(dim=2)
             if "synthesis" in used:
@@ -348,19 +345,11 @@ class GeneratorLoss(nn.Module):
             terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
         if "perceptual" in used and distances is not None:
             terms["perceptual"] = set_mean(distances.float(), missing)
-        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+        loss: Any = sum(self.weights[name] * value for name, value in terms.items())
+        return {"loss": loss, **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:
-        """The dependency loss on drawn entries, the mean over samples.
-
-        Args:
-            output: of ``SSCFTrainingStep``.
-            draw: bank entries.
-            has_mask: B; a sample without a mask counts as 0.
-
-        Returns:
-            Scalar.
-        """
+        """The dependency loss on drawn entries, the mean over samples; one without a mask counts as 0."""
         values = dependency_loss(
             *draw, output["class_map"], output["contrast_maps"], output["available"], output["cells"]
         )
@@ -375,7 +364,7 @@ class DiscriminatorLoss(nn.Module):
         self.criterion = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-        """Args: real, fake: B x K x patches scores; missing: B x K contrasts with truth in T. Returns: scalar."""
+        """Scalar from B x K x patches scores; ``missing`` (B x K) are the contrasts with a target in T."""
         (on_real,) = self.criterion(real.float(), target_is_real=True, for_discriminator=True)
         (on_fake,) = self.criterion(fake.float(), target_is_real=False, for_discriminator=True)
         return set_mean(on_real.mean(dim=2) + on_fake.mean(dim=2), missing)

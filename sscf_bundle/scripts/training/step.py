@@ -20,25 +20,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
-from ..networks.blocks import channel_statistics, stack_contrasts
+from ..networks.blocks import channel_statistics, expand_dims_like, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
-from ..networks.sscf import SSCFNet, over_space, read_availability
+from ..networks.sscf import SSCFNet, read_availability
 
 #: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
 _CELL_PRIORITY = ("ED", "NET", "ET")
 
 
 class Scenario(NamedTuple):
-    """A scenario that all samples of a batch share, known on the host.
+    """A scenario that all samples of a batch share, known on the host."""
 
-    Args:
-        available: which of the K contrasts are available.
-        decoded: contrasts of ``available`` that are decoded for the reconstruction loss.
-    """
-
-    available: tuple[bool, ...]
-    decoded: tuple[int, ...]
+    available: tuple[bool, ...]  #: which of the K contrasts are available.
+    decoded: tuple[int, ...]  #: contrasts of ``available`` that are decoded for the reconstruction loss.
 
 
 class SSCFTrainingStep(nn.Module):
@@ -102,29 +97,26 @@ class SSCFTrainingStep(nn.Module):
         """
         net = self.net
         available = read_availability(image) & has_contrast
-        images = torch.where(over_space(available, image), image[:, :NUM_CONTRASTS], target)
+        images = torch.where(expand_dims_like(available, image), image[:, :NUM_CONTRASTS], target)
         # a contrast that the study does not have stands as background, and no NaN may enter the encoders' gradients
-        images = torch.where(over_space(has_contrast, image) & torch.isfinite(images), images, -1.0)
+        images = torch.where(expand_dims_like(has_contrast, image) & torch.isfinite(images), images, -1.0)
         bank = net.compile_bank(self.bank.entries())
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         allowed = filled.unsqueeze(0) & (bank.patient.unsqueeze(0) != patient.unsqueeze(1))
-        run = self._run_mixed if scenario is None else self._run_shared
-        output, *entry_features = run(images, available, bank, allowed, scenario)
+        if scenario is None:
+            output, first, second, statistics = self._run_mixed(images, available, bank, allowed)
+        else:
+            output, first, second, statistics = self._run_shared(images, available, bank, allowed, scenario)
         if net.with_citim:
             output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
         if net.uses_bank:
             number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
             metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
-            output["entries"] = make_entries(net, *entry_features, *metadata)
+            output["entries"] = make_entries(net, first, second, statistics, *metadata)
         return output
 
     def _run_mixed(
-        self,
-        images: torch.Tensor,
-        available: torch.Tensor,
-        bank: CompiledBank,
-        allowed: torch.Tensor,
-        scenario: None,
+        self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
         net = self.net
@@ -226,18 +218,18 @@ def make_entries(
     patient: torch.Tensor,
     slice_id: torch.Tensor,
 ) -> BankEntries:
-    """Bank entries of some samples: G and W_l of the first pass, keys, mu and sigma of the second.
+    """Bank entries of E samples: G and W_l of the first pass, keys, mu and sigma of the second.
 
     Args:
         net: the network that made the features.
         first: E x K x C x spatial, F_i^5 of the first pass.
         second: E x K x C x spatial, F_i^5 of the second pass.
         statistics: of the second pass by scale, mean and standard deviation, each E x K x C_j.
-        label: E x 1 x spatial classes.
-        has_contrast: E x K boolean.
-        has_mask: E boolean.
-        patient: E int64.
-        slice_id: E int64.
+        label: E x 1 x spatial classes; it and the following as in ``SSCFTrainingStep.forward``.
+        has_contrast: E x K.
+        has_mask: E.
+        patient: E.
+        slice_id: E.
     """
     class_map = net.contrast_maps(first)
     prototype = class_prototypes(
@@ -258,14 +250,9 @@ def make_entries(
 
 
 def cell_labels(label: torch.Tensor, factor: int) -> torch.Tensor:
-    """The class map y at the resolution of F^5: a class holds a cell if any voxel of the cell has it.
+    """The class map y (B x N uint8) at the stride of F^5: a class holds a cell if any voxel of the cell has it.
 
-    Args:
-        label: B x 1 x spatial classes (0 background, 1 ED, 2 ET, 3 NET).
-        factor: stride of F^5.
-
-    Returns:
-        B x N uint8; where classes meet, ET > NET > ED > background.
+    Where classes meet, ET > NET > ED > background. ``label`` is B x 1 x spatial.
     """
     pool = F.max_pool2d if label.dim() == 4 else F.max_pool3d
     out = torch.zeros([], device=label.device)

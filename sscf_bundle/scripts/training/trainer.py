@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ignite.distributed as idist
+import ignite.handlers
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import Trainer
 from monai.engines.utils import IterationEvents
 from torch import nn
@@ -27,22 +29,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
+from ..networks.blocks import expand_dims_like
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.precision import half_dtype
 from ..networks.sscf import network_input
-from .losses import Draw, draw_entries, samples_to_judge
-from .step import Scenario
+from .losses import Draw, GeneratorLoss, draw_entries, samples_to_judge
+from .step import Scenario, SSCFTrainingStep
 
 #: What a slice dataset gives and the engine needs.
 BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
 
 
 def draw_scenarios(
-    ids: torch.Tensor,
-    has_contrast: torch.Tensor,
-    seed: int,
-    epoch: int,
-    numbers: Sequence[int] | None = None,
+    ids: torch.Tensor, has_contrast: torch.Tensor, seed: int, epoch: int, numbers: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Draws one scenario for each sample, a function of (seed, epoch, id).
 
@@ -76,28 +75,28 @@ class Curriculum:
     """Numbers of available contrasts that scenarios may have, by epoch.
 
     Args:
-        stages: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
-            after the last stage all scenarios are drawn. None or an empty list is no curriculum.
+        phases: pairs of a last epoch and the numbers allowed until then, for example ``[[10, [3]], [20, [2, 3]]]``;
+            afterwards all scenarios are drawn. None or an empty list is no curriculum.
 
     Raises:
-        ValueError: unless last epochs ascend and each stage allows some of 1 to 3.
+        ValueError: unless last epochs ascend and each phase allows some of 1 to 3.
     """
 
-    def __init__(self, stages: Sequence[Sequence[Any]] | None = None) -> None:
-        self.stages = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in stages or ()]
-        lasts = [last for last, _ in self.stages]
+    def __init__(self, phases: Sequence[Sequence[Any]] | None = None) -> None:
+        self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
+        lasts = [last for last, _ in self.phases]
         if lasts != sorted(set(lasts)):
             raise ValueError(f"the last epochs of a curriculum must ascend, got {lasts}.")
-        for last, numbers in self.stages:
+        for last, numbers in self.phases:
             if not numbers or not all(1 <= number < NUM_CONTRASTS for number in numbers):
                 raise ValueError(
-                    f"a stage of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
+                    f"a phase of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
                     f"until epoch {last}."
                 )
 
     def numbers(self, epoch: int) -> tuple[int, ...] | None:
         """Allowed numbers in an epoch (from 1); None allows all."""
-        return next((numbers for last, numbers in self.stages if epoch <= last), None)
+        return next((numbers for last, numbers in self.phases if epoch <= last), None)
 
 
 class MovingAverage:
@@ -177,7 +176,7 @@ class SynthesisTrainer(Trainer):
         seed: of scenarios, draws and augmentation.
         accumulation_steps: batches for one step of the optimizers; a shorter rest at the end of an epoch makes a step.
         augmentation: changes a batch, ``augmentation(batch, seed, epoch) -> batch``, see ``Augmentation``.
-        curriculum: stages of ``Curriculum``; None draws from all scenarios in all epochs.
+        curriculum: phases of ``Curriculum``; None draws from all scenarios in all epochs.
         shared_scenarios: draw one scenario for all samples of a batch, which costs less than half, in the place of one
             for each sample; a batch of studies that have no contrast in common falls back to the latter.
         reconstructions: with ``shared_scenarios`` how many of the available contrasts, drawn for each batch, are
@@ -187,7 +186,7 @@ class SynthesisTrainer(Trainer):
         amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
         grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
         epoch_length: batches of an epoch; None means the length of the loader.
-        train_handlers: Ignite handlers.
+        train_handlers: Ignite handlers; None stands for one that a config disables.
         non_blocking: copy batches asynchronously.
         postprocessing: applied to ``state.output``; normally None.
 
@@ -261,7 +260,7 @@ class SynthesisTrainer(Trainer):
         # and before StatsHandler's, which would print a traceback where a run ends with one sentence
         self.add_event_handler(Events.EXCEPTION_RAISED, SynthesisTrainer._raise)
         if train_handlers is not None:
-            self._register_handlers(train_handlers)
+            self._register_handlers([handler for handler in train_handlers if handler is not None])
 
     # ------------------------------------------------------------------------------------ what a subclass may replace
     def draw_bank_entries(self, batch: dict[str, torch.Tensor]) -> Draw | None:
@@ -273,7 +272,7 @@ class SynthesisTrainer(Trainer):
 
         Args:
             output: of the step.
-            batch: of ``prepare``; ``missing`` are the contrasts with truth in T.
+            batch: of ``prepare``; ``missing`` are the contrasts with a target in T.
         """
         if self.discriminators is None:
             return None
@@ -294,8 +293,9 @@ class SynthesisTrainer(Trainer):
         """Scalar loss of the discriminators, without a gradient to the network; arguments as ``generator_scores``."""
         fake, target, missing = output["pred"][:, :NUM_CONTRASTS].detach(), batch["target"], batch["missing"]
         # what is not judged may hold anything, NaN where the study lacks it
-        shown = torch.where(missing.view(missing.shape + (1,) * (target.dim() - 2)), target, fake)
+        shown = torch.where(expand_dims_like(missing, target), target, fake)
         samples = [torch.cat([rows, rows + len(fake)]) for rows in batch["samples"]]
+        assert self.discriminator_step is not None and self.discriminator_loss is not None
         real_scores, fake_scores = self.discriminator_step(torch.cat([shown, fake]), samples).chunk(2)
         return self.discriminator_loss(real_scores, fake_scores, missing)
 
@@ -339,15 +339,7 @@ class SynthesisTrainer(Trainer):
     def draw_batch_scenarios(
         self, occurrence: torch.Tensor, has_contrast: torch.Tensor
     ) -> tuple[torch.Tensor, Scenario | None]:
-        """Scenarios of a batch, on the CPU.
-
-        Args:
-            occurrence: B int64.
-            has_contrast: B x K.
-
-        Returns:
-            Available contrasts, B x K, and their ``Scenario`` if all samples share it.
-        """
+        """Available contrasts of a batch (B x K, on the CPU), and their ``Scenario`` if all samples share it."""
         numbers = self.curriculum.numbers(self.state.epoch)
         common = has_contrast.all(dim=0, keepdim=True)
         if not self.shared_scenarios or not common.any():
@@ -360,7 +352,7 @@ class SynthesisTrainer(Trainer):
             sources = [sources[i] for i in order[: self.reconstructions].tolist()]
         return drawn.expand(has_contrast.shape), Scenario(tuple(drawn[0].tolist()), tuple(sources))
 
-    def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def _iteration(self, engine: SynthesisTrainer, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
         device = engine.state.device
         batch = engine.state.batch = self.prepare(batchdata)
         position = (engine.state.iteration - 1) % engine.state.epoch_length
@@ -439,6 +431,9 @@ class SSCFTrainer(SynthesisTrainer):
     ``SynthesisTrainer``.
     """
 
+    training_step: SSCFTrainingStep
+    loss: GeneratorLoss
+
     @property
     def bank(self) -> MemoryBank:
         """The training bank."""
@@ -466,6 +461,15 @@ class SSCFTrainer(SynthesisTrainer):
         return {f"bank_{name}": value for name, value in self.bank.statistics().items()}
 
 
+class TimeLimit(ignite.handlers.TimeLimit):
+    """Ignite's, counted from the start of the training and with its validations."""
+
+    def attach(self, engine: Engine) -> None:
+        """Starts the clock at ``STARTED`` and looks at it after every iteration."""
+        engine.add_event_handler(Events.STARTED, lambda: setattr(self, "start_time", time.time()))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+
 def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
     """Loss scaler for mixed precision; enabled where ``amp`` has to use float16."""
     return torch.amp.GradScaler(torch.device(device).type, enabled=amp and half_dtype(device) == torch.float16)
@@ -475,21 +479,12 @@ def gather_entries(entries: BankEntries) -> BankEntries:
     """Entries of all processes in rank order, so that every process writes the same bank."""
     if idist.get_world_size() == 1:
         return entries
-    return BankEntries(
-        *(
-            idist.all_gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).to(tensor.dtype)
-            for tensor in entries
-        )
-    )
+    gathered: list[Any] = [idist.all_gather(t.to(torch.uint8) if t.dtype == torch.bool else t) for t in entries]
+    return BankEntries(*(t.to(own.dtype) for t, own in zip(gathered, entries, strict=True)))
 
 
 def linear_decay(max_epochs: int, decay_start: int) -> Callable[[int], float]:
-    """Factor of the learning rate: 1 until ``decay_start``, then linearly to 0 at ``max_epochs`` (section 3.2).
-
-    Args:
-        max_epochs: number of epochs.
-        decay_start: epochs with the full rate.
-    """
+    """Factor of the learning rate: 1 until ``decay_start``, then linearly to 0 at ``max_epochs`` (section 3.2)."""
     return lambda epoch: min(1.0, max(0.0, (max_epochs - epoch) / max(max_epochs - decay_start, 1)))
 
 
@@ -499,10 +494,5 @@ def copy_network(network: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def in_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
-    """The network with the 4-D weights of its convolutions in the channels-last format, or as it is.
-
-    Args:
-        network: changed in place.
-        channels_last: switch, as configs have it.
-    """
+    """The network, with the 4-D weights of its convolutions in the channels-last format where that is asked for."""
     return network.to(memory_format=torch.channels_last) if channels_last else network
