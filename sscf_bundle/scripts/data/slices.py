@@ -169,7 +169,7 @@ def describe_transform(transform: Any) -> Any:
 
 
 def select_slices(
-    info: Mapping[str, Any], choice: str = "brain", count: int = 20, min_brain: float = 0.02
+    info: Mapping[str, Any], choice: str | Sequence[int] = "brain", count: int = 20, min_brain: float = 0.02
 ) -> list[int]:
     """Slices of one study to train with.
 
@@ -177,7 +177,7 @@ def select_slices(
         info: ``CachedStudy.info``.
         choice: ``"largest_tumor"``: the ``count`` slices with the largest tumor area, the larger brain
             first where this is equal, as it is without a mask; ``"tumor"``: all with tumor; ``"brain"``: all with more
-            brain than ``min_brain``.
+            brain than ``min_brain``; or numbers of slices in the volume, as the published loader takes 70 to 79.
         count: number of slices of ``"largest_tumor"``.
         min_brain: share of brain in a slice, 0 to 1.
 
@@ -189,7 +189,9 @@ def select_slices(
     """
     area = np.asarray(info["tumor_area"])
     brain = np.asarray(info["brain_fraction"])
-    if choice == "largest_tumor":
+    if not isinstance(choice, str):
+        rows = np.flatnonzero(np.isin(info["z"], choice))
+    elif choice == "largest_tumor":
         rows = np.sort(np.lexsort((brain, area))[::-1][:count])
     elif choice == "tumor":
         rows = np.flatnonzero(area > 0)
@@ -228,7 +230,7 @@ class SliceDataset(Dataset):
     def __init__(
         self,
         prepared: PreparedSlices,
-        choice: str = "brain",
+        choice: str | Sequence[int] = "brain",
         count: int = 20,
         min_brain: float = 0.02,
         tumor_weight: float = 3.0,

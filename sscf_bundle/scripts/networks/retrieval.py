@@ -51,18 +51,22 @@ def usable_for_pairs(
     return allowed.unsqueeze(1) & has[source] & has[target]
 
 
-def key_distances(query: torch.Tensor, bank: CompiledBank, source: int) -> torch.Tensor:
+def key_distances(query: torch.Tensor, bank: CompiledBank, source: int, start: int = 0) -> torch.Tensor:
     """Squared Euclidean distances of the keys of one contrast, less the query's own norm, which moves no argmin.
 
     Args:
-        query: B x D float32 keys of the current slices.
+        query: B x D float32 keys of the current slices, or that part of them that belongs to one scale.
         bank: the compiled bank of L slots.
         source: the contrast.
+        start: where that part begins.
 
     Returns:
         B x L float32.
     """
-    return bank.key_square[:, source] - 2 * torch.matmul(query, bank.key[:, source].float().t())
+    key = bank.key[:, source, start : start + query.shape[1]].float()
+    whole = query.shape[1] == bank.key.shape[2]
+    square = bank.key_square[:, source] if whole else key.square().sum(dim=1)
+    return square - 2 * torch.matmul(query, key.t())
 
 
 def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> tuple[torch.Tensor, torch.Tensor]:
