@@ -194,7 +194,9 @@ class MemoryBank(nn.Module):
             buffer.index_copy_(0, slot, torch.where(keep, value.to(buffer.dtype), torch.zeros_like(buffer[:1])))
         written = fresh.sum()
         self.count.copy_((self.count + written).clamp(max=self.size))
-        last = torch.where(written > 0, (order[(written - 1).clamp(min=0)] + 1) % self.size, self.head)
+        # a tensor without dimensions as an index would be read on the host
+        newest = order.gather(0, (written - 1).clamp(min=0).view(1)).squeeze(0)
+        last = torch.where(written > 0, (newest + 1) % self.size, self.head)
         self.head.copy_(last)
 
     @torch.no_grad()
