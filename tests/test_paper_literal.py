@@ -31,7 +31,7 @@ from builders import (
     train_in_process,
 )
 
-from scripts.contrasts import scenario_table
+from scripts.contrasts import StudyError, scenario_table
 from scripts.evaluation.bootstrap import read_scores
 from scripts.networks.memory_bank import MemoryBank
 from scripts.networks.retrieval import active_pairs
@@ -89,7 +89,12 @@ def test_overlay_has_every_switch() -> None:
     table = (BUNDLE_ROOT / "docs" / "design.md").read_text()
     for key in overlay:
         assert f"`{key.rpartition('#')[2]}" in table, f"docs/design.md does not name {key}"
-    assert overlay["slice_choice"] == list(range(70, 80)) and overlay["segmentation_weight"] == 1
+    assert eval(overlay["slice_choice"][1:]) == list(range(70, 80)) and overlay["segmentation_weight"] == 1
+
+
+def test_unknown_score_for_the_best_model_is_refused(phantom_cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="best_by has no mse: choose from psnr, ssim, dice"):
+        train_in_process(config_files("train"), tiny_run(phantom_cohort, tmp_path, best_by="mse"))
 
 
 # ------------------------------------------------------------------------------------------------------- the network
