@@ -47,6 +47,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "training_parts": measured_parts(profiling.training_parts),
     "inference_parts": measured_parts(profiling.inference_parts),
     "training_work": lambda batch_size, **case: counted_work(profiling.training_work, batch_size, **case),
+    "step_work": profiling.step_work,
     "inference_work": lambda batch_size, **case: counted_work(profiling.inference_work, batch_size, **case),
 }
 
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--aggregations", nargs="+", default=["attention", "concat"], help="of CITIM in the references")
     add("--work_width", type=width, default="base", help="of the counted work")
     add("--work_batch", type=int, default=16, help="of the counted work")
+    add("--step_sizes", nargs="+", type=int, default=[96, 192], help="slices of the trainings that are counted")
     add("--studies", type=int, default=3 if gpu else 2, help="the first one warms up")
     add("--study_shape", nargs=3, type=int, default=[240, 240, 155])
     add("--phantoms", default=None, help="folder that keeps the phantom studies between runs")
@@ -204,6 +206,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, list[tuple[dict[st
             "threads": options.threads,
         }
         tables.append(("Counted work of a training iteration", "training_work", [({}, counted)]))
+        steps = {"width": "small", "batch_size": 8, "dtype": "bfloat16", "image_sizes": options.step_sizes}
+        tables.append(("Counted work of trainings", "step_work", [({}, {**steps, "threads": options.threads})]))
         tables.append(("Counted work of inference", "inference_work", [({}, counted)]))
     return tables
 
@@ -213,6 +217,8 @@ def note(name: str, arguments: dict[str, Any]) -> str:
     if name.endswith("_parts"):
         wanted = ("width", "batch_size", "dtype", "bank_size")
         return ", ".join(f"{key} {arguments[key]}" for key in wanted)
+    if name == "step_work":
+        return "width small, batch 8, bfloat16, default bank. Counted, not measured; half of the contrasts missing."
     if name.endswith("_work"):
         rates = f"{H100.flops / 1e12:.0f} TFLOP/s, {H100.bandwidth / 1e12:.2f} TB/s"
         wanted = ("width", "batch_size", "dtype", "bank_size", "image_size")

@@ -38,7 +38,7 @@ LEFT_OUT = ("t1ce", "flair", "t2")
 
 def random_entries(net: SSCFNet, size: int, cells: int = 144) -> BankEntries:
     """Finite entries for all slots of a bank, each of another patient."""
-    k, c, classes = NUM_CONTRASTS, net.channels[-1], net.num_tumor_classes + 1
+    k, c, classes = NUM_CONTRASTS, net.channels[-1], net.num_classes
     number = torch.arange(1, size + 1)
     return BankEntries(
         key=torch.randn(size, k, net.bank_key.shape[2]),

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,9 +19,10 @@ from unittest.mock import patch
 import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
+from torch import nn
 
 from scripts.networks.sscf import ScenarioNetwork, SSCFNet
-from scripts.training.trainer import SSCFTrainer
+from scripts.training.trainer import SSCFTrainer, SynthesisTrainer
 
 from .inference import filled_network, network_case, scenario
 from .measure import H100, PartClock, Parts, Work, WorkCounter, precision, work_of_batch
@@ -30,8 +32,10 @@ from .training import build_trainer
 MISSING = 2
 
 
-def watch_network(parts: Parts, net: SSCFNet) -> None:
-    """Names the parts of both branches."""
+def watch_network(parts: Parts, net: nn.Module) -> None:
+    """Names the parts of both branches; those of another network stay together."""
+    if not isinstance(net, SSCFNet):
+        return
     parts.watch_method(net, "encode", "encoders, pass 1", "encoders, pass 2")
     parts.watch_method(net, "segment", "fusion of the contrasts")
     parts.watch_method(net, "decode_mask", "fusion of the contrasts")
@@ -55,7 +59,7 @@ def watch_scenario(parts: Parts, network: ScenarioNetwork) -> None:
     parts.watch_method(network, "predict", "stacking and retrieval")
 
 
-def watch_trainer(parts: Parts, trainer: SSCFTrainer) -> None:
+def watch_trainer(parts: Parts, trainer: SynthesisTrainer) -> None:
     """Names the parts of an iteration; autograd runs as one."""
     watch_network(parts, trainer.training_step.net)
     for event, label in (
@@ -65,12 +69,14 @@ def watch_trainer(parts: Parts, trainer: SSCFTrainer) -> None:
         (IterationEvents.BACKWARD_COMPLETED, "discriminators"),
     ):
         trainer.add_event_handler(event, partial(_begin, parts, label))
-    parts.watch_module(trainer.discriminators, "discriminators")
     parts.watch_method(trainer.loss, "sampled_ctdl", "dependency loss")
-    for optimizer in (trainer.optimizer, trainer.discriminator_optimizer):
-        parts.watch_method(optimizer, "step", "optimizers")
+    parts.watch_method(trainer.optimizer, "step", "optimizers")
+    if trainer.discriminators is not None:
+        parts.watch_module(trainer.discriminators, "discriminators")
+        parts.watch_method(trainer.discriminator_optimizer, "step", "optimizers")
     parts.watch_method(trainer.average, "update", "moving average")
-    parts.watch_method(trainer.bank, "enqueue", "bank")
+    if isinstance(trainer, SSCFTrainer):
+        parts.watch_method(trainer.bank, "enqueue", "bank")
 
 
 def _start(counter: WorkCounter) -> None:
@@ -134,18 +140,21 @@ def inference_parts(
 COUNTED_BATCHES = (2, 4)
 
 
-def training_work(batch_size: int, threads: int | None = None, **case: Any) -> dict[str, Work]:
+def training_work(
+    batch_size: int, threads: int | None = None, sizes: Sequence[int] = COUNTED_BATCHES, **case: Any
+) -> dict[str, Work]:
     """Work of each part of one training iteration.
 
     Args:
         batch_size: slices in a batch.
         threads: of torch.
+        sizes: of the batches that are run, even.
         case: of ``build_trainer``.
     """
     if threads:
         torch.set_num_threads(threads)
     counted = []
-    for size in COUNTED_BATCHES:
+    for size in sizes:
         trainer, _ = build_trainer("cpu", iterations=2, batch_size=size, **case)
         parts = Parts()
         watch_trainer(parts, trainer)
@@ -158,7 +167,36 @@ def training_work(batch_size: int, threads: int | None = None, **case: Any) -> d
         with patch("scripts.training.trainer.draw_scenarios", return_value=half):
             trainer.run()
         counted.append(counter.operations)
-    return work_of_batch(counted, COUNTED_BATCHES, batch_size)
+    return work_of_batch(counted, sizes, batch_size)
+
+
+#: Trainings whose steps are counted beside each other: overlays, and their bank.
+STEPS: dict[str, dict[str, Any]] = {
+    "train.json": {},
+    "train.json, no discriminators": {"beta": [100.0, 30.0, 5.0, 50.0, 0.0]},
+    "recipe, 3_full_size": {"overlays": ("recipe/common", "recipe/3_full_size"), "bank_size": 100, "sizes": (4, 6)},
+    "plain U-Net": {"overlays": ("baselines/unet",)},
+    "plain U-Net, no discriminators": {"overlays": ("baselines/unet",), "beta": [100.0, 30.0, 5.0, 50.0, 0.0]},
+}
+
+
+def step_work(image_sizes: Sequence[int], batch_size: int, threads: int | None = None, **case: Any) -> list[dict]:
+    """Work of one iteration of each of ``STEPS``, a row for each and size.
+
+    Args:
+        image_sizes: height and width of a slice.
+        batch_size: slices in a batch.
+        threads: of torch.
+        case: of ``build_trainer``.
+    """
+    rows = []
+    for size in image_sizes:
+        for name, changes in STEPS.items():
+            work = training_work(batch_size, threads, image_size=size, **{**case, **changes})
+            total = Work(*map(sum, zip(*work.values(), strict=True)))
+            row = {"step": name, "image_size": size, "GFLOP/sample": total.flops / 1e9 / batch_size}
+            rows.append({**row, "MB/sample": total.traffic / 1e6 / batch_size, "kernels": total.kernels})
+    return rows
 
 
 def inference_work(

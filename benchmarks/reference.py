@@ -171,7 +171,7 @@ def bank_against_full_maps(
     allowed = torch.ones(batch, bank_size, dtype=torch.bool, device=where)
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
-        key = net.retrieval_key(bottleneck)
+        key = net.retrieval_key([bottleneck] * len(net.channels))
         distance = torch.stack([key_distances(key[:, i], bank, i) for i in range(NUM_CONTRASTS)], dim=1)
         mean, std, _ = net.prototypes(distance[rows, source], bank, allowed, target, source)
         return mean, std

@@ -85,6 +85,7 @@ def build_trainer(
     bank_size: int = 300,
     image_size: int = 192,
     iterations: int = 1,
+    overlays: Sequence[str] = (),
     **overrides: Any,
 ) -> tuple[SSCFTrainer, ConfigParser]:
     """The trainer of ``configs/train.json`` on synthetic slices and without handlers.
@@ -99,6 +100,7 @@ def build_trainer(
         bank_size: of the config.
         image_size: of the config.
         iterations: of the only epoch.
+        overlays: names of configs that are laid over the config; what is given here is above them.
         overrides: of other ids of the config.
 
     Returns:
@@ -125,7 +127,9 @@ def build_trainer(
         **overrides,
     }
     parser = ConfigParser()
-    parser.read_config(str(CONFIGS / "train.json"))
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", *overlays)])
+    if overlays:  # what an overlay starts from are weights that are not there
+        settings["network"] = {"_target_": "copy.copy", "x": "$@network_def.to(@device)"}
     if "channels_last" in parser:
         settings["channels_last"] = channels_last
     parser.update(settings)

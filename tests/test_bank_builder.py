@@ -154,7 +154,7 @@ def entries_of(net: SSCFNet, sample: dict[str, torch.Tensor], others: BankEntrie
         out = net.run_branches(target, available, bank, allowed)
         second, read = out.second, True
     statistics = [channel_statistics(f) for f in second]
-    return make_entries(net, first[-1], second[-1], statistics, **made), read
+    return make_entries(net, first[-1], second, statistics, **made), read
 
 
 def test_entries_are_made_with_the_first_pass_entries_of_the_other_patients() -> None:

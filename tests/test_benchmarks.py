@@ -19,7 +19,7 @@ import pytest
 import torch
 from builders import TINY_CHANNELS
 
-from benchmarks import cli
+from benchmarks import cli, profiling
 from benchmarks.inference import filled_network, network_case, scenario
 from benchmarks.measure import H100, Operation, PartClock, Parts, WorkCounter, markdown, work_of_batch
 from benchmarks.profiling import inference_parts, training_parts, training_work
@@ -93,6 +93,14 @@ def test_work_of_training_grows_with_the_batch() -> None:
     assert work["optimizers"].flops == 0 < work["optimizers"].traffic
 
 
+def test_steps_of_other_trainings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "STEPS", {k: v for k, v in profiling.STEPS.items() if "discriminators" not in k})
+    tiny = {"width": TINY_CHANNELS, "dtype": "float32", "bank_size": 4, "discriminator_channels": 4}
+    default, recipe, unet = profiling.step_work([32], 4, **tiny)
+    assert default["GFLOP/sample"] > recipe["GFLOP/sample"] > 0 < unet["GFLOP/sample"]
+    assert min(default["kernels"], recipe["kernels"]) > unet["kernels"] > 0
+
+
 @pytest.mark.parametrize("aggregation", ["attention", "concat"])
 def test_literal_citim_equals_the_factorized_one(aggregation: str) -> None:
     (row,) = citim_against_literal(
@@ -121,7 +129,7 @@ def test_command_line_writes_tables_and_notes_a_failed_case(
     report = json.loads(output.read_text())
     assert report["facts"]["device"] == "CPU" and report["facts"]["torch"] == torch.__version__
     assert report["tables"]["Whole study, files to files"]["rows"][0]["failed"] == "out of memory"
-    assert len(report["tables"]) == 10 and "| out of memory |" in capsys.readouterr().out
+    assert len(report["tables"]) == 11 and "| out of memory |" in capsys.readouterr().out
 
 
 def test_each_option_varies_alone() -> None:

@@ -104,10 +104,10 @@ def test_evaluation_scores_the_test_part_and_its_floors(trained: Path, phantom_c
     assert means["zero_filling", "psnr"] < min(means[method, "psnr"] for method in methods - {"zero_filling"})
     assert all(value == value for value in means.values())
     rows = read_csv(trained / "evaluation" / "scores.csv")
-    # 28 targets over the 14 scenarios; WT, TC and ET of one method
+    # 28 targets over the 14 scenarios; WT, TC and ET of one method, by slice those that there are
     whole = [row for row in rows if row["region"] == "whole" and row["score"] == "psnr"]
     assert len(whole) == 28 * len(methods)
-    assert len([row for row in rows if row["score"] == "dice"]) == 14 * 3
+    assert len([row for row in rows if row["protocol"] == "segmentation"]) == 14 * 3
     assert {row["study"] for row in rows} == {test_study}
 
 

@@ -36,6 +36,7 @@ RUNS = [
     ["train"],
     ["train", "demo_train"],
     ["train", "evaluate"],
+    ["train", "paper_literal", "evaluate"],
     ["train", "finetune"],
     ["train", "multi_gpu_train"],
     ["train", "federated"],
@@ -182,7 +183,11 @@ def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     train, inference = read("train"), read("inference")
     arguments = {name: f"@{name}" for name in PREPROCESSING_SETTINGS}
     assert train["settings"] == {"preprocessing": arguments}
-    assert train["preprocessing"] == {"_target_": "scripts.data.transforms.study_transforms", **arguments}
+    assert train["preprocessing"] == {
+        "_target_": "scripts.data.transforms.study_transforms",
+        "clip": False,
+        **arguments,
+    }
     assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == arguments
     assert all(inference[name] == f"$@settings['{name}']" for name in PREPROCESSING_SETTINGS)
 

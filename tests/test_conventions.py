@@ -26,6 +26,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import alexnet
 
 from scripts.contrasts import StudyError
+from scripts.evaluation.metrics import ssim_map
 from scripts.evaluation.protocols import (
     BraSynProtocol,
     PerceptualDistance,
@@ -36,7 +37,7 @@ from scripts.evaluation.protocols import (
     perceptual_distance,
     quantile_with_background,
     region_dice,
-    ssim_map,
+    slice_dice,
     tumor_boxes,
     volume_scores,
 )
@@ -76,8 +77,10 @@ def make_truth(seed: int = 0) -> StudyTruth:
 
 
 def make_slices(*rows: int) -> StudyTruth:
-    """Some slices of it."""
-    return StudyTruth(*(values[list(rows)] for values in make_truth()))
+    """Some slices of it, one contrast of which goes beyond what a prediction can have."""
+    truth = StudyTruth(*(values[list(rows)] for values in make_truth()))
+    truth.images[:, 3] *= 1.5
+    return truth
 
 
 def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
@@ -85,11 +88,13 @@ def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
     return torch.where(truth.brain, (truth.images[:, k] + noise).clamp(0, 1), 0.0)
 
 
-def full_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+
+def full_ssim(prediction: np.ndarray, truth: np.ndarray, options: dict = GAUSSIAN) -> np.ndarray:
     """scikit-image's map with background around the image, as it pads by reflection itself."""
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (prediction, truth))
-    _, similarity = structural_similarity(*padded, full=True, **options)
+    _, similarity = structural_similarity(*padded, full=True, data_range=1.0, **options)
     return similarity[tuple(slice(10, -10) for _ in prediction.shape)]
 
 
@@ -139,6 +144,15 @@ def test_dice_of_regions() -> None:
     prediction[1, 0, 3, 3] = 2  # ET where there is none
     assert region_dice(prediction, label).tolist() == pytest.approx([2 * 2 / (3 + 4), 0.0, 0.0])
     assert region_dice(torch.zeros_like(label), label).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_dice_of_slices_is_the_mean_over_those_that_have_the_region() -> None:
+    label, prediction = torch.zeros(2, 3, 1, 4, 4, dtype=torch.uint8)
+    label[0, 0, 0] = label[1, 0, :2] = 1  # 4 and 8 pixels of ED
+    prediction[0, 0, 0, :2] = 1
+    prediction[2, 0, 0, 0] = 2  # ET in a slice without tumor
+    dice = slice_dice(prediction, label)
+    assert float(dice[0]) == pytest.approx((2 * 2 / (2 + 4) + 0) / 2) and dice[1:].isnan().all()
 
 
 # ------------------------------------------------------------------------------------------------------------ LPIPS
@@ -204,11 +218,11 @@ def literal_paper(
 
     for z in range(len(truth.brain)):
         t = truth.images[z, k].double().numpy()
-        g = (prediction[z].double().numpy() - t.min()) / (t.max() - t.min())
+        g = np.clip((prediction[z].double().numpy() - t.min()) / (t.max() - t.min()), 0, 1)
         t = (t - t.min()) / (t.max() - t.min())
         values = {
             ("whole", "psnr"): peak_signal_noise_ratio(t, g, data_range=1.0),
-            ("whole", "ssim"): full_ssim(g, t)[5:-5, 5:-5].mean(),
+            ("whole", "ssim"): structural_similarity(t, g, data_range=1.0),
             ("whole", "nmse"): ((g - t) ** 2).sum() / (t**2).sum(),
             ("whole", "lpips"): distance(g, t),
         }
@@ -223,11 +237,11 @@ def literal_paper(
             tb, gb, mb = t[tuple(box)], g[tuple(box)], m[tuple(box)]
             values |= {
                 ("tumor_box", "psnr"): peak_signal_noise_ratio(tb, gb, data_range=1.0),
-                ("tumor_box", "ssim"): full_ssim(gb, tb)[5:-5, 5:-5].mean(),
+                ("tumor_box", "ssim"): structural_similarity(tb, gb, data_range=1.0),
                 ("tumor_box", "nmse"): ((gb - tb) ** 2).sum() / (tb**2).sum(),
                 ("tumor_box", "lpips"): distance(gb, tb),
                 ("tumor", "psnr"): -10 * np.log10(((g - t)[m] ** 2).mean()),
-                ("tumor", "ssim"): full_ssim(g, t)[m].mean(),
+                ("tumor", "ssim"): full_ssim(g, t, {})[m].mean(),
                 ("tumor", "nmse"): ((g - t)[m] ** 2).sum() / (t[m] ** 2).sum(),
                 ("tumor", "lpips"): distance(np.where(mb, gb, 0), np.where(mb, tb, 0)),
             }

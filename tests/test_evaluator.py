@@ -43,7 +43,7 @@ from scripts.contrasts import (
 )
 from scripts.data.datalist import find_studies
 from scripts.data.transforms import find_study_error
-from scripts.evaluation.bootstrap import COLUMNS, read_scores
+from scripts.evaluation.bootstrap import COLUMNS, read_scores, summarize
 from scripts.evaluation.evaluator import (
     ScenarioSlices,
     SliceEvaluator,
@@ -320,6 +320,17 @@ def test_reference_methods_see_all_slices_but_no_missing_contrast_and_no_mask_gi
     assert {row["score"] for row in scores.rows} == {"psnr", "nmse", "ssim"}
 
 
+def test_truth_that_is_synthesized_itself_is_told_apart() -> None:
+    scores = StudyScores([PerSliceProtocol()], whole=False)
+    output = filled_in("FLAIR")
+    output["complete"]["synthesized"] = ["t2"]
+    scores(output)
+    frame = pd.DataFrame(scores.rows)
+    assert set(frame.loc[frame["score"] == "psnr", "of"]) == {"T1", "T1ce", "T2 (synthesized)"}
+    groups = {(entry["group"], entry["of"]) for entry in summarize(frame, 0)}
+    assert ("contrast", "T2 (synthesized)") in groups and ("contrast", "T2") not in groups
+
+
 def test_network_without_segmentation_has_no_dice() -> None:
     scores = StudyScores([], {}, whole=False)
     output = filled_in("T1")
@@ -334,7 +345,7 @@ def test_scores_start_anew_with_every_run_and_name_a_failed_study_once() -> None
         scores.prepare()
         for name in names:
             scores(filled_in(name))
-        assert len(scores.rows) == 3 * len(names)
+        assert len(scores.rows) == 2 * 3 * len(names)
     failures = [{"study": "a", "reason": reason} for reason in ("x", "x", "y")]
     scores.finish(failures, 3)
     assert scores.failures == [failures[0], failures[2]]
@@ -365,13 +376,15 @@ def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
 ) -> None:
     evaluate_bundle(phantom_cohort, tmp_path, scenarios=["FLAIR+T1+T2", "T1ce"])
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
-    assert set(frame["protocol"]) == {"per_slice", "volume", "brasyn", "brasyn_reference", "segmentation"}
+    dice = {"segmentation", "segmentation_per_slice"}
+    assert set(frame["protocol"]) == {"per_slice", "volume", "brasyn", "brasyn_reference", *dice}
     assert set(frame["method"]) == {"network", "mean_of_available", "nearest_contrast", "zero_filling"}
     assert set(frame.loc[frame["protocol"] == "brasyn", "scenario"]) == {"FLAIR+T1+T2"}
     assert set(frame.loc[frame["protocol"] == "volume", "scenario"]) == {"FLAIR+T1+T2", "T1ce"}
     assert np.isfinite(frame["value"]).all() and "lpips" not in set(frame["score"])
     report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     metadata = report["metadata"]
+    assert dice < set(metadata["protocols"]) and metadata["scored_slices"] == "largest_tumor"
     assert metadata["cohort"] == "phantom_cohort" and len(metadata["sha256"]) == 64 and metadata["scaling"] == "brain"
     split = json.loads((tmp_path / "split.json").read_text())
     assert metadata["studies"] == split["test"]
@@ -394,12 +407,14 @@ def test_protocols_of_whole_studies_are_left_out_where_there_are_none(phantom_co
     robust = {"protocols": ["volume"], "report_dir": str(tmp_path / "volume")}
     evaluate_bundle(phantom_cohort, tmp_path, **changes, **robust)
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
-    assert set(frame["protocol"]) == {"per_slice", "segmentation"}
+    assert set(frame["protocol"]) == {"per_slice", "segmentation", "segmentation_per_slice"}
     assert set(frame["method"]) == {"network", "zero_filling"}
     assert set(read_scores(tmp_path / "volume" / "scores.csv")["protocol"]) == {"volume", "segmentation"}
     # a network that makes no images
-    evaluate_bundle(phantom_cohort, tmp_path, **changes, protocols=[], report_dir=str(tmp_path / "mask"))
-    assert set(read_scores(tmp_path / "mask" / "scores.csv")["protocol"]) == {"segmentation"}
+    for number, protocols in enumerate(([], ["segmentation_per_slice"])):
+        report_dir = tmp_path / f"mask_{number}"
+        evaluate_bundle(phantom_cohort, tmp_path, **changes, protocols=protocols, report_dir=str(report_dir))
+        assert set(read_scores(report_dir / "scores.csv")["protocol"]) == {"segmentation", *protocols}
 
 
 def test_scores_are_those_of_the_files_that_inference_writes(phantom_cohort: Path, tmp_path: Path) -> None:
@@ -425,7 +440,7 @@ def test_scores_are_those_of_the_files_that_inference_writes(phantom_cohort: Pat
     item = {"study": study, "patient": complete["patient"], "complete": complete, "output_keys": tuple(volumes)}
     item |= {"scenario": scenario_indices(["FLAIR+T2"])[0], "segmented": True}
     scores({**item, "pred": torch.stack([torch.from_numpy(volume.astype(np.float32)) for volume in volumes.values()])})
-    assert scores.rows == [row for row in rows if row["protocol"] != "per_slice"]
+    assert scores.rows == [row for row in rows if "per_slice" not in row["protocol"]]
     assert {row["protocol"] for row in scores.rows} == {"volume", "brasyn", "brasyn_reference", "segmentation"}
 
     # and one of them once more, without this bundle

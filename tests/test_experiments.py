@@ -407,3 +407,30 @@ def test_second_phase_takes_what_both_phases_have(tmp_path: Path) -> None:
         with_shared_weights(second, tmp_path / "other.pt")
     with pytest.raises(StudyError, match="There are no weights"):
         with_shared_weights(second, tmp_path / "none.pt")
+
+
+def test_second_stage_is_joint_training_without_the_closed_loop() -> None:
+    parser = ConfigParser()
+    parser.read_config(config_files("train", "ablations/two_stage"))
+    weights = parser.get_parsed_content("loss").weights
+    assert min(weights[name] for name in ("ctdl", "bce", "dice", "synthesis")) > 0
+    net = tiny_net(closed_loop=parser["closed_loop"]).train()
+    images, available = torch.rand(1, 4, 32, 32) * 2 - 1, torch.tensor([[True, False, False, True]])
+    gradients = {}
+    for closed_loop in (False, True):
+        net.closed_loop = closed_loop
+        out = net.run_branches(images, available, net.stored_bank(), torch.zeros(1, net.bank_size, dtype=torch.bool))
+        head = net.segmentation_decoder.head.weight
+        (gradients[closed_loop],) = torch.autograd.grad(out.images.sum(), [head], allow_unused=True)
+    assert gradients[False] is None and float(gradients[True].abs().sum()) > 0
+    assert parser["closed_loop"] is False
+
+
+def test_sensitivity_changes_one_weight_at_a_time() -> None:
+    default = json.loads((BUNDLE_ROOT / "configs" / "train.json").read_text())
+    for name in {*CONFIG["sets"]["alpha"], *CONFIG["sets"]["beta"]} - {"sscf"}:
+        (changed,) = CONFIG["experiments"][name]["overrides"].items()
+        if changed[0] == "alpha":
+            assert changed[1] != default["alpha"]
+        else:
+            assert changed[0] == "beta" and sum(a != b for a, b in zip(changed[1], default["beta"], strict=True)) == 1

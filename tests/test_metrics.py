@@ -55,6 +55,7 @@ def make_batch(number: int, seed: int = 0, scenario: int | None = None) -> dict[
     return {
         "pred": torch.cat([(target + 0.4 * uniform(number, 4, *SIZE) - 0.2), uniform(number, 3, *SIZE) ** 3], dim=1),
         "target": target,
+        "truth": target + (target > 0.8) * 0.6,  # what is clipped in the target
         "label": label.to(torch.uint8),
         "available": torch.tensor(SCENARIOS, dtype=torch.bool)[chosen] & has_contrast,
         "has_contrast": has_contrast,
@@ -67,7 +68,7 @@ def make_batch(number: int, seed: int = 0, scenario: int | None = None) -> dict[
 def complete_batch(number: int, scenario: int = T1CE_T2) -> dict[str, torch.Tensor]:
     """Slices of complete studies with a mask, one study each, under one scenario."""
     batch = make_batch(number, scenario=scenario)
-    batch["target"] = torch.rand((number, 4, *SIZE), generator=generator(9)) * 1.9 - 0.95
+    batch["target"] = batch["truth"] = torch.rand((number, 4, *SIZE), generator=generator(9)) * 1.9 - 0.95
     batch["pred"][:, :4] = batch["target"]
     batch["has_contrast"] = torch.ones(number, 4, dtype=torch.bool)
     batch["available"] = torch.tensor(SCENARIOS, dtype=torch.bool)[batch["scenario"]]
@@ -83,16 +84,12 @@ def score(*batches: dict[str, torch.Tensor], studies: int = 3, **options: object
     return metric
 
 
-def as_slice(image: torch.Tensor) -> np.ndarray:
-    """A slice in [0, 1], as every score sees it."""
-    return np.clip((image.double().numpy() + 1) / 2, 0, 1)
-
-
-def literal_ssim(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """The mean over the windows that lie in the slice (scikit-image's full map also has those that are padded)."""
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    _, full = structural_similarity(prediction, truth, full=True, **options)
-    return float(full[5:-5, 5:-5].mean())
+def literal_pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """PSNR and SSIM of a slice in [-1, 1] with the defaults of scikit-image, in the range of the true slice."""
+    prediction = np.clip(prediction.astype(np.float64), -1, 1)
+    low, high = truth.min(), truth.max()
+    t, g = (truth.astype(np.float64) - low) / (high - low), np.clip((prediction - low) / (high - low), 0, 1)
+    return peak_signal_noise_ratio(t, g, data_range=1), structural_similarity(t, g, data_range=1)
 
 
 # ------------------------------------------------------------------------------------------------- single slices
@@ -103,10 +100,9 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     tables = score(batch).tables()
     for i in range(3):
         for k in range(2):
-            prediction, truth = as_slice(batch["pred"][i, k]), as_slice(batch["target"][i, k])
-            expected = peak_signal_noise_ratio(truth, prediction, data_range=1.0)
-            assert float(tables["psnr"][i, T1CE_T2, k]) == pytest.approx(expected, abs=1e-4)
-            assert float(tables["ssim"][i, T1CE_T2, k]) == pytest.approx(literal_ssim(prediction, truth), abs=2e-5)
+            psnr, ssim = literal_pair(batch["pred"][i, k].numpy(), batch["truth"][i, k].numpy())
+            assert float(tables["psnr"][i, T1CE_T2, k]) == pytest.approx(psnr, abs=1e-4)
+            assert float(tables["ssim"][i, T1CE_T2, k]) == pytest.approx(ssim, abs=2e-5)
     assert tables["psnr"][:, T1CE_T2, 2:].isnan().all() and tables["ssim"][:, T1CE_T2, 2:].isnan().all()
     assert int((~tables["psnr"].isnan()).sum()) == 6
 
@@ -121,18 +117,28 @@ def test_identical_images_have_the_largest_scores() -> None:
 def test_constant_offset_has_the_scores_of_the_closed_form(offset: float) -> None:
     batch = complete_batch(3)
     batch["target"] = torch.full_like(batch["target"], -0.6)  # 0.2 in [0, 1]
-    batch["pred"][:, :4] = -0.6 + 2 * offset
+    batch["target"][..., 0, :2] = torch.tensor([-1.0, 1.0])  # the range of the slice
+    batch["truth"] = batch["target"]
+    batch["pred"][:, :4] = batch["target"]
+    batch["pred"][:, :4, 1:] += 2 * offset
     means = score(batch).compute()
-    a, b, c = 0.2, 0.2 + offset, 0.01**2
-    assert means["psnr"] == pytest.approx(-20 * math.log10(offset), abs=1e-4)
-    assert means["ssim"] == pytest.approx((2 * a * b + c) / (a * a + b * b + c), abs=1e-3)
+    assert means["psnr"] == pytest.approx(-20 * math.log10(offset) - 10 * math.log10(23 / 24), abs=1e-4)
 
 
-def test_predictions_out_of_range_count_as_the_nearest_value_in_range() -> None:
+def test_predictions_out_of_the_range_of_the_true_slice_count_as_the_nearest_value_in_it() -> None:
     batch = complete_batch(3)
-    batch["target"] = torch.full_like(batch["target"], 0.8)
-    batch["pred"][:, :4] = 7.0
-    assert score(batch).compute()["psnr"] == pytest.approx(20.0, abs=1e-4)
+    batch["truth"] = batch["target"] = torch.full_like(batch["target"], 0.0)
+    batch["target"][..., 0, :2] = torch.tensor([-0.5, 0.5])
+    batch["pred"][:, :4] = torch.where(batch["target"] == 0, 7.0, batch["target"])
+    share = 1 - 2 / (SIZE[0] * SIZE[1])
+    assert score(batch).compute()["psnr"] == pytest.approx(-20 * math.log10(0.5) - 10 * math.log10(share), abs=1e-4)
+
+
+def test_slice_of_one_value_is_not_scored() -> None:
+    batch = complete_batch(3)
+    batch["truth"] = batch["target"].clone()
+    batch["truth"][1, 0] = 0.3
+    assert score(batch).tables()["psnr"][:, T1CE_T2, 0].isnan().tolist() == [False, True, False]
 
 
 # ------------------------------------------------------------------------------------------------- segmentation
@@ -204,10 +210,8 @@ def literal_scores(batch: dict[str, torch.Tensor]) -> dict[str, float]:
             brain |= batch["target"][i, k].numpy() > -1
         for k in range(4):
             if k not in given and bool(batch["has_contrast"][i, k]):
-                truth = as_slice(batch["target"][i, k])
-                prediction = np.where(brain, as_slice(batch["pred"][i, k]), 0.0)
-                pair = (peak_signal_noise_ratio(truth, prediction, data_range=1.0), literal_ssim(prediction, truth))
-                images[scenario, k, study].append(pair)
+                prediction = np.where(brain, batch["pred"][i, k].numpy(), -1.0)
+                images[scenario, k, study].append(literal_pair(prediction, batch["truth"][i, k].numpy()))
         if bool(batch["has_mask"][i]):
             classes = batch["pred"][i, 4:].numpy()
             ours = np.where(classes.max(axis=0) < 0.5, 0, classes.argmax(axis=0) + 1)
@@ -268,13 +272,13 @@ def test_contrast_that_a_study_lacks_is_neither_scored_nor_taken_for_given() -> 
     batch["pred"][:, :4] += 0.1
     for missing in (0, 2):  # of study 1 a target of the scenario is missing, of study 2 one of its given contrasts
         batch["has_contrast"][1 + missing // 2, missing] = False
-        batch["target"][1 + missing // 2, missing] = float("nan")
+        batch["target"][1 + missing // 2, missing] = batch["truth"][1 + missing // 2, missing] = float("nan")
     batch["available"] &= batch["has_contrast"]
     metric = score(batch)
     scored = ~metric.tables()["psnr"][:, T1CE_T2].isnan()
     assert scored.tolist() == [[True, True, False, False], [False, True, False, False], [False] * 4]
     assert metric.tables()["dice"][:, T1CE_T2].isnan().all(dim=1).tolist() == [False, False, True]
-    assert metric.compute()["psnr"] == pytest.approx(-20 * math.log10(0.05), abs=0.2)
+    assert metric.compute()["psnr"] == pytest.approx(-20 * math.log10(0.05 / 0.95), abs=0.2)
 
 
 def test_scores_carry_the_prefix_and_have_dice_where_it_is_wanted() -> None:

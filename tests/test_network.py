@@ -706,7 +706,7 @@ def test_mean_retrieval_gives_every_slice_the_same_statistics_and_nearest_does_n
     for mode, same in (("mean", True), ("nearest", False)):
         net, given = with_frozen_bank(tiny_step(retrieval=mode)), []
         with torch.no_grad():
-            net.bank_key[:2] = net.retrieval_key(net.encode(image[:, :4], torch.zeros(2, 3, 32, 32))[-1])
+            net.bank_key[:2] = net.retrieval_key(net.encode(image[:, :4], torch.zeros(2, 3, 32, 32)))
             net.bank_key_square.copy_(net.bank_key.square().sum(dim=2))
             net.ccp[0].register_forward_pre_hook(lambda _m, args, given=given: given.append(args[-2]))
             net(image)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import literal_mean, make_scores, write_scores
+from builders import BUNDLE_ROOT, literal_mean, make_scores, write_scores
 
 from scripts.contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
 from scripts.research.tables import (
@@ -240,6 +240,17 @@ def test_same_protocol_has_no_differences() -> None:
     assert len(protocol_differences([], 74, PAPER["protocol"])) == 2
 
 
+def test_scaling_and_slices_that_are_not_the_paper_s_are_named() -> None:
+    protocol = json.loads((BUNDLE_ROOT / "configs" / "paper_values.json").read_text())["protocol"]
+    as_published = {"cohort": "BraTS2020", **protocol["metadata"]}
+    assert protocol_differences([as_published], 74, protocol) == []
+    changed = as_published | {"scaling": "brain", "scored_slices": [70, 71]}
+    assert protocol_differences([changed], 74, protocol) == [
+        "scored slices [70, 71] instead of largest_tumor",
+        'scaling "brain" instead of per_slice',
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     frame = make_scores(0)
@@ -247,6 +258,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     part = write_scores(tmp_path / "part", frame[frame["study"] != "Case_3"])
     with pytest.raises(StudyError, match=r"b \(seed 0\) and a were evaluated on different studies \(Case_3 is in one"):
         read_runs({"a": whole, "b": part})
+    other = write_scores(tmp_path / "defined", frame, protocols={"per_slice": "2-D, clipped"})
+    with pytest.raises(
+        StudyError, match="whole and defined were scored by different definitions of the protocol per_s"
+    ):
+        read_runs({"whole": whole, "defined": other})
     with pytest.raises(StudyError, match="Case_1a twice for seed 0: give every fold once"):
         read_runs({"a": [whole, part]})
     with pytest.raises(StudyError, match=r"no scores\.csv in .*nowhere"):

@@ -337,6 +337,8 @@ class BrainMaskd(MapTransform):
 class ScaleBraind(MapTransform):
     """Scale each contrast by a percentile of its brain: divide, clip to [0, 1], map to [-1, 1].
 
+    Without ``clip`` what is brighter than the percentile exceeds 1.
+
     Background and missing contrasts become -1. The percentiles are kept in ``scale_key`` (float32 tensor of 4, raw
     intensity that became 1; 0 where the contrast is missing), so that a contrast can be given its intensities back.
 
@@ -344,12 +346,18 @@ class ScaleBraind(MapTransform):
         keys: key of the stacked contrasts, 4 x X x Y x Z with intensities >= 0.
         percentile: percentile of the voxels > 0, in (0, 100].
         scale_key: key of the percentiles.
+        clip: see above.
     """
 
     def __init__(
-        self, keys: KeysCollection = "image", percentile: float = 99.5, scale_key: str = "intensity_scale"
+        self,
+        keys: KeysCollection = "image",
+        percentile: float = 99.5,
+        scale_key: str = "intensity_scale",
+        clip: bool = True,
     ) -> None:
         super().__init__(keys)
+        self.clip = clip
         self.percentile = percentile
         self.scale_key = scale_key
 
@@ -364,7 +372,8 @@ class ScaleBraind(MapTransform):
                 brain = volume[volume > 0].numpy()
                 if brain.size:
                     scale[channel] = float(np.percentile(brain, self.percentile))
-                    torch.div(volume, scale[channel], out=scaled[channel]).clamp_(0, 1).mul_(2).sub_(1)
+                    torch.div(volume, scale[channel], out=scaled[channel])
+                    scaled[channel].clamp_(0, 1 if self.clip else None).mul_(2).sub_(1)
             d[key] = convert_to_dst_type(scaled, d[key])[0]
             d[self.scale_key] = scale
         return d
@@ -489,6 +498,7 @@ def study_transforms(
     mask_values: Mapping[str, int | Sequence[int]] | None = None,
     reader: str | None = None,
     resample: bool = False,
+    clip: bool = True,
 ) -> StudyCompose:
     """The preprocessing of this bundle, the same for training, evaluation and inference.
 
@@ -505,6 +515,8 @@ def study_transforms(
         mask_values: of ``LoadStudyd``.
         reader: of ``LoadStudyd``.
         resample: of ``LoadStudyd``.
+        clip: of ``ScaleBraind``. The slice cache is made without, since scores need the truth as it is; what it shows
+            to networks is clipped.
 
     Returns:
         An invertible composition of transforms for one datalist item.
@@ -512,7 +524,7 @@ def study_transforms(
     Raises:
         ValueError: when ``scaling`` or ``image_size`` is not one of the above.
     """
-    scalings = {"brain": ScaleBraind("image", percentile), "per_slice": ScaleSliced("image")}
+    scalings = {"brain": ScaleBraind("image", percentile, clip=clip), "per_slice": ScaleSliced("image")}
     if scaling not in scalings:
         raise ValueError(f"scaling must be one of {', '.join(scalings)}, got {scaling!r}.")
     grids = ("image", "label")

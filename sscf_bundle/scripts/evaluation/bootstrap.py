@@ -30,7 +30,7 @@ import pandas as pd
 from ignite.engine import Engine, Events
 from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test
 
-from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, SYNTHESIZED, StudyError, scenario_name
 from ..inference.evaluator import StudyEvaluator
 from ..networks.memory_bank import style_spread
 from .protocols import PerceptualDistance
@@ -74,9 +74,10 @@ def group_masks(scenario: np.ndarray, of: np.ndarray) -> dict[tuple[str, str], n
     """
     everything = np.ones(len(of), dtype=bool)
     available = np.char.count(scenario.astype(str), "+") + 1
-    names = {name: of == name for name in (*CONTRASTS, *REGIONS) if name in set(of)}
+    contrasts = [*CONTRASTS, *(name + SYNTHESIZED for name in CONTRASTS)]
+    names = {name: of == name for name in (*contrasts, *REGIONS) if name in set(of)}
     masks = {("all", "all"): everything, ("pairs", "all"): everything}
-    masks |= {("contrast" if name in CONTRASTS else "all", name): mask for name, mask in names.items()}
+    masks |= {("contrast" if name in contrasts else "all", name): mask for name, mask in names.items()}
     subsets = {f"available:{n}": available == n for n in sorted(set(available))}
     subsets |= {f"scenario:{name}": scenario == name for name in map(scenario_name, SCENARIOS)}
     for group, subset in subsets.items():
@@ -293,8 +294,8 @@ class EvaluationTables:
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
         }
-        if "segmentation" in set(frame["protocol"]):
-            metadata["protocols"]["segmentation"] = self.scores.segmentation
+        found = set(frame["protocol"])
+        metadata["protocols"] |= {name: text for name, text in self.scores.segmentation.items() if name in found}
         network: Any = engine.network
         if getattr(network, "uses_bank", False):
             present = network.bank_present

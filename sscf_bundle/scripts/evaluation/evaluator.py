@@ -48,11 +48,13 @@ class ScenarioSlices(Dataset):
         return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``."""
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K), ``scenario``, and ``truth``, that of
+        ``SliceDataset`` or, where it gives none, ``target``."""
         item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
         image = network_input(item["target"].unsqueeze(0), available.unsqueeze(0)).squeeze(0)
+        item.setdefault("truth", item["target"])
         return {**item, "image": image, "available": available, "scenario": torch.tensor(scenario)}
 
 
@@ -178,7 +180,8 @@ def list_scenarios(
 class StudySlices(Dataset):
     """Studies of a dataset of slices, each as one stack of its slices in z order.
 
-    An item has ``target`` (Z x K x H x W in [-1, 1]), ``label`` (Z x 1 x H x W), ``has_contrast`` (K) and ``has_mask``.
+    An item has ``target`` (Z x K x H x W in [-1, 1]), ``truth`` where the slices do, ``label`` (Z x 1 x H x W),
+    ``has_contrast`` (K) and ``has_mask``.
 
     Args:
         slices: a ``SliceDataset``.
@@ -194,7 +197,8 @@ class StudySlices(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = [self.slices[position] for position in self.positions[index]]
-        stacks = {key: torch.stack([item[key] for item in items]) for key in ("target", "label")}
+        keys = [key for key in ("target", "truth", "label") if key in items[0]]
+        stacks = {key: torch.stack([item[key] for item in items]) for key in keys}
         return {**stacks, **{key: items[0][key] for key in ("has_contrast", "has_mask")}}
 
 

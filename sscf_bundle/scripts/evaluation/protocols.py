@@ -10,8 +10,8 @@
 
 """What a score means: the protocols under which a synthesized contrast is compared with the true one.
 
-Every protocol takes images in [0, 1], the scaling of the slice cache mapped from [-1, 1], and gives one value for
-each study, contrast, region and score. ``docs/evaluation.md`` has the definitions in words.
+Every protocol takes predictions in [0, 1] and truth in the same scaling, and gives one value for each study, contrast,
+region and score. ``docs/evaluation.md`` has the definitions in words.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from typing import NamedTuple
 
 import lpips
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..contrasts import NUM_TUMOR_CLASSES, StudyError, region_masks
-from .metrics import MAX_PSNR
+from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ssim_map
 
-#: Gaussian window of SSIM, as in Wang et al. (2004).
-WINDOW, SIGMA = 11, 1.5
-#: What the window reaches beyond its center.
-REACH = WINDOW // 2
+#: What the windows of SSIM reach beyond their centers: that of volumes, and that of slices.
+REACH, SLICE_REACH = len(GAUSSIAN) // 2, len(UNIFORM) // 2
 
 #: One value, a tensor without dimensions, for each region and score; NaN where it is not defined.
 Scores = dict[tuple[str, str], torch.Tensor]
@@ -45,7 +42,8 @@ class StudyTruth(NamedTuple):
     """What a prediction for one study is compared with.
 
     Args:
-        images: Z x K x H x W in [0, 1], background 0: slices, or a volume along any of its axes.
+        images: Z x K x H x W, background 0: slices, or a volume along any of its axes, in the scaling of the
+            prediction. Volumes are in [0, 1]; slices may exceed 1, where the prediction cannot.
         brain: Z x H x W boolean, union of the true contrasts above background.
         tumor: Z x H x W boolean, whole tumor; all False without a mask.
     """
@@ -56,12 +54,7 @@ class StudyTruth(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------- building blocks
-def psnr(mean_square: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of a mean square error at data range 1, at most ``MAX_PSNR``."""
-    return (-10 * torch.log10(mean_square)).clamp(max=MAX_PSNR)
-
-
-def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
+def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | Sequence[int]) -> torch.Tensor:
     """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
 
     Args:
@@ -71,63 +64,6 @@ def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[i
     """
     mask = mask.expand(values.shape)
     return torch.where(mask, values, 0.0).sum(dims) / mask.sum(dims)
-
-
-def gaussian_window_mean(images: torch.Tensor, spatial_dims: int) -> torch.Tensor:
-    """Mean under SSIM's Gaussian window, at every position where the window lies inside the image.
-
-    The window is separable, and a sum of shifted copies along one axis after the other is some fifty times as fast on
-    a CPU as a dense 3-D convolution.
-
-    Args:
-        images: any leading dimensions, then the spatial ones, each at least 11.
-        spatial_dims: 2 or 3, number of spatial dimensions.
-
-    Returns:
-        The same with every spatial side shorter by 10.
-    """
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - REACH
-    kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights = (kernel / kernel.sum()).tolist()
-    for axis in range(-spatial_dims, 0):
-        length = images.shape[axis] - WINDOW + 1
-        mean = images.narrow(axis, 0, length) * weights[0]
-        for shift, weight in enumerate(weights[1:], start=1):
-            mean.add_(images.narrow(axis, shift, length), alpha=weight)
-        images = mean
-    return images
-
-
-def ssim_map(
-    prediction: torch.Tensor,
-    truth: torch.Tensor,
-    spatial_dims: int,
-    margin: int | Sequence[int] = 0,
-    data_range: torch.Tensor | float = 1.0,
-) -> torch.Tensor:
-    """Structural similarity at every window position: Gaussian 11 window, sigma 1.5, K1 = 0.01, K2 = 0.03.
-
-    Args:
-        prediction: any leading dimensions, then the spatial ones.
-        truth: the same shape.
-        spatial_dims: 2 or 3.
-        margin: background (0) added on every side; 5 gives a value for every pixel, 0 one for each window in the image.
-            A sequence is for each side, in the order of ``torch.nn.functional.pad``.
-        data_range: of the intensities.
-
-    Returns:
-        The map, every spatial side longer by what was added less 10.
-    """
-    padding = [margin] * (2 * spatial_dims) if isinstance(margin, int) else list(margin)
-    prediction, truth = (F.pad(image, padding) for image in (prediction, truth))
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    mean_g, mean_t, squares, product = (
-        gaussian_window_mean(image, spatial_dims)
-        for image in (prediction, truth, prediction**2 + truth**2, prediction * truth)
-    )
-    means_product, means_squares = mean_g * mean_t, mean_g**2 + mean_t**2
-    luminance = (2 * means_product + c1) / (means_squares + c1)
-    return luminance * (2 * (product - means_product) + c2) / (squares - means_squares + c2)
 
 
 def bounding_box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, ...]:
@@ -185,6 +121,21 @@ def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     )
     both = ours.sum(1) + theirs.sum(1)
     return torch.where(both > 0, 2 * (ours & theirs).sum(1) / both, 1.0)
+
+
+def slice_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Dice of WT, TC and ET of each slice, averaged over the slices that have the region, as the published code does.
+
+    Args:
+        prediction: Z x 1 x spatial classes.
+        label: Z x 1 x spatial classes.
+
+    Returns:
+        3 values, in the order of ``REGIONS``; NaN without a slice that has the region.
+    """
+    each = torch.stack([region_dice(ours[None], theirs[None]) for ours, theirs in zip(prediction, label, strict=True)])
+    classes = torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
+    return masked_average(each, region_masks(classes).flatten(2).any(dim=2), 0)
 
 
 class PerceptualDistance(nn.Module):
@@ -308,26 +259,28 @@ class Protocol(ABC):
 
 
 class PerSliceProtocol(Protocol):
-    """The published protocol: 2-D slices with the largest tumor, each scaled by its own range.
+    """What the published code computes: 2-D slices, each scaled by its own range, the defaults of scikit-image.
 
-    Truth and prediction are both scaled by the minimum and maximum of the true slice in the evaluated frame; the data
-    range is 1. PSNR, SSIM (windows inside the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the
-    scaled truth) are of slices, then averaged over slices; a slice where the truth is constant is left out. Regions,
-    over the slices with tumor: ``tumor_box`` is the crop to the bounding box of the whole tumor, each side rounded up
-    to a multiple of ``box_step``, at least ``min_box``, moved into the frame; ``tumor`` is inside the mask (PSNR and
-    NMSE from the errors inside, the SSIM map averaged inside, LPIPS of the box with everything outside the mask 0).
+    Truth (not clipped) and prediction are both scaled by the minimum and maximum of the true slice in the evaluated
+    frame, the prediction is clipped to [0, 1], and the data range is 1. PSNR, SSIM (``slice_ssim_map``, windows inside
+    the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the scaled truth) are of slices, then averaged
+    over slices; a slice where the truth is constant is left out. Regions, over the slices with tumor: ``tumor_box`` is
+    the crop to the bounding box of the whole tumor, each side rounded up to a multiple of ``box_step``, at least
+    ``min_box``, moved into the frame; ``tumor`` is inside the mask (PSNR and NMSE from the errors inside, the SSIM map
+    averaged inside, LPIPS of the box with everything outside the mask 0).
 
     Args:
         lpips: the perceptual distance; None leaves it out.
-        min_box: smallest side of a box, in pixels; AlexNet needs 31, the window of SSIM 11.
+        min_box: smallest side of a box, in pixels; AlexNet needs 31, the window of SSIM 7.
         box_step: sides of boxes are multiples of this, so that boxes of many slices have one size and form one batch.
         available: see ``Protocol``.
     """
 
     name = "per_slice"
     definition = (
-        "2-D slices with the largest tumor, truth and prediction scaled by the true slice's minimum and maximum, data "
-        "range 1, mean over slices"
+        "2-D slices, unclipped truth and prediction scaled by the true slice's minimum and maximum, prediction clipped "
+        "to that range, data range 1, SSIM with the uniform window of 7 of scikit-image, mean over slices, as the "
+        "published code"
     )
 
     def __init__(
@@ -343,16 +296,13 @@ class PerSliceProtocol(Protocol):
     def start(self, truth: StudyTruth) -> None:
         """See ``Protocol``."""
         images, self.tumor = truth.images.transpose(0, 1), truth.tumor  # K x R x H x W, R x H x W
-        self.low = images.amin(dim=(2, 3), keepdim=True)
-        span = images.amax(dim=(2, 3), keepdim=True) - self.low
-        self.valid = (span > 0)[..., 0, 0]
-        self.span = torch.where(span > 0, span, 1.0)
-        self.images = (images - self.low) / self.span
+        self.raw = images
+        self.images, self.valid = scale_by_slice(images, images)
         self.has_tumor = self.tumor.any(dim=(1, 2))
         first, size = tumor_boxes(self.tumor, self.min_box, self.box_step)
         self.box = _rectangles(first, size, self.tumor.shape)
         # the windows that lie in the box, by their centers
-        self.inner_box = _rectangles(first + REACH, size - 2 * REACH, self.tumor.shape)
+        self.inner_box = _rectangles(first + SLICE_REACH, size - 2 * SLICE_REACH, self.tumor.shape)
         # boxes of one size form one batch: the slices they are of, the pixels of their rows and of their columns
         self.crops: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for shape in size[self.has_tumor].unique(dim=0):
@@ -365,9 +315,9 @@ class PerSliceProtocol(Protocol):
     def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
         truth, valid = self.images[target], self.valid[target]
-        prediction = (prediction - self.low[target]) / self.span[target]
+        prediction = scale_by_slice(prediction, self.raw[target])[0].clamp(0, 1)
         error, power = (prediction - truth) ** 2, truth**2
-        similarity = ssim_map(prediction, truth, 2, margin=REACH)
+        similarity = slice_ssim_map(prediction, truth, margin=SLICE_REACH)
         everywhere = torch.ones_like(self.box)
         # values of slices, and of which slices
         per_slice: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -379,8 +329,8 @@ class PerSliceProtocol(Protocol):
             per_slice[region, "psnr"] = psnr(masked_average(error, mask, (1, 2))), rows
             share = torch.where(mask, error, 0.0).sum((1, 2)) / torch.where(mask, power, 0.0).sum((1, 2))
             per_slice[region, "nmse"] = share, rows & share.isfinite()
-        inner = everywhere.clone()
-        inner[:, :REACH], inner[:, -REACH:], inner[:, :, :REACH], inner[:, :, -REACH:] = False, False, False, False
+        inner = torch.zeros_like(everywhere)
+        inner[:, SLICE_REACH:-SLICE_REACH, SLICE_REACH:-SLICE_REACH] = True
         for region, mask in (("whole", inner), ("tumor_box", self.inner_box), ("tumor", self.tumor)):
             per_slice[region, "ssim"] = masked_average(similarity, mask, (1, 2)), per_slice[region, "psnr"][1]
         if self.lpips is not None:

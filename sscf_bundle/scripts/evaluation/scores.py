@@ -27,6 +27,7 @@ from ..contrasts import (
     NUM_CONTRASTS,
     REGIONS,
     SCENARIOS,
+    SYNTHESIZED,
     TUMOR_CLASSES,
     class_masks,
     label_map,
@@ -36,7 +37,7 @@ from ..contrasts import (
 from ..data.transforms import LoadStudyd, ScaleBraind, StudyCompose
 from ..inference.postprocessing import BRATS_MASK_LABELS
 from .metrics import fill_background
-from .protocols import Protocol, StudyTruth, region_dice, volume_scores
+from .protocols import Protocol, StudyTruth, region_dice, slice_dice, volume_scores
 
 #: Where a value belongs: contrast or region of the mask, method, protocol, region, score.
 Key = tuple[str, str, str, str, str]
@@ -78,10 +79,13 @@ class StudyScores:
         self.prepare()
 
     @property
-    def segmentation(self) -> str:
+    def segmentation(self) -> dict[str, str]:
         """What the Dice of the network's mask is, for the metadata."""
         of = "the whole study on the grid on file" if self.whole else "the evaluated slices of a study together"
-        return f"Dice of {of}, both empty 1, one empty 0"
+        return {
+            "segmentation": f"Dice of {of}, both empty 1, one empty 0",
+            "segmentation_per_slice": "Dice of each evaluated slice that has the region, mean over slices",
+        }
 
     def prepare(self) -> None:
         """Starts anew."""
@@ -147,9 +151,12 @@ class StudyScores:
                 if self._exists[k] and not scenario[k]:
                     scores = volume_scores(protocols, k, stack[:, k], sum(scenario))
                     values |= {(CONTRASTS[k], method, *key): value for key, value in scores.items()}
-        if whole == self.whole and classes is not None and self._has_mask:
-            dice = region_dice(classes, self._label)
-            values |= {(name, "network", "segmentation", "whole", "dice"): dice[k] for k, name in enumerate(REGIONS)}
+        if classes is not None and self._has_mask:
+            kinds = {"segmentation": region_dice} if whole == self.whole else {}
+            kinds |= {} if whole else {"segmentation_per_slice": slice_dice}
+            for protocol, measure in kinds.items():
+                dice = measure(classes, self._label)
+                values |= {(name, "network", protocol, "whole", "dice"): dice[k] for k, name in enumerate(REGIONS)}
         return values
 
     def _start(self, data: Mapping[str, Any], whole: bool) -> None:
@@ -164,14 +171,17 @@ class StudyScores:
         target, label = truth["target"].to(self.device), truth["label"].to(self.device)
         self._shown = truth["shown"].to(self.device) if "shown" in truth else slice(None)
         self._exists, self._has_mask = truth["has_contrast"].tolist(), bool(truth["has_mask"])
-        exists = truth["has_contrast"].to(self.device).expand(len(target), -1)
-        self._slices = torch.where(exists[..., None, None], target, -1.0)
+        exists = truth["has_contrast"].to(self.device).expand(len(target), -1)[..., None, None]
+        self._slices = torch.where(exists, target, -1.0)
         self._target, self._label = self._slices[self._shown], label[self._shown]
         brain = (self._target > -1).any(dim=1)
         tumor = (self._label[:, 0] > 0) & self._has_mask
+        images = self._target
+        if "truth" in truth:
+            images = torch.where(exists, truth["truth"].to(self.device), -1.0)[self._shown]
         for protocol in self.protocols:
             if protocol.whole == whole:
-                protocol.start(StudyTruth(((self._target + 1) / 2).clamp(0, 1), brain, tumor))
+                protocol.start(StudyTruth(((images + 1) / 2).clamp(min=0), brain, tumor))
         if self._has_mask and whole == self.whole:
             present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
@@ -194,9 +204,14 @@ class StudyScores:
             return
         common = {"study": data["study"], "patient": data["patient"]}
         common |= {"scenario": scenario_name(scenario), "available": sum(scenario)}
+        # a truth that is itself synthesized, as T2 of UCSF-BMSR, is told apart
+        keys = data.get("complete", {}).get("synthesized", ())
+        synthesized = {CONTRASTS[CONTRAST_KEYS.index(key)] for key in keys}
         # the one synchronization
         numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
         for key, number in zip(values, numbers, strict=True):
             if math.isfinite(number):
                 names = dict(zip(("of", "method", "protocol", "region", "score"), key, strict=True))
+                if names["of"] in synthesized:
+                    names["of"] += SYNTHESIZED
                 self.rows.append({**common, **names, "value": number})

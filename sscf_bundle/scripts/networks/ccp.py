@@ -50,7 +50,8 @@ class CCP(nn.Module):
     """The CCP modules of all targets at one scale, as one grouped call over the active pairs (eq. 8, 9).
 
     Every target has its own CBAM and every (target, source) pair its own part of gamma. Missing sources count as zeros
-    in the concatenation; the sum is scaled by (K - 1) / |S|, so that its size does not depend on the scenario.
+    in the concatenation; the sum is scaled by (K - 1) / |S|, so that its size does not depend on the scenario, unless
+    ``scale_sources`` is False, as in the paper.
 
     Args:
         spatial_dims: 2 or 3.
@@ -60,6 +61,7 @@ class CCP(nn.Module):
         kernel_size: kernel of CBAM's spatial attention.
         residual: add the result of eq. 9 to the mean of the available features, with gamma zero at the start; False is
             eq. 9 as it stands, which puts a random mixture in the place of every skip connection at the start.
+        scale_sources: see above.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class CCP(nn.Module):
         reduction: int = 16,
         kernel_size: int = 7,
         residual: bool = False,
+        scale_sources: bool = True,
     ) -> None:
         super().__init__()
         k, c, hidden = num_contrasts, channels, max(channels // reduction, 4)
-        self.num_contrasts, self.residual = k, residual
+        self.num_contrasts, self.residual, self.scale_sources = k, residual, scale_sources
         self.squeeze_weight = nn.Parameter(torch.empty(k, hidden, c))
         self.squeeze_bias = nn.Parameter(torch.zeros(k, hidden))
         self.excite_weight = nn.Parameter(torch.empty(k, c, hidden))
@@ -205,7 +208,9 @@ class CCP(nn.Module):
             mean.flatten(0, 1),
             std.flatten(0, 1),
         )
-        gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
+        gain = active.float()
+        if self.scale_sources:
+            gain = active / available.sum(dim=1, keepdim=True).clamp(min=1) * (k - 1)
         gamma = gather(self.gamma_weight.flatten(0, 1), (target * k + source).flatten()) * gain.flatten()[:, None, None]
         mixed, pooled = self.attend(gather_maps(maps, row), scale.unsqueeze(1), shift.unsqueeze(1), gamma.unsqueeze(1))
         attended = self.spatial(pooled.squeeze(1))
@@ -246,7 +251,7 @@ class CCP(nn.Module):
         assert self.spatial.bias is not None
         offset = self.spatial.bias.index_select(0, targets)
         convolve = F.conv2d if features[0].dim() == 4 else F.conv3d
-        gain = (self.num_contrasts - 1) / len(features)
+        gain = (self.num_contrasts - 1) / len(features) if self.scale_sources else 1.0
         gamma = self.gamma_weight.index_select(0, targets).index_select(1, sources) * gain  # T x S x C x C
         bias = self.gamma_bias.index_select(0, targets).unsqueeze(0).to(features[0].dtype)
         out = expand_dims_like(bias, features[0].unsqueeze(1))

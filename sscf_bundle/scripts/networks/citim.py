@@ -35,8 +35,9 @@ MIN_CLASS_MASS = 0.5
 class PredictionHead(nn.Module):
     """The light head of CITIM: four convolution blocks from a bottleneck feature to class probabilities W.
 
-    The probabilities are a softmax over the tumor classes and background. With independent sigmoids (the paper's text)
-    an entry of W_l^T W can exceed 1 and eq. 6 is undefined. ``hidden_channels`` is the width of the three inner blocks.
+    The probabilities are a softmax over the tumor classes and background, or, as in the paper's text, independent
+    sigmoids of the tumor classes (``sigmoid``); with these an entry of W_l^T W can exceed 1, where eq. 6 is undefined.
+    ``hidden_channels`` is the width of the three inner blocks.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class PredictionHead(nn.Module):
         hidden_channels: int,
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
+        sigmoid: bool = False,
     ) -> None:
         super().__init__()
+        self.sigmoid = sigmoid
         widths = [in_channels, hidden_channels, hidden_channels, hidden_channels]
         self.blocks = nn.Sequential(
             *(
@@ -59,8 +62,9 @@ class PredictionHead(nn.Module):
         )
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """W, B x c' x N float32, summing to 1 over c', of B x C x spatial."""
-        return torch.softmax(self.blocks(feature).flatten(2).float(), dim=1)
+        """W, B x c' x N float32, of B x C x spatial; of the softmax, summing to 1 over c'."""
+        logits = self.blocks(feature).flatten(2).float()
+        return torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
 
 
 def class_prototypes(
@@ -96,7 +100,7 @@ class CITIM(nn.Module):
         spatial_dims: 2 or 3.
         channels: C of F^5.
         num_contrasts: K.
-        num_classes: c', with background.
+        num_classes: c', with background but for ``sigmoid``.
         bank_size: L; only the ``concat`` aggregation has weights for each slot.
         prototype: ``sum`` (the literal eq. 2) or ``mean``.
         aggregation: ``attention`` pools the entries by attention of the current feature, whatever their order and
@@ -105,6 +109,7 @@ class CITIM(nn.Module):
         norm: MONAI normalization spec.
         act: MONAI activation spec.
         eps: of the layer normalization.
+        sigmoid: see ``PredictionHead``.
 
     Raises:
         ValueError: for an unknown ``prototype`` or ``aggregation``.
@@ -123,6 +128,7 @@ class CITIM(nn.Module):
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
         eps: float = 1e-5,
+        sigmoid: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -140,7 +146,7 @@ class CITIM(nn.Module):
         self.concat = aggregation == "concat"
         # a multiple of 4, as the groups of the default normalization ask
         head_channels = head_channels or max(channels // 16 * 4, 4)
-        self.head = PredictionHead(spatial_dims, channels, num_classes, head_channels, norm, act)
+        self.head = PredictionHead(spatial_dims, channels, num_classes, head_channels, norm, act, sigmoid)
         conv = Conv[Conv.CONV, spatial_dims]
         #: psi (eq. 3), a 1x1 convolution from K * C to C, kept as a matrix since it acts on prototypes
         self.psi = nn.Linear(num_contrasts * channels, channels)

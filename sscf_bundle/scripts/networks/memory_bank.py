@@ -96,6 +96,7 @@ class MemoryBank(nn.Module):
         bottleneck_channels: C of F^5.
         num_classes: c', tumor classes and background.
         num_cells: N = h * w of F^5.
+        refresh: a slice that is in the bank is rewritten in its place; False is a plain queue, which may hold it twice.
     """
 
     mean: torch.Tensor
@@ -115,8 +116,10 @@ class MemoryBank(nn.Module):
         bottleneck_channels: int,
         num_classes: int,
         num_cells: int,
+        refresh: bool = True,
     ) -> None:
         super().__init__()
+        self.refresh = refresh
         if size < 1:
             raise ValueError(f"the bank needs at least one entry, got size={size}.")
         self.size = size
@@ -144,10 +147,10 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, new: BankEntries) -> None:
-        """Writes E entries: a known slice in its place, others over the oldest.
+        """Writes E entries: a known slice in its place (with ``refresh``), others over the oldest.
 
-        Entries with a non-finite value or without any contrast are rejected. Of several entries of one slice the last
-        is kept. E may not exceed L.
+        Entries with a non-finite value or without any contrast are rejected. With ``refresh`` the last of several
+        entries of one slice is kept. E may not exceed L.
 
         Args:
             new: entries, on the device of the bank.
@@ -156,12 +159,13 @@ class MemoryBank(nn.Module):
         if num > self.size:
             raise ValueError(f"{num} entries at once do not fit a bank of {self.size}: raise the bank size.")
         accepted = usable_entries(new)
-        same = new.slice_id.unsqueeze(0) == new.slice_id.unsqueeze(1)
-        later = torch.ones_like(same).triu(diagonal=1)
-        accepted = accepted & ~(same & later & accepted.unsqueeze(0)).any(dim=1)
+        if self.refresh:
+            same = new.slice_id.unsqueeze(0) == new.slice_id.unsqueeze(1)
+            later = torch.ones_like(same).triu(diagonal=1)
+            accepted = accepted & ~(same & later & accepted.unsqueeze(0)).any(dim=1)
 
         filled = torch.arange(self.size, device=new.slice_id.device) < self.count
-        known = (new.slice_id.unsqueeze(1) == self.slice_id[: self.size]) & filled
+        known = (new.slice_id.unsqueeze(1) == self.slice_id[: self.size]) & filled & self.refresh
         fresh = accepted & ~known.any(dim=1)
         # a fresh entry takes the oldest slot; oldest slots that this very call rewrites in place are passed over
         kept_in_place = (known & accepted.unsqueeze(1)).any(dim=0)
@@ -176,7 +180,9 @@ class MemoryBank(nn.Module):
             buffer.index_copy_(0, slot, torch.where(keep, value.to(buffer.dtype), torch.zeros_like(buffer[:1])))
         written = fresh.sum()
         self.count.copy_((self.count + written).clamp(max=self.size))
-        last = torch.where(written > 0, (order[(written - 1).clamp(min=0)] + 1) % self.size, self.head)
+        # a tensor without dimensions as an index would be read on the host
+        newest = order.gather(0, (written - 1).clamp(min=0).view(1)).squeeze(0)
+        last = torch.where(written > 0, (newest + 1) % self.size, self.head)
         self.head.copy_(last)
 
     @torch.no_grad()

@@ -41,9 +41,15 @@ def usable_for_pairs(
     return allowed.unsqueeze(1) & has[source] & has[target]
 
 
-def key_distances(query: torch.Tensor, bank: CompiledBank, source: int) -> torch.Tensor:
-    """Squared distances (B x L float32) of keys (B x D) of one contrast, less their own norm, which moves no argmin."""
-    return bank.key_square[:, source] - 2 * torch.matmul(query, bank.key[:, source].float().t())
+def key_distances(query: torch.Tensor, bank: CompiledBank, source: int, start: int = 0) -> torch.Tensor:
+    """Squared distances (B x L float32) of keys (B x D) of one contrast, less their own norm, which moves no argmin.
+
+    The keys may be the part of one scale, which begins at ``start``.
+    """
+    key = bank.key[:, source, start : start + query.shape[1]].float()
+    whole = query.shape[1] == bank.key.shape[2]
+    square = bank.key_square[:, source] if whole else key.square().sum(dim=1)
+    return square - 2 * torch.matmul(query, key.t())
 
 
 def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> tuple[torch.Tensor, torch.Tensor]:

@@ -90,6 +90,11 @@ class SSCFNet(ConfiguredNetwork):
         mask_input: False is one pass for both branches: encoders see no mask, and the loop is open.
         closed_loop: False detaches the mask that the second pass sees.
         retrieval: ``nearest``; the controls are ``random``, any usable entry, and ``mean``, the mean of all.
+        head: ``softmax`` over tumor classes and background, or the paper's ``sigmoid`` of the tumor classes, see
+            ``PredictionHead``.
+        keys: ``bottleneck``, one key of F_i^5 for all scales; or ``each_scale``, as in the paper: F_i^j pooled to
+            ``key_size`` 2^(5 - j) cells along each axis, the whole map where that is its size.
+        scale_sources: False leaves out the factors (K - 1) / |S| of eq. 9 and K / |S| of the fused F^5.
 
     Raises:
         ValueError: for an unknown preset or variant, or a batch normalization.
@@ -135,6 +140,9 @@ class SSCFNet(ConfiguredNetwork):
         mask_input: bool = True,
         closed_loop: bool = True,
         retrieval: str = "nearest",
+        head: str = "softmax",
+        keys: str = "bottleneck",
+        scale_sources: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(channels, str):
@@ -147,6 +155,8 @@ class SSCFNet(ConfiguredNetwork):
             ("segmentation", segmentation, ("citim", "plain", "none")),
             ("prediction", prediction, ("ccp", "mean")),
             ("retrieval", retrieval, ("nearest", "random", "mean")),
+            ("head", head, ("softmax", "sigmoid")),
+            ("keys", keys, ("bottleneck", "each_scale")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
@@ -168,7 +178,16 @@ class SSCFNet(ConfiguredNetwork):
         )
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
-        k, c, classes = NUM_CONTRASTS, channels[-1], NUM_TUMOR_CLASSES + 1
+        #: c', classes of W
+        self.num_classes = NUM_TUMOR_CLASSES + (head == "softmax")
+        self.scale_sources = scale_sources
+        last = len(channels) - 1
+        #: cells of the key of each scale along each axis, 0 where a scale has none
+        self.key_cells = [key_size * 2 ** (last - j) if keys == "each_scale" else 0 for j in range(last)] + [key_size]
+        self.key_lengths = [
+            width * cells**spatial_dims for width, cells in zip(channels, self.key_cells, strict=True) if cells
+        ]
+        k, c, classes = NUM_CONTRASTS, channels[-1], self.num_classes
         conv = Conv[Conv.CONV, spatial_dims]
         self.encoders = nn.ModuleList(
             Encoder(spatial_dims, 1 + NUM_TUMOR_CLASSES, channels, norm, act) for _ in range(k)
@@ -180,19 +199,20 @@ class SSCFNet(ConfiguredNetwork):
             bias = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
             nn.init.constant_(self.segmentation_decoder.head.bias, bias)
         if self.with_citim:
-            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act)
+            options = {"norm": norm, "act": act, "sigmoid": head == "sigmoid"}
+            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, **options)
             if self.residual:
                 nn.init.zeros_(self.citim.phi.weight)
                 nn.init.zeros_(self.citim.phi.bias)
             else:
                 self.join_citim = conv(2 * c, c, kernel_size=1)
         if self.with_ccp:
-            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k, residual=self.residual) for width in channels)
+            options = {"residual": self.residual, "scale_sources": scale_sources}
+            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k, **options) for width in channels)
         if self.synthesis:
             self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
 
-        key_dim = c * key_size**spatial_dims
-        self.register_buffer("bank_key", torch.zeros(bank_size, k, key_dim))
+        self.register_buffer("bank_key", torch.zeros(bank_size, k, sum(self.key_lengths)))
         self.register_buffer("bank_key_square", torch.zeros(bank_size, k))
         self.register_buffer("bank_mean", torch.zeros(bank_size, k, self.feature_channels))
         self.register_buffer("bank_std", torch.ones(bank_size, k, self.feature_channels))
@@ -202,19 +222,20 @@ class SSCFNet(ConfiguredNetwork):
         self.register_buffer("bank_patient", torch.zeros(bank_size, dtype=torch.int64))
 
     # ------------------------------------------------------------------------------------------------------- banks
-    def new_bank(self, image_size: Sequence[int]) -> MemoryBank:
-        """An empty training bank for slices of a spatial size, multiples of 16."""
+    def new_bank(self, image_size: Sequence[int], refresh: bool = True) -> MemoryBank:
+        """An empty training bank for slices of a spatial size, multiples of 16; for ``refresh`` see ``MemoryBank``."""
         cells = 1
         for size in image_size:
             cells *= size // 2 ** (len(self.channels) - 1)
         return MemoryBank(
             self.bank_size,
             NUM_CONTRASTS,
-            self.channels[-1] * self.key_size**self.spatial_dims,
+            sum(self.key_lengths),
             self.feature_channels,
             self.channels[-1],
-            NUM_TUMOR_CLASSES + 1,
+            self.num_classes,
             cells,
+            refresh,
         )
 
     @property
@@ -273,7 +294,7 @@ class SSCFNet(ConfiguredNetwork):
         b, k = bottleneck.shape[:2]
         if not self.with_citim:
             cells = bottleneck.flatten(3).shape[3]
-            return torch.zeros(b, k, self.num_tumor_classes + 1, cells, device=bottleneck.device)
+            return torch.zeros(b, k, self.num_classes, cells, device=bottleneck.device)
         return self.citim.head(bottleneck.flatten(0, 1)).unflatten(0, (b, k))
 
     def segment(
@@ -284,8 +305,10 @@ class SSCFNet(ConfiguredNetwork):
         bottleneck = features[-1]
         zero = torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
         kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, zero).flatten(1, 2)
-        count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
-        return self.decode_mask(fused, kept * expand_dims_like(available.shape[1] / count, kept), bank, allowed)
+        if self.scale_sources:
+            count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
+            kept = kept * expand_dims_like(available.shape[1] / count, kept)
+        return self.decode_mask(fused, kept, bank, allowed)
 
     def decode_mask(
         self, fused: list[torch.Tensor], concatenated: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -314,18 +337,26 @@ class SSCFNet(ConfiguredNetwork):
             else:
                 fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
         else:
-            class_map = torch.zeros(f5.shape[0], self.num_tumor_classes + 1, f5.flatten(2).shape[2], device=f5.device)
+            class_map = torch.zeros(f5.shape[0], self.num_classes, f5.flatten(2).shape[2], device=f5.device)
             fused[-1] = f5
         return self.segmentation_decoder(fused), class_map
 
-    def retrieval_key(self, bottleneck: torch.Tensor) -> torch.Tensor:
-        """Keys of eq. 8's l*: F_i^5 (B x R x C x spatial) pooled to B x R x (C * key_size^spatial_dims) float32."""
-        flat = bottleneck.flatten(0, 1).float()
-        if self.spatial_dims == 2:
-            pooled = F.adaptive_avg_pool2d(flat, (self.key_size, self.key_size))
-        else:
-            pooled = F.adaptive_avg_pool3d(flat, (self.key_size, self.key_size, self.key_size))
-        return pooled.reshape(bottleneck.shape[0], bottleneck.shape[1], -1)
+    def retrieval_key(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Keys of eq. 8's l*, B x R x D float32: F_i^5, or all F_i^j one behind the other, pooled to a coarse grid.
+
+        Args:
+            features: by scale B x R x C_j x spatial; only those that have a key are read.
+        """
+        parts: list[torch.Tensor] = []
+        for feature, cells in zip(features, self.key_cells):  # noqa: B905, TorchScript knows no strict
+            if cells > 0:
+                flat = feature.flatten(0, 1).float()
+                if self.spatial_dims == 2:
+                    pooled = F.adaptive_avg_pool2d(flat, (cells, cells))
+                else:
+                    pooled = F.adaptive_avg_pool3d(flat, (cells, cells, cells))
+                parts.append(pooled.reshape(feature.shape[0], feature.shape[1], -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def prototypes(
         self,
@@ -377,16 +408,22 @@ class SSCFNet(ConfiguredNetwork):
         predicted: list[torch.Tensor] = []
         if self.with_ccp:
             target, source, active = active_pairs(available)
-            key = self.retrieval_key(features[-1].detach())
-            if torch.jit.is_scripting():
-                distance = self._distances(key, bank)
-            else:
-                with torch.autocast(key.device.type, enabled=False):
-                    distance = self._distances(key, bank)
-            place = source.unsqueeze(2).expand(-1, -1, distance.shape[2])
-            mean, std, found = self.prototypes(distance.gather(1, place), bank, allowed, target, source)
+            key = self.retrieval_key([f.detach() for f in features])
+            place = source.unsqueeze(2).expand(-1, -1, bank.key.shape[0])
+            # one for all scales, or one for each
+            retrieved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+            start = 0
+            for part in key.split(self.key_lengths, dim=2):
+                if torch.jit.is_scripting():
+                    distance = self._distances(part, bank, start)
+                else:
+                    with torch.autocast(key.device.type, enabled=False):
+                        distance = self._distances(part, bank, start)
+                retrieved.append(self.prototypes(distance.gather(1, place), bank, allowed, target, source))
+                start += part.shape[2]
             start = 0
             for j, ccp in enumerate(self.ccp):
+                mean, std, found = retrieved[min(j, len(retrieved) - 1)]
                 stop = start + features[j].shape[2]
                 center, own_std = statistics[j]
                 predicted.append(
@@ -412,9 +449,9 @@ class SSCFNet(ConfiguredNetwork):
             images.append(decoder([f[:, i] for f in predicted]))
         return torch.tanh(torch.cat(images, dim=1).float()), predicted
 
-    def _distances(self, key: torch.Tensor, bank: CompiledBank) -> torch.Tensor:
-        """Distances of the keys (B x K x D) of all contrasts, B x K x L."""
-        return torch.stack([key_distances(key[:, i], bank, i) for i in range(key.shape[1])], dim=1)
+    def _distances(self, key: torch.Tensor, bank: CompiledBank, start: int) -> torch.Tensor:
+        """Distances of the keys (B x K x D) of all contrasts, of a scale whose keys begin at ``start``, B x K x L."""
+        return torch.stack([key_distances(key[:, i], bank, i, start) for i in range(key.shape[1])], dim=1)
 
     def run_branches(
         self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -439,7 +476,7 @@ class SSCFNet(ConfiguredNetwork):
         else:
             logits = torch.full_like(empty, -float("inf"))
             class_map = torch.zeros(
-                images.shape[0], self.num_tumor_classes + 1, first[-1].flatten(3).shape[3], device=images.device
+                images.shape[0], self.num_classes, first[-1].flatten(3).shape[3], device=images.device
             )
         statistics = [channel_statistics(f) for f in second]
         predicted: list[torch.Tensor] = []
@@ -536,7 +573,7 @@ class ScenarioNetwork(nn.Module):
         """The segmentation branch; features are those of ``sources``, results those of ``SSCFNet.decode_mask``."""
         kept = [torch.zeros_like(features[-1][0])] * self.net.num_contrasts
         for i, f in zip(self.sources, features[-1], strict=True):
-            kept[i] = f * (self.net.num_contrasts / len(self.sources))
+            kept[i] = f * (self.net.num_contrasts / len(self.sources)) if self.net.scale_sources else f
         fused = [mean_of_maps(f) for f in features]
         return self.net.decode_mask(fused, torch.cat(kept, dim=1), bank, allowed)
 
@@ -548,17 +585,25 @@ class ScenarioNetwork(nn.Module):
         if not net.with_ccp:
             return [mean_of_maps(f).unsqueeze(0).expand(len(self.targets), *f[0].shape) for f in features]
         b, num_sources, num_targets = features[0][0].shape[0], len(self.sources), len(self.targets)
-        with torch.autocast(sources.device.type, enabled=False):
-            key = net.retrieval_key(torch.stack(features[-1], dim=1).detach())
-            distance = torch.stack([key_distances(key[:, row], bank, i) for row, i in enumerate(self.sources)], dim=1)
         # pairs in the order target, source
         target = targets.repeat_interleave(num_sources).expand(b, -1)
         source = sources.repeat(num_targets).expand(b, -1)
-        retrieved = net.prototypes(distance.repeat(1, num_targets, 1), bank, allowed, target, source)
-        mean, std, found = (t.unflatten(1, (num_targets, num_sources)) for t in retrieved)
+        # one for all scales, or one for each
+        retrieved: list[list[torch.Tensor]] = []
+        with torch.autocast(sources.device.type, enabled=False):
+            keyed = zip(features, net.key_cells, strict=True)
+            key = net.retrieval_key([torch.stack(f, dim=1).detach() if cells else f[0] for f, cells in keyed])
+            start = 0
+            for own in key.split(net.key_lengths, dim=2):
+                rows = [key_distances(own[:, row], bank, i, start) for row, i in enumerate(self.sources)]
+                distance = torch.stack(rows, dim=1).repeat(1, num_targets, 1)
+                found_entries = net.prototypes(distance, bank, allowed, target, source)
+                retrieved.append([t.unflatten(1, (num_targets, num_sources)) for t in found_entries])
+                start += own.shape[2]
         predicted: list[torch.Tensor] = []
         start = 0
-        for f, ccp in zip(features, net.ccp, strict=True):
+        for j, (f, ccp) in enumerate(zip(features, net.ccp, strict=True)):
+            mean, std, found = retrieved[min(j, len(retrieved) - 1)]
             part = slice(start, start + f[0].shape[1])
             predicted.append(cast(CCP, ccp).predict(f, sources, targets, found, mean[..., part], std[..., part]))
             start = part.stop

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ..contrasts import CONTRASTS, NUM_CONTRASTS, REGIONS, SCENARIOS, StudyError, scenario_name
+from ..contrasts import CONTRASTS, NUM_CONTRASTS, REGIONS, SCENARIOS, SYNTHESIZED, StudyError, scenario_name
 from ..evaluation.bootstrap import (
     COLUMNS,
     MEASURE,
@@ -56,7 +56,10 @@ _IMAGE_SCORES = ("psnr", "ssim", "lpips")
 _DICE = {"scores": ("dice",), "blocks": {name: ("all", name) for name in ("WT", "ET", "TC")}}
 #: What a kind of table shows: scores in order, and for each block of columns the ``group`` and ``of`` of a summary.
 KINDS: dict[str, dict[str, Any]] = {
-    "contrasts": {"scores": _IMAGE_SCORES, "blocks": {name: ("contrast", name) for name in CONTRASTS}},
+    "contrasts": {
+        "scores": _IMAGE_SCORES,
+        "blocks": {name + text: ("contrast", name + text) for name in CONTRASTS for text in ("", SYNTHESIZED)},
+    },
     "scores": {"scores": ("ssim", "psnr", "lpips"), "blocks": {"all": ("all", "all")}},
     "available": {
         "scores": _IMAGE_SCORES,
@@ -71,6 +74,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 #: Protocol of the kinds that have one alone.
 PROTOCOLS = {"dice": "segmentation", "downstream": "downstream"}
+#: Those that score no image.
+DICE_PROTOCOLS = {*PROTOCOLS.values(), "segmentation_per_slice"}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -213,6 +218,15 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
                 )
             frames.append(part.assign(run=str(name), seed=seed))
     frame = pd.concat(frames, ignore_index=True)
+    defined: dict[str, tuple[str, str]] = {}
+    for run, facts in ((run, facts) for run, entries in metadata.items() for facts in entries):
+        for protocol, definition in facts.get("protocols", {}).items():
+            first, known = defined.setdefault(protocol, (run, definition))
+            if known != definition:
+                raise StudyError(
+                    f"{first} and {run} were scored by different definitions of the protocol {protocol}: evaluate both "
+                    "with one version and the same evaluated_slices."
+                )
     # a task may need more of a study than another one (all contrasts, a mask), so by protocol
     for protocol, rows in frame.groupby("protocol", sort=False):
         tested = rows.groupby(["run", "seed"], sort=False)["study"].agg(frozenset)
@@ -372,7 +386,7 @@ def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame
         f"{rows['patient'].nunique()} patients ({rows['study'].nunique()} studies)",
         f"protocol {protocol}" + (f" ({definition.rstrip('.')})" if definition else ""),
     ]
-    if protocol in PROTOCOLS.values():
+    if protocol in DICE_PROTOCOLS:
         # each fold once, of however many seeds and runs
         folds = {tuple(one["studies"]): one["studies_with_region"] for one in metadata if "studies_with_region" in one}
         parts += [f"studies with {r}: {sum(fold.get(r, 0) for fold in folds.values())}" for r in REGIONS if folds]
@@ -443,7 +457,7 @@ def build_table(
     labels = dict(rows) if rows is not None else {run: run for run in (*runs.metadata, *notes)}
     frame = runs.frame[runs.frame["run"].isin(labels)]
     if kind == "protocols":
-        frame = frame[~frame["protocol"].isin(PROTOCOLS.values())]
+        frame = frame[~frame["protocol"].isin(DICE_PROTOCOLS)]
         measures = frame[MEASURE[1:]].drop_duplicates().itertuples(index=False, name=None)
         columns = [(f"{p}, {r.replace('_', ' ')}", ("all", "all"), (p, r, s)) for p, r, s in measures]
     else:

@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from ..data.randomness import hash_uniform
 from ..data.slices import SliceDataset
 from ..networks.blocks import channel_statistics
-from ..networks.memory_bank import BankEntries, CompiledBank, usable_entries
+from ..networks.memory_bank import BankEntries, CompiledBank, MemoryBank, usable_entries
 from ..networks.sscf import SSCFNet
 from .step import make_entries
 from .trainer import BATCH_KEYS, draw_scenarios
@@ -90,7 +90,7 @@ def _entries(
     network: SSCFNet, first: list, second: list, statistics: list, data: dict[str, torch.Tensor]
 ) -> BankEntries:
     metadata = (data[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id"))
-    return make_entries(network, first[-1], second[-1], statistics, *metadata)
+    return make_entries(network, first[-1], second, statistics, *metadata)
 
 
 def _compile(network: SSCFNet, parts: Sequence[BankEntries]) -> CompiledBank:
@@ -146,3 +146,26 @@ class BankFreezer:
             self.list_file.write_text(json.dumps(listed, indent=1))
         if engine is not None:
             engine.logger.info(f"memory bank frozen: {number} of {self.network.bank_size} entries")
+
+
+class BankAsItStands:
+    """In the place of ``BankFreezer``: the evaluated network reads the training bank as it stands, as in the paper.
+
+    Args:
+        network: the network that the evaluator uses.
+        bank: of the training.
+    """
+
+    def __init__(self, network: SSCFNet, bank: MemoryBank) -> None:
+        self.network, self.bank = network, bank
+
+    def attach(self, engine: Engine) -> None:
+        """Copies at ``STARTED``."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine | None = None) -> None:
+        entries = self.bank.entries()
+        filled = torch.arange(self.bank.size, device=entries.present.device) < self.bank.count
+        entries = entries._replace(present=entries.present & filled.unsqueeze(1))
+        self.network.load_bank(self.network.compile_bank(entries))

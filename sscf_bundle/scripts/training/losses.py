@@ -33,18 +33,19 @@ from ..networks.memory_bank import BankEntries
 AFFINITY_EPS = 1e-6
 
 
-def set_mean(values: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Mean over the members of each sample's set, then over samples.
+def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the members of each sample's set, or what stands for their sum, then the mean over samples.
 
     Args:
         values: B x K; what is no member may be NaN.
         members: B x K boolean.
+        size: B, what each sample's mean is multiplied by; None is the mean.
 
     Returns:
         Scalar; a sample without members counts as 0.
     """
-    kept = torch.where(members, values, torch.zeros_like(values)).sum(dim=1)
-    return (kept / members.sum(dim=1).clamp(min=1)).mean()
+    kept = torch.where(members, values, torch.zeros_like(values)).sum(dim=1) / members.sum(dim=1).clamp(min=1)
+    return (kept if size is None else kept * size).mean()
 
 
 def affinity_cross_entropy(
@@ -77,6 +78,9 @@ def affinity_cross_entropy(
                 q = q + entry_map[..., c, None] * rows[..., c, None, :]
         else:
             q = torch.matmul(entry_map.flatten(2, 3), current).view(b, k, e, cells, -1).sub_(differ)
+        if classes == NUM_TUMOR_CLASSES:
+            # sigmoids, whose P can exceed 1: where the classes differ, P - 1 is then 0, beyond the clamp
+            q = torch.where((differ > 0) & (q > 0), torch.zeros_like(q), q)
         size = q.abs()
         beyond = (size < AFFINITY_EPS) | (size > 1 - AFFINITY_EPS)
         slope = q.masked_fill_(beyond, float("inf")).reciprocal_()
@@ -98,12 +102,15 @@ def dependency_loss(
     contrast_maps: torch.Tensor,
     has_contrast: torch.Tensor,
     label: torch.Tensor,
+    own_maps: bool = True,
+    printed_order: bool = False,
 ) -> torch.Tensor:
     """Cross-Image Tumor Dependency Loss (eq. 5-7), on drawn entries.
 
-    The ideal map is M = y_l^T y with one-hot y, background included, memory x current as the affinity P of eq. 1. (Eq.
-    5 as printed is the transpose.) Entries carry no gradient, so the head also has to learn what makes entries: the
-    affinity is taken once with W of the fused feature and once with W^i of the sample's own contrasts.
+    The ideal map is M = y_l^T y with one-hot y, memory x current as the affinity P of eq. 1. It includes background
+    where W does. (Eq. 5 as printed is the transpose.) Entries carry no gradient, so the head also has to learn what
+    makes entries: the affinity is taken once with W of the fused feature and once with W^i of the sample's own
+    contrasts.
 
     Args:
         entries: all L slots of the bank.
@@ -113,13 +120,21 @@ def dependency_loss(
         contrast_maps: B x K x c' x N, W^i.
         has_contrast: B x K.
         label: B x N class map y.
+        own_maps: False leaves out the second of these, as in the paper.
+        printed_order: M as printed, current x memory, against P as it is.
 
     Returns:
         B tensor, the mean over entries, contrasts and N^2 for each sample; 0 without a usable entry.
     """
     entry_map = entries.class_map[index].float().permute(0, 2, 1, 4, 3).contiguous()  # B x K x E x N_l x c'
     dtype = entry_map.dtype
-    differ = (entries.label[index].unsqueeze(3) != label[:, None, None, :]).unsqueeze(1).to(dtype)
+    theirs, ours = entries.label[index].unsqueeze(3), label[:, None, None, :]
+    differ = theirs != ours
+    if entry_map.shape[-1] == NUM_TUMOR_CLASSES:  # without background, whose row of y is 0
+        differ = differ | (ours == 0)
+    if printed_order:
+        differ = differ.transpose(2, 3)
+    differ = differ.unsqueeze(1).to(dtype)
     present = (entries.present[index] & usable.unsqueeze(2)).transpose(1, 2)  # B x K x E
 
     def mean_weights(members: torch.Tensor) -> torch.Tensor:
@@ -129,11 +144,8 @@ def dependency_loss(
 
     fused = mean_weights(present)
     own = mean_weights(present & has_contrast.unsqueeze(2))
-    maps = class_map.float().unsqueeze(1), contrast_maps.float()
-    losses = [
-        affinity_cross_entropy(entry_map, w, differ, weight) for w, weight in zip(maps, (fused, own), strict=True)
-    ]
-    return losses[0] + losses[1]
+    value = affinity_cross_entropy(entry_map, class_map.float().unsqueeze(1), differ, fused)
+    return value + affinity_cross_entropy(entry_map, contrast_maps.float(), differ, own) if own_maps else value
 
 
 class Draw(NamedTuple):
@@ -148,7 +160,12 @@ class Draw(NamedTuple):
 
 
 def draw_entries(
-    priority: torch.Tensor, entries: BankEntries, count: torch.Tensor, patient: torch.Tensor, number: int
+    priority: torch.Tensor,
+    entries: BankEntries,
+    count: torch.Tensor,
+    patient: torch.Tensor,
+    number: int,
+    own_patient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws entries of other patients with a mask, without replacement and each with the same probability.
 
@@ -158,13 +175,15 @@ def draw_entries(
         count: filled slots.
         patient: B patient hashes.
         number: how many for each sample, E; at most L are drawn.
+        own_patient: take those of the sample's own patient too.
 
     Returns:
         ``slots`` and ``usable`` of a ``Draw``.
     """
     size = priority.shape[1]
     filled = torch.arange(size, device=priority.device) < count
-    allowed = (filled & entries.has_mask).unsqueeze(0) & (entries.patient.unsqueeze(0) != patient.unsqueeze(1))
+    others = (entries.patient.unsqueeze(0) != patient.unsqueeze(1)) | own_patient
+    allowed = (filled & entries.has_mask).unsqueeze(0) & others
     value, index = torch.topk(torch.where(allowed, priority, -1.0), min(number, size), dim=1)
     return index, value >= 0
 
@@ -243,6 +262,9 @@ class GeneratorLoss(nn.Module):
         relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
             that features which grow in training do not come to be most of the objective; False is the paper.
         perceptual_weight: of the perceptual distance between synthesized and true contrasts; 0 is the paper.
+        own_maps: see ``dependency_loss``.
+        printed_order: see ``dependency_loss``.
+        sums: sums over the sets of contrasts in the place of means, but for eq. 10, as printed in eq. 14.
 
     Attributes: ``weights``, the weight of each term in the sum.
 
@@ -260,6 +282,9 @@ class GeneratorLoss(nn.Module):
         head_weight: float = 0.0,
         relative_feature: bool = False,
         perceptual_weight: float = 0.0,
+        own_maps: bool = True,
+        printed_order: bool = False,
+        sums: bool = False,
     ) -> None:
         super().__init__()
         if len(beta) != 5:
@@ -274,6 +299,7 @@ class GeneratorLoss(nn.Module):
             "perceptual": perceptual_weight,
         }
         self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
+        self.own_maps, self.printed_order, self.sums = own_maps, printed_order, sums
         self.segmentation = SegmentationLoss(dice_eps)
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
@@ -308,10 +334,14 @@ class GeneratorLoss(nn.Module):
         available = output["available"]
         decoded = output.get("decoded", torch.ones_like(available))
         missing = ~available & has_contrast
+        known_mask = has_contrast & has_mask.unsqueeze(1)
+        sizes = [members.sum(dim=1) if self.sums else None for members in (missing, available, known_mask)]
         terms: dict[str, torch.Tensor] = {}
         if "ctdl" in used and draw is not None and "class_map" in output:
             terms["ctdl"] = self.sampled_ctdl(output, draw, has_mask)
         if "head" in used and "class_map" in output:
+            if output["class_map"].shape[1] == NUM_TUMOR_CLASSES:
+                raise ValueError("head_weight needs a head with background: set it to 0, or head to softmax.")
             terms["head"] = class_map_cross_entropy(
                 output["class_map"], output["contrast_maps"], output["cells"], available, has_mask
             )
@@ -323,15 +353,15 @@ class GeneratorLoss(nn.Module):
             error = torch.where(known, (images - target.float()).abs(), torch.zeros_like(images))
             absolute = error.flatten(2).mean(dim=2)
             if "synthesis" in used:
-                terms["synthesis"] = set_mean(absolute, missing)
+                terms["synthesis"] = set_mean(absolute, missing, sizes[0])
             if "reconstruction" in used:
-                terms["reconstruction"] = set_mean(absolute, available & decoded)
+                terms["reconstruction"] = set_mean(absolute, available & decoded, sizes[1])
             if "tumor" in used:
                 tumor = (error * (label > 0)).flatten(2).mean(dim=2)
                 # of the available contrasts those that are decoded stand for all
                 share = available.sum(dim=1, keepdim=True) / (available & decoded).sum(dim=1, keepdim=True).clamp(min=1)
                 tumor = torch.where(available, torch.where(decoded, tumor * share, torch.zeros_like(tumor)), tumor)
-                terms["tumor"] = set_mean(tumor, has_contrast & has_mask.unsqueeze(1))
+                terms["tumor"] = set_mean(tumor, known_mask, sizes[2])
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
             squares = [
@@ -342,32 +372,44 @@ class GeneratorLoss(nn.Module):
             terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
-            terms["adversarial"] = set_mean(judged.mean(dim=2), missing)
+            terms["adversarial"] = set_mean(judged.mean(dim=2), missing, sizes[0])
         if "perceptual" in used and distances is not None:
-            terms["perceptual"] = set_mean(distances.float(), missing)
+            terms["perceptual"] = set_mean(distances.float(), missing, sizes[0])
         loss: Any = sum(self.weights[name] * value for name, value in terms.items())
         return {"loss": loss, **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:
         """The dependency loss on drawn entries, the mean over samples; one without a mask counts as 0."""
         values = dependency_loss(
-            *draw, output["class_map"], output["contrast_maps"], output["available"], output["cells"]
+            *draw,
+            output["class_map"],
+            output["contrast_maps"],
+            output["available"],
+            output["cells"],
+            self.own_maps,
+            self.printed_order,
         )
         return torch.where(has_mask, values, torch.zeros_like(values)).mean()
 
 
 class DiscriminatorLoss(nn.Module):
-    """Least-squares loss of the discriminators on the missing contrasts (eq. 15)."""
+    """Least-squares loss of the discriminators on the missing contrasts (eq. 15).
 
-    def __init__(self) -> None:
+    Args:
+        sums: sum over the missing contrasts, as printed, in the place of their mean.
+    """
+
+    def __init__(self, sums: bool = False) -> None:
         super().__init__()
+        self.sums = sums
         self.criterion = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
         """Scalar from B x K x patches scores; ``missing`` (B x K) are the contrasts with a target in T."""
         (on_real,) = self.criterion(real.float(), target_is_real=True, for_discriminator=True)
         (on_fake,) = self.criterion(fake.float(), target_is_real=False, for_discriminator=True)
-        return set_mean(on_real.mean(dim=2) + on_fake.mean(dim=2), missing)
+        size = missing.sum(dim=1) if self.sums else None
+        return set_mean(on_real.mean(dim=2) + on_fake.mean(dim=2), missing, size)
 
 
 class Discriminators(nn.ModuleList):

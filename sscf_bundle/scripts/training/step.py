@@ -44,13 +44,21 @@ class SSCFTrainingStep(nn.Module):
         image_size: spatial size of the training slices, multiples of 16.
         feature_targets: compute the features of the missing contrasts, which the feature loss (eq. 10) needs.
         bank_samples: how many samples of a batch become bank entries; None means all.
+        own_patient: a sample may use the entries of its own patient, as in the paper.
+        refresh: see ``MemoryBank``; False is the paper's queue.
 
     Raises:
         ValueError: for an ``image_size`` that is no multiple of 16, or ``bank_samples`` below 1.
     """
 
     def __init__(
-        self, net: SSCFNet, image_size: Sequence[int], feature_targets: bool = True, bank_samples: int | None = None
+        self,
+        net: SSCFNet,
+        image_size: Sequence[int],
+        feature_targets: bool = True,
+        bank_samples: int | None = None,
+        own_patient: bool = False,
+        refresh: bool = True,
     ) -> None:
         super().__init__()
         if any(s % 2 ** (len(net.channels) - 1) for s in image_size):
@@ -61,7 +69,8 @@ class SSCFTrainingStep(nn.Module):
             raise ValueError(f"bank_samples must be at least 1, got {bank_samples}.")
         self.net = net
         self.feature_targets, self.bank_samples = feature_targets, bank_samples
-        self.bank = net.new_bank(image_size)
+        self.own_patient = own_patient
+        self.bank = net.new_bank(image_size, refresh)
 
     def forward(
         self,
@@ -74,7 +83,7 @@ class SSCFTrainingStep(nn.Module):
         slice_id: torch.Tensor,
         scenario: Scenario | None = None,
     ) -> dict[str, torch.Tensor | list[torch.Tensor] | BankEntries]:
-        """Runs both branches against the training bank, without the entries of the sample's own patient.
+        """Runs both branches against the training bank, by default without the entries of the sample's own patient.
 
         Args:
             image: B x 8 x spatial, as for ``SSCFNet.forward``.
@@ -102,11 +111,10 @@ class SSCFTrainingStep(nn.Module):
         images = torch.where(expand_dims_like(has_contrast, image) & torch.isfinite(images), images, -1.0)
         bank = net.compile_bank(self.bank.entries())
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
-        allowed = filled.unsqueeze(0) & (bank.patient.unsqueeze(0) != patient.unsqueeze(1))
-        if scenario is None:
-            output, first, second, statistics = self._run_mixed(images, available, bank, allowed)
-        else:
-            output, first, second, statistics = self._run_shared(images, available, bank, allowed, scenario)
+        others = (bank.patient.unsqueeze(0) != patient.unsqueeze(1)) | self.own_patient
+        allowed = filled.unsqueeze(0) & others
+        run = self._run_mixed if scenario is None else self._run_shared
+        output, *entry_features = run(images, available, bank, allowed, scenario)
         if net.with_citim:
             output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
         if net.uses_bank:
@@ -116,8 +124,13 @@ class SSCFTrainingStep(nn.Module):
         return output
 
     def _run_mixed(
-        self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
-    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        self,
+        images: torch.Tensor,
+        available: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        scenario: None,
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
         net = self.net
         out = net.run_branches(images, available, bank, allowed)
@@ -134,7 +147,7 @@ class SSCFTrainingStep(nn.Module):
             output["rows"] = torch.arange(NUM_CONTRASTS, device=images.device)
         number = self.bank_samples
         statistics = [(mean[:number], std[:number]) for mean, std in out.statistics]
-        return output, out.first[-1][:number], out.second[-1][:number], statistics
+        return output, out.first[-1][:number], [f[:number] for f in out.second], statistics
 
     def _run_shared(
         self,
@@ -143,7 +156,7 @@ class SSCFTrainingStep(nn.Module):
         bank: CompiledBank,
         allowed: torch.Tensor,
         scenario: Scenario,
-    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
         """``_run_mixed`` for samples of one scenario.
 
         Missing contrasts are encoded without a gradient, and as far as the feature loss and the entries ask. Of the
@@ -186,7 +199,7 @@ class SSCFTrainingStep(nn.Module):
             output["features"] = [torch.stack(scale, dim=1) for scale in others]
             output["rows"] = part.target_index
         if not net.uses_bank:
-            return output, empty, empty, []
+            return output, empty, [], []
         order = [*part.sources, *part.targets]
         place = [order.index(i) for i in range(NUM_CONTRASTS)]
         with torch.no_grad():
@@ -203,14 +216,14 @@ class SSCFTrainingStep(nn.Module):
             maps = net.contrast_maps(torch.stack(first[-1], dim=1))
             zero = torch.zeros_like(maps[:, :1]).expand(-1, len(part.targets), -1, -1)
             output["class_map"], output["contrast_maps"] = class_map, torch.cat([maps, zero], dim=1)[:, place]
-        return output, bottleneck, features[-1], statistics
+        return output, bottleneck, features, statistics
 
 
 @torch.no_grad()
 def make_entries(
     net: SSCFNet,
     first: torch.Tensor,
-    second: torch.Tensor,
+    second: list[torch.Tensor],
     statistics: list[tuple[torch.Tensor, torch.Tensor]],
     label: torch.Tensor,
     has_contrast: torch.Tensor,
@@ -223,7 +236,7 @@ def make_entries(
     Args:
         net: the network that made the features.
         first: E x K x C x spatial, F_i^5 of the first pass.
-        second: E x K x C x spatial, F_i^5 of the second pass.
+        second: by scale E x K x C_j x spatial, F_i^j of the second pass.
         statistics: of the second pass by scale, mean and standard deviation, each E x K x C_j.
         label: E x 1 x spatial classes; it and the following as in ``SSCFTrainingStep.forward``.
         has_contrast: E x K.

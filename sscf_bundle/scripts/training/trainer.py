@@ -445,9 +445,9 @@ class SSCFTrainer(SynthesisTrainer):
             return None
         priority = hash_uniform(batch["occurrence"], self.seed, self.state.epoch, "ctdl", self.bank.size)
         entries = self.bank.entries()
-        return Draw(
-            entries, *draw_entries(priority, entries, self.bank.count, batch["patient"], self.loss.ctdl_entries)
-        )
+        own = self.training_step.own_patient
+        drawn = draw_entries(priority, entries, self.bank.count, batch["patient"], self.loss.ctdl_entries, own)
+        return Draw(entries, *drawn)
 
     def on_iteration_end(self, output: dict[str, Any]) -> None:
         """Writes the bank."""
