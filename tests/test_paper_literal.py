@@ -79,8 +79,8 @@ def test_overlay_trains_and_is_evaluated(phantom_cohort: Path, tmp_path: Path) -
     train_in_process(config_files("train", "paper_literal", "evaluate"), overrides | evaluation)
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")
     assert {"per_slice", "segmentation", "segmentation_per_slice"} == set(frame["protocol"])
-    facts = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["facts"]
-    assert facts["scored_slices"] == chosen and facts["scaling"] == "per_slice"
+    metadata = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["metadata"]
+    assert metadata["scored_slices"] == chosen and metadata["scaling"] == "per_slice"
     assert network_from_weights(tmp_path / "model_last.pt").num_classes == 3
 
 

@@ -48,8 +48,10 @@ class ScenarioSlices(Dataset):
         return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K), ``scenario``, and ``truth``, that of
-        ``SliceDataset`` or, where it gives none, ``target``."""
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K), ``scenario``, and ``truth``.
+
+        The latter is that of ``SliceDataset`` or, where it gives none, ``target``.
+        """
         item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
@@ -198,8 +200,8 @@ class StudySlices(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = [self.slices[position] for position in self.positions[index]]
         keys = [key for key in ("target", "truth", "label") if key in items[0]]
-        stacks = {key: torch.stack([item[key] for item in items]) for key in keys}
-        return {**stacks, **{key: items[0][key] for key in ("has_contrast", "has_mask")}}
+        stacks: dict[str, torch.Tensor] = {key: torch.stack([item[key] for item in items]) for key in keys}
+        return stacks | {key: items[0][key] for key in ("has_contrast", "has_mask")}
 
 
 class SliceScenarios(Dataset):

@@ -130,7 +130,7 @@ def slice_scores(prediction: torch.Tensor, truth: torch.Tensor) -> tuple[torch.T
     ours, valid = scale_by_slice(prediction, truth)
     ours, theirs = ours.clamp(0, 1), scale_by_slice(truth, truth)[0]
     values = psnr(((ours - theirs) ** 2).mean(dim=(-2, -1))), slice_ssim_map(ours, theirs).mean(dim=(-2, -1))
-    return tuple(torch.where(valid, value, float("nan")) for value in values)
+    return torch.where(valid, values[0], float("nan")), torch.where(valid, values[1], float("nan"))
 
 
 def fill_background(images: torch.Tensor, inputs: torch.Tensor, available: torch.Tensor) -> torch.Tensor:

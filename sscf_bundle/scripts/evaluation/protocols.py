@@ -54,7 +54,7 @@ class StudyTruth(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------- building blocks
-def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | Sequence[int]) -> torch.Tensor:
+def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
 
     Args:

@@ -199,16 +199,19 @@ class SSCFNet(ConfiguredNetwork):
             bias = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
             nn.init.constant_(self.segmentation_decoder.head.bias, bias)
         if self.with_citim:
-            options = {"norm": norm, "act": act, "sigmoid": head == "sigmoid"}
-            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, prototype, aggregation, **options)
+            sigmoid = head == "sigmoid"
+            self.citim = CITIM(
+                spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act, sigmoid=sigmoid
+            )
             if self.residual:
                 nn.init.zeros_(self.citim.phi.weight)
                 nn.init.zeros_(self.citim.phi.bias)
             else:
                 self.join_citim = conv(2 * c, c, kernel_size=1)
         if self.with_ccp:
-            options = {"residual": self.residual, "scale_sources": scale_sources}
-            self.ccp = nn.ModuleList(CCP(spatial_dims, width, k, **options) for width in channels)
+            self.ccp = nn.ModuleList(
+                CCP(spatial_dims, width, k, residual=self.residual, scale_sources=scale_sources) for width in channels
+            )
         if self.synthesis:
             self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
 

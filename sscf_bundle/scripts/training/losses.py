@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, class_masks
+from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
 from ..networks.blocks import channel_statistics, expand_dims_like
 from ..networks.memory_bank import BankEntries
 

@@ -113,23 +113,20 @@ class SSCFTrainingStep(nn.Module):
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         others = (bank.patient.unsqueeze(0) != patient.unsqueeze(1)) | self.own_patient
         allowed = filled.unsqueeze(0) & others
-        run = self._run_mixed if scenario is None else self._run_shared
-        output, *entry_features = run(images, available, bank, allowed, scenario)
+        if scenario is None:
+            output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
+        else:
+            output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
         if net.with_citim:
             output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
         if net.uses_bank:
             number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
             metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
-            output["entries"] = make_entries(net, first, second, statistics, *metadata)
+            output["entries"] = make_entries(net, first, features, statistics, *metadata)
         return output
 
     def _run_mixed(
-        self,
-        images: torch.Tensor,
-        available: torch.Tensor,
-        bank: CompiledBank,
-        allowed: torch.Tensor,
-        scenario: None,
+        self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
         net = self.net

@@ -209,7 +209,7 @@ class SynthesisTrainer(Trainer):
         discriminator_step: nn.Module | None = None,
         discriminator_optimizer: Optimizer | None = None,
         discriminator_loss: nn.Module | None = None,
-        perceptual: nn.Module | None = None,
+        perceptual: Any = None,
         average: MovingAverage | None = None,
         seed: int = 0,
         accumulation_steps: int = 1,
