@@ -74,7 +74,7 @@ def test_overlay_trains_and_is_evaluated(phantom_cohort: Path, tmp_path: Path) -
     best = parser.get_parsed_content("best_model")
     assert best.metric == "ssim" and best.best == parser.get_parsed_content("validate#evaluator").state.metrics["ssim"]
 
-    evaluation = {"lpips": False, "protocols": ["per_slice"], "reference_methods": [], "bootstrap_draws": 10}
+    evaluation = {"lpips": False, "protocols": ["per_slice"], "reference_methods": [], "bootstrap_samples": 10}
     evaluation |= {"ckpt_path": str(tmp_path / "model_last.pt"), "scenarios": ["FLAIR+T2"]}
     train_in_process(config_files("train", "paper_literal", "evaluate"), overrides | evaluation)
     frame = read_scores(tmp_path / "evaluation" / "scores.csv")

@@ -240,6 +240,15 @@ def test_same_protocol_has_no_differences() -> None:
     assert len(protocol_differences([], 74, PAPER["protocol"])) == 2
 
 
+def test_captions_tell_scaling_and_slices(tmp_path: Path) -> None:
+    folders = {
+        name: write_scores(tmp_path / name, make_scores(0), scaling=name, scored_slices=[70, 71])
+        for name in ("brain", "per_slice")
+    }
+    caption = build_table(read_runs(folders, 20), "t", "title", "scores").caption
+    assert "; scaling brain, per_slice; scored slices [70, 71]; " in caption
+
+
 def test_scaling_and_slices_that_are_not_the_paper_s_are_named() -> None:
     protocol = json.loads((BUNDLE_ROOT / "configs" / "paper_values.json").read_text())["protocol"]
     as_published = {"cohort": "BraTS2020", **protocol["metadata"]}

@@ -357,7 +357,7 @@ def recorded(metadata: Sequence[Mapping[str, Any]], key: str, length: int | None
 
 
 def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame) -> str:
-    """What every caption says: cohort, part, patients, protocol, seeds, weights.
+    """What every caption says: cohort, part, patients, protocol, seeds, scaling, scored slices, weights.
 
     Args:
         runs: scores.
@@ -390,7 +390,9 @@ def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame
         # each fold once, of however many seeds and runs
         folds = {tuple(one["studies"]): one["studies_with_region"] for one in metadata if "studies_with_region" in one}
         parts += [f"studies with {r}: {sum(fold.get(r, 0) for fold in folds.values())}" for r in REGIONS if folds]
-    parts += [f"seed {seed}{spread}", f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}"]
+    settings = {key: ", ".join(recorded(metadata, key)) for key in ("scaling", "scored_slices")}
+    settings = [f"{key.replace('_', ' ')} {values}" for key, values in settings.items() if values]
+    parts += [f"seed {seed}{spread}", *settings, f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}"]
     return "; ".join(parts) + "."
 
 
