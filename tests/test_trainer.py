@@ -308,6 +308,7 @@ def test_plain_network_trains_by_the_same_loop_without_discriminators() -> None:
     assert trainer.state.batch["image"][:, 4:, 0, 0].sum(dim=1).tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_compiled_step_and_loss_are_one_graph_each_however_full_the_bank_is() -> None:
     """Neither the entries of the bank nor the scenario make the compiler start anew."""
     torch.compiler.reset()
@@ -548,6 +549,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_bank_and_weights_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     mp.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
