@@ -311,9 +311,10 @@ class SynthesisTrainer(Trainer):
         """A batch on the device, augmented, with its scenario.
 
         Returns:
-            The arguments of the step, ``missing`` (B x K), ``missing_pairs`` (its M x 2 indices), ``samples``, see
-            ``samples_to_judge``, and ``occurrence`` (B int64), the place of a sample in its epoch: what is drawn for a
-            sample depends on it, so that a slice that comes twice in an epoch is another sample each time.
+            The arguments of the step, ``missing`` (B x K), with ``perceptual`` ``missing_pairs`` (its M x 2 indices),
+            ``samples``, see ``samples_to_judge``, and ``occurrence`` (B int64), the place of a sample in its epoch:
+            what is drawn for a sample depends on it, so that a slice that comes twice in an epoch is another sample
+            each time.
         """
         epoch, move = self.state.epoch, {"device": self.state.device, "non_blocking": self.non_blocking}
         # drawn on the host, which has to know how many samples lack a contrast without waiting for the device
@@ -327,12 +328,13 @@ class SynthesisTrainer(Trainer):
             batch = self.augmentation(batch, self.seed, epoch)
         missing = ~drawn & has_contrast
         source = batch.pop("source", batch["target"])
+        if self.perceptual is not None:
+            batch["missing_pairs"] = missing.nonzero().to(**move)
         return {
             **batch,
             "scenario": scenario,
             "image": network_input(source, drawn.to(**move)),
             "missing": missing.to(**move),
-            "missing_pairs": missing.nonzero().to(**move),
             "samples": [rows.to(**move) for rows in samples_to_judge(missing)],
         }
 
