@@ -130,7 +130,7 @@ class Check:
         """What the bundle itself makes of a study, of which only some contrasts are given."""
         import nibabel as nib
 
-        from scripts.inference.inferer import synthesize_study
+        from scripts.inference.synthesize import synthesize_study
 
         files = {key: self.studies[name][key] for key in keys}
         made = synthesize_study(

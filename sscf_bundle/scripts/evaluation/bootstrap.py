@@ -263,18 +263,18 @@ class EvaluationTables:
         self.lpips, self.draws, self.seed = lpips, draws, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``.
+        """Writes at the end of the one epoch, so that loggers of metrics find the means.
 
         Args:
             engine: the evaluator.
         """
-        engine.add_event_handler(Events.COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: StudyEvaluator) -> None:
         """Joins the rows of all processes and writes both files.
 
         Args:
-            engine: the evaluator.
+            engine: the evaluator; its metrics become the means over all scenarios.
 
         Raises:
             StudyError: if nothing could be scored.
@@ -327,6 +327,13 @@ class EvaluationTables:
         write_text(self.directory / "scores.csv", frame.to_csv(index=False))
         text = json.dumps({"facts": facts, "summary": summary}, indent=1, allow_nan=False)
         write_text(self.directory / "metrics.json", text + "\n")
+        engine.state.metrics.update(
+            {
+                "/".join(str(entry[name]) for name in ("protocol", "region", "method", "of", "score")): entry["mean"]
+                for entry in summary
+                if entry["group"] == "all"
+            }
+        )
         for line in overview(summary):
             engine.logger.info(line)
         engine.logger.info(f"wrote scores.csv and metrics.json in {self.directory}")
