@@ -10,12 +10,15 @@
 """One batch on a CPU: the network, its part for one scenario, and its ONNX export in ONNX Runtime and OpenVINO.
 
 Run it as ``python -m benchmarks.backends`` in the root, with ``sscf_bundle`` on ``PYTHONPATH`` and onnx, onnxscript,
-onnxruntime and, if wanted, openvino installed.
+onnxruntime and, if wanted, openvino installed. The backends take turns, and what counts is the time of the process on
+one thread, so that other programs disturb the ratios little.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,15 +28,14 @@ import torch
 from scripts.networks.export import export_network
 
 from .inference import filled_network, network_case, scenario
-from .measure import median_seconds
 
 
-def backends(path: Path, threads: int) -> dict[str, Callable[[torch.Tensor], object]]:
+def backends(path: Path) -> dict[str, Callable[[torch.Tensor], object]]:
     """Functions that run an ONNX file, by the name of the backend."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     found: dict[str, Callable[[torch.Tensor], object]] = {
         "ONNX Runtime": lambda image: session.run(None, {"image": image.numpy()})
@@ -42,33 +44,41 @@ def backends(path: Path, threads: int) -> dict[str, Callable[[torch.Tensor], obj
         import openvino
     except ImportError:
         return found
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
     return found | {"OpenVINO": lambda image: compiled(image.numpy())}
 
 
 def main() -> None:
-    """Prints seconds for a batch, by backend and number of missing contrasts."""
+    """Prints seconds for a batch, and how many times those of our inference, by missing contrasts and backend."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", default="small")
     parser.add_argument("--bank-size", type=int, default=300)
     parser.add_argument("--image-size", type=int, default=192)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--min-time", type=float, default=10.0, help="seconds for each number")
+    parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(1)
     network, device = filled_network(torch.device("cpu"), chosen.width, chosen.bank_size), torch.device("cpu")
-    with TemporaryDirectory() as folder, torch.inference_mode():
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        with torch.inference_mode(False):
-            export_network(network, path)
-        exported = backends(path, chosen.threads)
-        for missing in (1, 2, 3):
-            image = network_case(chosen.batch_size, chosen.image_size, missing, device)
-            runs = {"eager": network, "eager, one scenario": network.for_scenario(scenario(missing)), **exported}
+        export_network(network, path)
+        exported = backends(path)
+    for missing in (1, 2, 3):
+        image = network_case(chosen.batch_size, chosen.image_size, missing, device)
+        # inference runs the parts that one scenario needs, an export runs the whole network
+        runs = {"one scenario": network.for_scenario(scenario(missing)), "whole network": network, **exported}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(chosen.rounds + 1):
             for name, run in runs.items():
-                seconds = median_seconds(lambda run=run, image=image: run(image), chosen.min_time, device)
-                print(f"{missing} missing, {name}: {seconds:.3f} s", flush=True)
+                started = time.process_time()
+                with torch.inference_mode():
+                    run(image)
+                if turn:  # the first one warms up
+                    seconds[name].append(time.process_time() - started)
+        ours = statistics.median(seconds["one scenario"])
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            print(f"{missing} missing, {name}: {median:.3f} s, {median / ours:.2f} of ours", flush=True)
 
 
 if __name__ == "__main__":
