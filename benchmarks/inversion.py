@@ -83,28 +83,34 @@ def main() -> None:
         raise SystemExit(f"{chosen.slices} is not the list of the slices in {chosen.weights}.")
     entries = read_entries(state, len(listed))
     images = read_slices(listed, items, chosen.cache, settings)
-    brains = (images > -1).any(axis=1)
+    # the control: what the means of 3 x 3 fields of the images themselves would tell
+    fields = (
+        images.reshape(*images.shape[:2], 3, images.shape[2] // 3, 3, -1).mean(axis=(3, 5)).reshape(len(images), -1)
+    )
+    sources = {"entry": entries, "3 x 3 fields": fields / fields.std()}
+    brains = (images > -1).any(axis=1).reshape(len(images), -1)
     print(f"{len(listed)} entries of {entries.shape[1]} numbers, of {len(set(patients))} patients")
     for k, contrast in enumerate(CONTRASTS):
-        errors: dict[str, list[np.ndarray]] = {}
         flat = images[:, k].reshape(len(images), -1)
+        squares = {name: np.empty_like(flat) for name in ("mean", *((s, p) for s in sources for p in PENALTIES))}
         for patient in np.unique(patients):
             rest, own = patients != patient, patients == patient
-            guesses = {"mean image": np.repeat(flat[rest].mean(axis=0, keepdims=True), own.sum(), axis=0)}
-            guesses |= {f"ridge {p:g}": predict(entries[rest], flat[rest], entries[own], p) for p in PENALTIES}
-            for name, guess in guesses.items():
-                squares = (guess.clip(-1, 1) - flat[own]) ** 2
-                inside = np.where(brains[own].reshape(squares.shape), squares, 0)
-                errors.setdefault(name, []).append(np.stack([squares.sum(axis=1), inside.sum(axis=1)]))
-        counts = np.stack([np.full(len(images), flat.shape[1]), brains.sum(axis=(1, 2))])
-        sums = {name: np.concatenate(parts, axis=1) for name, parts in errors.items()}
-        order = np.concatenate([np.flatnonzero(patients == patient) for patient in np.unique(patients)])
-        best = min(PENALTIES, key=lambda p: sums[f"ridge {p:g}"][0].sum())
-        for area, where in (("slice", 0), ("brain", 1)):
-            mean, ours = sums["mean image"][where], sums[f"ridge {best:g}"][where]
-            psnr = [(10 * np.log10(4 * counts[where][order] / e)).mean() for e in (mean, ours)]
-            print(f"{contrast}, {area}: R2 {1 - ours.sum() / mean.sum():.2f} (penalty {best:g}), "
-                  f"PSNR {psnr[1]:.2f}, of the mean image {psnr[0]:.2f}")  # fmt: skip
+            squares["mean"][own] = (flat[rest].mean(axis=0) - flat[own]) ** 2
+            for source, penalty in squares.keys() - {"mean"}:
+                known, asked = sources[source][rest], sources[source][own]
+                squares[source, penalty][own] = (
+                    predict(known, flat[rest], asked, penalty).clip(-1, 1) - flat[own]
+                ) ** 2
+        for source in sources:
+            best = min(PENALTIES, key=lambda p: squares[source, p].sum())
+            for area, inside in (("slice", np.ones_like(brains)), ("brain", brains)):
+                mean, ours = (np.where(inside, squares[name], 0) for name in ("mean", (source, best)))
+                psnr = [(10 * np.log10(4 * inside.sum(axis=1) / one.sum(axis=1))).mean() for one in (ours, mean)]
+                print(
+                    f"{contrast}, {area}, from {source}: R2 {1 - ours.sum() / mean.sum():.2f} (penalty {best:g}), "
+                    f"PSNR {psnr[0]:.2f}, of the mean image {psnr[1]:.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
