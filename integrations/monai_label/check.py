@@ -133,6 +133,7 @@ class Check:
         made = synthesize_study(
             **files, output_dir=self.folder / "+".join(keys), study=Path(name).name, device="cpu",
             ckpt_path=self.bundle / "models" / "model.pt", mask_labels={"NET": 1, "ED": 2, "ET": 3},
+            amp=False,  # the server computes in float32
         )  # fmt: skip
         return {key: nib.load(path) for key, path in made.items()}
 
