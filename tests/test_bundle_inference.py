@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +31,14 @@ from studies import PREPROCESSING, TINY, load, write_study
 
 from scripts.contrasts import CONTRASTS, TUMOR_CLASSES, StudyError
 from scripts.networks.sscf import SSCFNet
-from scripts.networks.weights import load_weights, network_from_weights, read_settings, save_weights
+from scripts.networks.weights import (
+    _compare_with_metadata,
+    load_weights,
+    network_from_weights,
+    read_settings,
+    read_state,
+    save_weights,
+)
 
 CONFIG = BUNDLE_ROOT / "configs" / "inference.json"
 META = BUNDLE_ROOT / "configs" / "metadata.json"
@@ -206,7 +214,11 @@ def test_weights(tmp_path, caplog):
     with pytest.raises(StudyError, match="train first"):
         load_weights(network, path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(StudyError, match="only points to the weights in Git LFS"):
+        load_weights(network, path)
+    save_weights(path, network)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(StudyError, match="cannot be read as weights: it is damaged"):
         load_weights(network, path)
     torch.save({"model": network.state_dict(), "epoch": 3}, path)
     with pytest.raises(StudyError, match="no plain state_dict"):
@@ -221,6 +233,29 @@ def test_weights(tmp_path, caplog):
     assert len(load_weights(network, path)) == 64 and "bank" in caplog.text
     for name, value in network.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
+
+
+def test_weights_that_did_not_come_with_the_bundle_are_noted_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("scripts.networks.weights._BUNDLE_ROOT", tmp_path)
+    (tmp_path / "configs").mkdir()
+    for folder in ("models", "elsewhere"):
+        save_weights(tmp_path / folder / "model.pt", SSCFNet(**TINY))
+    sha256 = hashlib.sha256((tmp_path / "models" / "model.pt").read_bytes()).hexdigest()
+    for stated, words in ((sha256, []), ("0" * 64, ["is not what came with version 7: trained here, or changed."])):
+        (tmp_path / "configs" / "metadata.json").write_text(json.dumps({"version": "7", "weights_sha256": stated}))
+        _compare_with_metadata.cache_clear()
+        caplog.clear()
+        for folder in ("models", "models", "elsewhere"):
+            assert read_state(tmp_path / folder / "model.pt")[2]
+        assert [record.message.partition("model.pt ")[2] for record in caplog.records] == words
+
+
+def test_metadata_names_the_weights_of_the_bundle():
+    path = BUNDLE_ROOT / "models" / "model.pt"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", str(path)], cwd=REPOSITORY).returncode
+    if changed or not path.is_file():
+        pytest.skip("models/model.pt is not the file in the repository")
+    assert json.loads(META.read_text())["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):

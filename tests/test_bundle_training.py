@@ -150,17 +150,33 @@ def test_bank_of_a_site_is_built_without_training(trained: Path, tmp_path: Path,
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_mlflow_tracks_losses_and_scores(tmp_path: Path, phantom_cohort: Path) -> None:
+def test_mlflow_tracks_training_and_evaluation(tmp_path: Path, phantom_cohort: Path) -> None:
     import mlflow
 
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
     overrides = tiny_run(phantom_cohort, tmp_path, tracking="mlflow", **ONE_EPOCH)
     train_in_process(config_files("train"), overrides)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
     (experiment,) = client.search_experiments(filter_string="name = 'monai_experiment'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert {"iteration_loss", "train_loss", "psnr", "ssim"} <= set(run.data.metrics)
     assert len(client.get_metric_history(run.info.run_id, "iteration_loss")) == 4
+
+    train_in_process(config_files("train", "evaluate"), overrides | {"lpips": False, "protocols": ["per_slice"]})
+    (later,) = [one for one in client.search_runs([experiment.experiment_id]) if one.info.run_id != run.info.run_id]
+    assert later.info.status == "FINISHED"
+    report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    means = {
+        (entry["region"], entry["of"], entry["score"]): entry["mean"]
+        for entry in report["summary"]
+        if entry["group"] == "all" and entry["method"] == "network"
+    }
+    for region, of, score, name in (
+        ("whole", "all", "psnr", "per_slice/whole/network/all/psnr"),
+        ("whole", "WT", "dice", "segmentation/whole/network/WT/dice"),
+    ):
+        assert later.data.metrics[name] == pytest.approx(means[region, of, score])
+    assert {file.path for file in client.list_artifacts(later.info.run_id)} == {"metrics.json", "scores.csv"}
 
 
 @pytest.mark.slow

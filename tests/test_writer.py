@@ -157,6 +157,7 @@ def test_record(tmp_path):
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
     assert record["patient_in_bank"] is True and len(record["weights_sha256"]) == 64
+    assert record["weights_came_with_bundle"] is False
     version = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["version"]
     assert "not for clinical use" in record["notice"] and record["bundle_version"] == version
     assert sorted(record["intensity_scale"]) == ["flair", "t2"]

@@ -63,13 +63,27 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     for name, value in checked_settings(files, given).items():
         workflow.parser[name] = value
-    handlers: Any = workflow.parser.get("train#handlers", ())
-    for handler in handlers:
-        # MONAI's settings of --tracking mlflow expect the list of a SupervisedTrainer
-        if isinstance(handler, dict) and handler.get("_target_") == "MLFlowHandler":
-            handler["output_transform"] = "$lambda output: {'iteration_' + k: float(v) for k, v in output.items()}"
-            workflow.parser.ref_resolver.reset()
+    _track(workflow.parser)
     workflow.run = functools.partial(_run, workflow)
+
+
+def _track(parser: ConfigParser) -> None:
+    """Fits the handlers that ``--tracking mlflow`` adds to the engines of this bundle."""
+    training, validation = (
+        [
+            one
+            for one in parser.get(f"{part}#handlers") or ()
+            if isinstance(one, dict) and one.get("_target_") == "MLFlowHandler"
+        ]
+        for part in ("train", "validate")
+    )
+    for handler in training:  # MONAI's settings expect the output of a SupervisedTrainer
+        handler["output_transform"] = "$lambda output: {'iteration_' + k: float(v) for k, v in output.items()}"
+    if training and "evaluation::handlers" in parser:  # which MONAI does not know
+        changes = {"artifacts": "@report_dir", "close_on_complete": True}
+        parser["evaluation::handlers"].extend(handler | changes for handler in validation)
+    if training:
+        parser.ref_resolver.reset()
 
 
 def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,11 +252,14 @@ class EvaluationTables:
         self.lpips, self.bootstrap_samples, self.seed = lpips, bootstrap_samples, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``."""
-        engine.add_event_handler(Events.COMPLETED, self)
+        """Writes at the end of the one epoch, so that loggers of metrics find the means."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: StudyEvaluator) -> None:
-        """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored."""
+        """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored.
+
+        The metrics of the engine become the means over all scenarios.
+        """
         mine: dict[str, Any] = {
             "rows": self.scores.rows,
             "regions": self.scores.regions,
@@ -309,6 +312,13 @@ class EvaluationTables:
         write_text(self.directory / "scores.csv", frame.to_csv(index=False))
         text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)
         write_text(self.directory / "metrics.json", text + "\n")
+        engine.state.metrics.update(
+            {
+                "/".join(str(entry[name]) for name in ("protocol", "region", "method", "of", "score")): entry["mean"]
+                for entry in summary
+                if entry["group"] == "all"
+            }
+        )
         for line in overview(summary):
             engine.logger.info(line)
         engine.logger.info(f"wrote scores.csv and metrics.json in {self.directory}")

@@ -161,6 +161,7 @@ class StudyWriter:
             },
             "patient_in_bank": data.get("patient_in_bank"),
             "weights_sha256": data.get("weights_sha256"),
+            "weights_came_with_bundle": data.get("weights_sha256") == metadata.get("weights_sha256"),
             "bundle": metadata["name"],
             "bundle_version": metadata["version"],
         }

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import io
@@ -115,6 +116,8 @@ def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     path = find_weights(path)
     # read once, so that the hash is of what is loaded
     content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise StudyError(f"{path} only points to the weights in Git LFS: fetch them with git lfs pull.")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
@@ -137,7 +140,17 @@ def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
             f"{path} holds no settings, so nobody can tell which network and preprocessing it belongs to: put the "
             f"{earlier.name} of the training beside it, or train anew."
         )
-    return state, settings, hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
+    _compare_with_metadata(path.resolve(), sha256)
+    return state, settings, sha256
+
+
+@functools.cache
+def _compare_with_metadata(path: Path, sha256: str) -> None:
+    """Says, once, if the weights in the bundle are not those that its metadata names: whoever trains replaces them."""
+    metadata = json.loads((_BUNDLE_ROOT / "configs" / "metadata.json").read_text())
+    if path == _BUNDLE_ROOT / "models" / "model.pt" and sha256 != metadata.get("weights_sha256", sha256):
+        logger.warning("%s is not what came with version %s: trained here, or changed.", path, metadata["version"])
 
 
 def _settings_of_version_02(old: dict[str, Any]) -> dict[str, Any]:

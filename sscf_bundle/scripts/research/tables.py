@@ -390,8 +390,8 @@ def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame
         # each fold once, of however many seeds and runs
         folds = {tuple(one["studies"]): one["studies_with_region"] for one in metadata if "studies_with_region" in one}
         parts += [f"studies with {r}: {sum(fold.get(r, 0) for fold in folds.values())}" for r in REGIONS if folds]
-    settings = {key: ", ".join(recorded(metadata, key)) for key in ("scaling", "scored_slices")}
-    settings = [f"{key.replace('_', ' ')} {values}" for key, values in settings.items() if values]
+    found = {key: ", ".join(recorded(metadata, key)) for key in ("scaling", "scored_slices")}
+    settings = [f"{key.replace('_', ' ')} {values}" for key, values in found.items() if values]
     parts += [f"seed {seed}{spread}", *settings, f"SHA-256 of the weights: {'; '.join(weights) or 'not recorded'}"]
     return "; ".join(parts) + "."
 
