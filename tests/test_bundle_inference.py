@@ -222,6 +222,22 @@ def test_weights(tmp_path, caplog):
         assert torch.equal(value, other.state_dict()[name])
 
 
+def test_changed_byte_and_numbers_that_are_none_are_found(tmp_path):
+    network = SSCFNet(**TINY)
+    path = tmp_path / "model.pt"
+    save_weights(path, network, {"preprocessing": PREPROCESSING})
+    content = bytearray(path.read_bytes())
+    weight = max(network.parameters(), key=torch.Tensor.numel)
+    content[content.index(weight.detach().numpy().tobytes()) + 7] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(StudyError, match="checksums do not fit"):
+        load_weights(network, path)
+    network.bank_key[0, 0] = float("nan")
+    save_weights(path, network, {"preprocessing": PREPROCESSING})
+    with pytest.raises(StudyError, match="NaN or infinite"):
+        load_weights(network, path)
+
+
 def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
     torch.manual_seed(0)
     network = SSCFNet(**TINY, entry="literal", normalize_prototypes=False).eval()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..contrasts import StudyError
-from ..networks.weights import atomic_saver, remove_leftovers, save_weights
+from ..networks.weights import atomic_saver, is_intact, remove_leftovers, save_weights
 from .bank_builder import BankFreezer
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,10 @@ class TrainingCheckpoint:
             return
         for path in reversed(self.files()):
             try:
+                if not is_intact(path):
+                    raise ValueError("checksums")
                 state = torch.load(path, map_location=engine.state.device, weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
                 logger.warning(f"{path} cannot be read ({type(error).__name__}) and is passed over.")
                 continue
             try:
