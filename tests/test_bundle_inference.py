@@ -44,7 +44,7 @@ def weights(tmp_path) -> Path:
 
 
 def workflow(**override) -> ConfigWorkflow:
-    override = {"device": "cpu", "handlers": [], **override}
+    override = {"device": "cpu", "handlers": [], "page": False, **override}
     return create_workflow(
         config_file=str(CONFIG),
         workflow_type="inference",
@@ -282,7 +282,7 @@ def test_command_for_a_folder_from_the_repository(tmp_path, weights):
     )
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("1 of 2 studies failed: B2")
-    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json", "index.html", "summary.csv"]
 
 
 def test_command_for_one_study_from_the_bundle(tmp_path, weights):

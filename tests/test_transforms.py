@@ -231,7 +231,7 @@ def test_another_grid_of_the_same_frame_is_resampled_where_asked_for(study, tmp_
     coarse = nib.Nifti1Image(brain_volume(1, (12, 10, 6)).astype(np.float32), LPS @ np.diag([2, 2, 1, 1]))
     study["t1"] = str(tmp_path / "coarse_t1.nii.gz")
     nib.save(coarse, study["t1"])
-    with pytest.raises(StudyError, match="set resample"):
+    with pytest.raises(StudyError, match="--resample True"):
         LoadStudyd()(study)
     out = LoadStudyd(resample=True)(study)
     assert out["image"].shape[1:] == SHAPE
