@@ -156,6 +156,13 @@ def test_checkpoint_of_another_network_ends_the_run_with_one_sentence(tmp_path: 
     assert files(tmp_path) == names(1, 2)
 
 
+def test_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
+    Run(tmp_path, settings={"seed": 3, "betas": (0.5, 0.9)}).run(1)
+    with pytest.raises(StudyError, match=r"seed is 3, not 4\): restore the settings"):
+        Run(tmp_path, settings={"seed": 4, "betas": (0.5, 0.9)}).run(2)
+    assert Run(tmp_path, settings={"seed": 3, "betas": [0.5, 0.9]}).run(2).epochs == [2]
+
+
 def test_checkpoint_without_a_part_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     run = Run(tmp_path)
     del run.checkpoint.objects["optimizer"]

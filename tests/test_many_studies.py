@@ -154,6 +154,8 @@ def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text()
     assert "&lt;b&gt;B2" in page and "<b>B2" not in page and "is &lt;damaged&gt;" in page
     assert 'src="%3Cb%3EB2/%3Cb%3EB2_panel.png"' in page and "3 studies, 1 failed" in page
+    with pytest.raises(StudyError, match="There is no folder"):
+        write_summary(tmp_path / "nowhere")
     # nothing is fetched from elsewhere
     assert "http" not in page and "//" not in page.replace("// what is empty", "")
 

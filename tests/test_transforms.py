@@ -313,6 +313,8 @@ def test_whole_preprocessing(study, scaling):
 def test_wrong_settings():
     with pytest.raises(ValueError, match="scaling"):
         study_transforms(scaling="z")
+    with pytest.raises(ValueError, match="spacing must be greater than 0"):
+        study_transforms(spacing=0)
     with pytest.raises(ValueError, match="multiple of 16"):
         study_transforms(image_size=100)
 

@@ -526,11 +526,13 @@ def study_transforms(
         An invertible composition of transforms for one datalist item.
 
     Raises:
-        ValueError: when ``scaling`` or ``image_size`` is not one of the above.
+        ValueError: when ``scaling``, ``image_size`` or ``spacing`` is not one of the above.
     """
     scalings = {"brain": ScaleBraind("image", percentile), "per_slice": ScaleSliced("image")}
     if scaling not in scalings:
         raise ValueError(f"scaling must be one of {', '.join(scalings)}, got {scaling!r}.")
+    if spacing is not None and not spacing > 0:
+        raise ValueError(f"spacing must be greater than 0 mm or null, got {spacing!r}.")
     grids = ("image", "label")
     resampling = []
     if spacing is not None:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import jinja2
 
+from ..contrasts import StudyError
 from .resume import read_record
 
 #: Columns of the table that every study has; what a record says under ``scores`` adds one for each number.
@@ -38,8 +39,13 @@ def write_summary(output_dir: str | os.PathLike[str]) -> None:
 
     Args:
         output_dir: folder of the results.
+
+    Raises:
+        StudyError: when there is no such folder.
     """
     root = Path(str(output_dir)).expanduser()
+    if not root.is_dir():
+        raise StudyError(f"There is no folder {root}: give the output_dir of a run.")
     failures = {}
     for path in sorted(root.glob("failures*.json")):
         failures |= {failure["study"]: failure["reason"] for failure in json.loads(path.read_text())}
@@ -69,7 +75,10 @@ def write_summary(output_dir: str | os.PathLike[str]) -> None:
         lstrip_blocks=True,
     )
     page = environment.get_template("index.html.j2").render(
-        rows=rows, columns=columns, runs=list(runs.values()), failed=len(failures)
+        rows=rows,
+        columns=[name for name in columns if any(row.get(name) not in (None, "") for row in rows)],
+        runs=list(runs.values()),
+        failed=len(failures),
     )
     write_whole(root / "index.html", page)
 
