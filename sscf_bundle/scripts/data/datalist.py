@@ -265,17 +265,22 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
     """
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    names = {part: [item["study"] for item in items] for part, items in parts.items()}
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
-            json.dump(names, file, indent=2)
-            file.write("\n")
-            file.close()
-            os.chmod(file.name, 0o644)  # a temporary file is readable by its owner alone
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(target, {part: [item["study"] for item in items] for part, items in parts.items()})
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write a text, or anything else as JSON, complete or not at all."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    # a name of its own: others may be writing to the same folder
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # a temporary file is readable by its owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def single_study(

@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from urllib.parse import quote
 import jinja2
 
 from ..contrasts import StudyError
+from ..data.datalist import write_whole
 from .resume import read_record
 
 #: Columns of the table that every study has; what a record says under ``scores`` adds one for each number.
@@ -118,18 +118,3 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{name}: {_text(one)}" for name, one in value.items() if one not in (None, "", [], {}))
     return "; ".join(map(_text, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """Write a text, or anything else as JSON, complete or not at all."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-    # a name of its own: other shards write to the same folder
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # a temporary file is readable by its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

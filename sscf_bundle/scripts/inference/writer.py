@@ -30,9 +30,10 @@ import numpy as np
 import torch
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, StudyError
+from ..data.datalist import write_whole
 from .panel import draw_panel
 from .resume import describe_file, read_record
-from .summary import write_summary, write_whole
+from .summary import write_summary
 
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 #: Header fields that place a volume in space; no others are taken over, because some may name the patient.
