@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 
 import nibabel as nib
@@ -116,10 +117,12 @@ def hidden(folder) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-def results(folder) -> dict[str, bytes]:
-    """What lies below a folder; of a compressed file, which holds the time of writing, the content."""
-    return {
-        str(path.relative_to(folder)): (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+def results(folder) -> dict[str, object]:
+    """What lies below a folder, without times: of a compressed file the content, of a record all else."""
+    return {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def _content(path):
+    if path.name.endswith("_synthesis.json"):
+        return {k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "written")}
+    return (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())

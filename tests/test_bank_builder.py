@@ -16,15 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_batch, tiny_net
+from builders import config_files, random_batch, tiny_net
 from ignite.engine import Engine
+from monai.bundle import create_workflow
 from torch.utils.data import DataLoader, Dataset
 
 from scripts.contrasts import NUM_CONTRASTS, scenario_table
+from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
+from scripts.data.transforms import study_transforms
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import BankEntries, CompiledBank
 from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.weights import load_weights, network_from_weights, read_state, save_weights
 from scripts.training.bank_builder import BankFreezer, bank_slices, freeze_bank
 from scripts.training.step import make_entries
 from scripts.training.trainer import BATCH_KEYS, draw_scenarios
@@ -203,3 +207,36 @@ def test_handler_freezes_before_a_run_and_lists_the_slices(tmp_path: Path) -> No
     assert present_at_start == [6]
     assert json.loads(listed.read_text()) == [{"study": f"study{i}", "slice": i + 50} for i in subset.indices]
     assert net.bank_patient.tolist() == [int(data.patients[i]) for i in subset.indices]
+
+
+# --------------------------------------------------------------------------------------------------- intensities
+def test_weights_learn_how_the_contrasts_of_a_cohort_are_related(tmp_path: Path, phantom_cohort: Path) -> None:
+    net = tiny_net()
+    preprocessing = {"image_size": 64, "spacing": 4.0, "scaling": "brain"}
+    save_weights(tmp_path / "model.pt", net, {"preprocessing": preprocessing})
+    workflow = create_workflow(
+        config_file=config_files("train", "build_bank"),
+        workflow_type="train",
+        logging_file=False,
+        run_id="measuring",
+        dataset_dir=str(phantom_cohort),
+        output_dir=str(tmp_path / "out"),
+        source_path=str(tmp_path / "model.pt"),
+        site_path=str(tmp_path / "site.pt"),
+        device="cpu",
+    )
+    workflow.run()
+    state, settings, _ = read_state(tmp_path / "site.pt")
+    assert settings["preprocessing"] == preprocessing and settings["intensities"]["studies"] == 5
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items() if name != "settings")
+    transform = study_transforms(**preprocessing)
+    scales = torch.stack([transform(item)["intensity_scale"] for item in find_studies(phantom_cohort)]).double()
+    ratios = (scales[:, :, None] / scales[:, None, :]).log()
+    expected = ratios.median(dim=0).values
+    torch.testing.assert_close(
+        torch.tensor(settings["intensities"]["log_ratios"]).double(), expected, atol=1e-4, rtol=0
+    )
+    spread = 1.4826 * (ratios - expected).abs().median(dim=0).values
+    torch.testing.assert_close(torch.tensor(settings["intensities"]["spread"]).double(), spread, atol=1e-4, rtol=0)
+    # what is written is not more than the buffer of earlier weights holds
+    load_weights(network_from_weights(tmp_path / "model.pt"), tmp_path / "site.pt")

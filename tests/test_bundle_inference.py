@@ -52,7 +52,7 @@ def weights(tmp_path) -> Path:
 
 
 def workflow(**override) -> ConfigWorkflow:
-    override = {"device": "cpu", "handlers": [], **override}
+    override = {"device": "cpu", "handlers": [], "page": False, **override}
     return create_workflow(
         config_file=str(CONFIG),
         workflow_type="inference",
@@ -258,6 +258,22 @@ def test_metadata_names_the_weights_of_the_bundle():
     assert json.loads(META.read_text())["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_changed_byte_and_numbers_that_are_none_are_found(tmp_path):
+    network = SSCFNet(**TINY)
+    path = tmp_path / "model.pt"
+    save_weights(path, network, {"preprocessing": PREPROCESSING})
+    content = bytearray(path.read_bytes())
+    weight = max(network.parameters(), key=torch.Tensor.numel)
+    content[content.index(weight.detach().numpy().tobytes()) + 7] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(StudyError, match="checksums do not fit"):
+        load_weights(network, path)
+    network.bank_key[0, 0] = float("nan")
+    save_weights(path, network, {"preprocessing": PREPROCESSING})
+    with pytest.raises(StudyError, match="NaN or infinite"):
+        load_weights(network, path)
+
+
 def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
     torch.manual_seed(0)
     network = SSCFNet(**TINY, entry="literal", normalize_prototypes=False).eval()
@@ -302,7 +318,7 @@ def test_command_for_a_folder_from_the_repository(tmp_path, weights):
     )
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("1 of 2 studies failed: B2")
-    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json", "index.html", "summary.csv"]
 
 
 def test_command_for_one_study_from_the_bundle(tmp_path, weights):

@@ -111,7 +111,10 @@ def test_failed_write_leaves_the_complete_checkpoints_alone(tmp_path: Path, monk
 
 def test_unreadable_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unbroken = Run(tmp_path, keep=4).run(4)
-    for epoch, content in ((4, b""), (3, b"no checkpoint")):
+    written = (tmp_path / names(4)[0]).read_bytes()
+    middle = slice(len(written) // 2, len(written) // 2 + 128)  # more than the zeros between two tensors
+    changed = written[: middle.start] + bytes(byte ^ 1 for byte in written[middle]) + written[middle.stop :]
+    for epoch, content in ((4, changed), (3, b"no checkpoint")):
         (tmp_path / names(epoch)[0]).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         resumed = Run(tmp_path, seed=9, keep=4).run(4)
@@ -151,6 +154,13 @@ def test_checkpoint_of_another_network_ends_the_run_with_one_sentence(tmp_path: 
         Run(tmp_path, width=4).run(3)
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
     assert files(tmp_path) == names(1, 2)
+
+
+def test_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
+    Run(tmp_path, settings={"seed": 3, "betas": (0.5, 0.9)}).run(1)
+    with pytest.raises(StudyError, match=r"seed is 3, not 4\): restore the settings"):
+        Run(tmp_path, settings={"seed": 4, "betas": (0.5, 0.9)}).run(2)
+    assert Run(tmp_path, settings={"seed": 3, "betas": [0.5, 0.9]}).run(2).epochs == [2]
 
 
 def test_checkpoint_without_a_part_ends_the_run_with_one_sentence(tmp_path: Path) -> None:

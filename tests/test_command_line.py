@@ -47,6 +47,9 @@ def weights(tmp_path: Path) -> Path:
         ("beta", 3, "beta must be a list"),
         ("compile", "perhaps", "compile must be True or False, got 'perhaps'."),
         ("device", "nonsense", "device must be cpu, cuda or cuda:<number>, got 'nonsense'."),
+        ("device", "cuda:99", "There is no device cuda:99 here"),
+        ("num_workers", -1, "num_workers must be at least 0, got -1."),
+        ("batch_size", 0, "batch_size must be at least 1, got 0."),
     ],
 )
 def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
@@ -61,7 +64,7 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("max_epochs", 3),
         ("learning_rate", 1),
         ("channels", [4, 8, 8, 8, 8]),
-        ("device", "cuda:0"),
+        ("device", "cpu"),
         ("batch_size", "$2 * 2"),
         ("epoch_samples", 8),
         ("dataset_dir", {"_target_": "x"}),

@@ -72,6 +72,8 @@ ENTRY_POINTS = {
     "inference",
     "building",
     "exporting",
+    "measuring",
+    "summarizing",
     "picture",
     "reporting",
     "experimenting",
@@ -183,12 +185,13 @@ def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     train, inference = read("train"), read("inference")
     arguments = {name: f"@{name}" for name in PREPROCESSING_SETTINGS}
     assert train["settings"] == {"preprocessing": arguments}
+    arguments |= {"resample": "@resample"}  # how files become one grid is no matter of the network
     assert train["preprocessing"] == {
         "_target_": "scripts.data.transforms.study_transforms",
-        "clip": False,
+        "clip": False,  # what is clipped for the network is scored as it is
         **arguments,
     }
-    assert {k: v for k, v in inference["preprocessing"].items() if k != "_target_"} == arguments
+    assert arguments.items() <= inference["preprocessing"].items()
     assert all(inference[name] == f"$@settings['{name}']" for name in PREPROCESSING_SETTINGS)
 
 

@@ -19,7 +19,15 @@ from pathlib import Path
 import pytest
 
 from scripts.contrasts import StudyError
-from scripts.data.datalist import PARTS, find_studies, patient_of, single_study, split_patients, write_split
+from scripts.data.datalist import (
+    PARTS,
+    find_studies,
+    patient_of,
+    read_datalist,
+    single_study,
+    split_patients,
+    write_split,
+)
 from scripts.data.transforms import LoadStudyd
 
 BRATS_2021 = {key: f"BraTS2021_00031_{key}.nii.gz" for key in ("flair", "t1", "t1ce", "t2", "seg")}
@@ -218,6 +226,40 @@ def test_nothing_found(tmp_path):
         find_studies(tmp_path / "empty", {"t1": "own_*.nii"})
     with pytest.raises(StudyError, match="nowhere does not exist"):
         find_studies(tmp_path / "nowhere")
+
+
+def test_lists_of_studies(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "\ufeffstudy,t1,t2,seg\nS1,x/a_t1.nii,,/m.nii\n,y/sub-02_T1w.nii,y/sub-02_T2w.nii,\n"
+    )
+    expected = [
+        {"study": "S1", "patient": "S1", "t1": str(tmp_path / "x/a_t1.nii"), "seg": "/m.nii"},
+        {
+            "study": "sub-02",
+            "patient": "sub-02",
+            "t1": str(tmp_path / "y/sub-02_T1w.nii"),
+            "t2": str(tmp_path / "y/sub-02_T2w.nii"),
+        },
+    ]
+    assert read_datalist(tmp_path / "a.csv") == expected
+    rows = [{"study": "S1", "t1": "x/a_t1.nii", "seg": "/m.nii"}, {"t1": "y/sub-02_T1w.nii", "t2": "y/sub-02_T2w.nii"}]
+    for content in (rows, {"training": [], "testing": rows}, {"name": "x", "validation": rows}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert read_datalist(tmp_path / "a.json") == expected
+    for content, words in (
+        ("study,t3\nS1,x\n", "unknown column t3"),
+        ("study,t1\n", "has no study"),
+        ("study,t1\nS1,x\nS1,y\n", "names the study S1 twice"),
+    ):
+        (tmp_path / "b.csv").write_text(content)
+        with pytest.raises(StudyError, match=words):
+            read_datalist(tmp_path / "b.csv")
+    for content in ("{", "{}", "[1]", "3"):
+        (tmp_path / "b.json").write_text(content)
+        with pytest.raises(StudyError, match="cannot be read as CSV or JSON"):
+            read_datalist(tmp_path / "b.json")
+    with pytest.raises(StudyError, match="cannot be read"):
+        read_datalist(tmp_path / "none.csv")
 
 
 def cohort(studies: int = 20) -> list[dict[str, str]]:

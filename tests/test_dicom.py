@@ -60,6 +60,7 @@ def workflow(folder: Path) -> ConfigWorkflow:
         logging_file=False,
         device="cpu",
         handlers=[],
+        page=False,
         dataset_dir=str(folder / "in"),
         output_dir=str(folder / "out"),
         ckpt_path=str(folder / "model.pt"),

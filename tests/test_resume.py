@@ -95,7 +95,7 @@ def copy(tmp_path: Path, unbroken: Path) -> Path:
 def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken: Path) -> None:
     assert checkpoints(unbroken) == names(2, 3, 4)
     state = torch.load(unbroken / "checkpoints" / names(4)[0], weights_only=True)
-    parts = {"step", "discriminators", "average", "grad_scaler", "best_model", "engine"}
+    parts = {"step", "discriminators", "average", "grad_scaler", "best_model", "engine", "settings"}
     parts |= {f"{who}{what}" for who in ("", "discriminator_") for what in ("optimizer", "lr_scheduler")}
     assert set(state) == parts
     assert state["engine"]["epoch"] == EPOCHS and state["average"]["steps"] == EPOCHS * BATCHES

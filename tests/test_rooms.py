@@ -60,7 +60,11 @@ def test_every_room_is_known() -> None:
 
 def test_inference_needs_what_its_requirements_name() -> None:
     lines = (BUNDLE_ROOT.parent / "requirements-inference.txt").read_text().splitlines()
-    named = {re.split(r"[<>=]", line)[0].removeprefix("pytorch-") for line in lines if not line.startswith("#")}
+    named = {
+        re.split(r"[<>=]", line)[0].removeprefix("pytorch-").replace("pillow", "PIL")
+        for line in lines
+        if not line.startswith("#")
+    }
     found = set()
     for path in FILES:
         if room(path) in {"inference", *ALLOWED["inference"], "command_line"}:

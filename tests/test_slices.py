@@ -105,6 +105,21 @@ def test_two_at_once_make_one_entry(items, tmp_path):
     assert len({study.directory for study in prepared.studies}) == 1 == len(list((tmp_path / "cache").iterdir()))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "gone", "pickle", "no JSON"])
+def test_damaged_entry_is_made_anew(items, tmp_path, damage):
+    entry = prepare(items[:1], tmp_path).studies[0].directory
+    before = {path.name: path.read_bytes() for path in entry.iterdir()}
+    file = entry / ("info.json" if damage == "no JSON" else "image.npy")
+    if damage == "gone":
+        file.unlink()
+    elif damage == "pickle":
+        np.save(file, np.full(len(before["image.npy"]) // 8, None), allow_pickle=True)
+    else:
+        file.write_bytes(before[file.name][:-100])
+    assert prepare(items[:1], tmp_path).studies[0].directory == entry
+    assert {path.name: path.read_bytes() for path in entry.iterdir()} == before
+
+
 def test_bad_studies_are_collected_and_do_not_stop_the_others(items, tmp_path, caplog):
     mask_only = {"study": "P3a", "patient": "P3", "seg": items[0]["seg"]}
     vanished = {"study": "P4a", "patient": "P4", "t1": str(tmp_path / "gone.nii.gz")}

@@ -231,7 +231,7 @@ def test_another_grid_of_the_same_frame_is_resampled_where_asked_for(study, tmp_
     coarse = nib.Nifti1Image(brain_volume(1, (12, 10, 6)).astype(np.float32), LPS @ np.diag([2, 2, 1, 1]))
     study["t1"] = str(tmp_path / "coarse_t1.nii.gz")
     nib.save(coarse, study["t1"])
-    with pytest.raises(StudyError, match="set resample"):
+    with pytest.raises(StudyError, match="--resample True"):
         LoadStudyd()(study)
     out = LoadStudyd(resample=True)(study)
     assert out["image"].shape[1:] == SHAPE
@@ -313,6 +313,8 @@ def test_whole_preprocessing(study, scaling):
 def test_wrong_settings():
     with pytest.raises(ValueError, match="scaling"):
         study_transforms(scaling="z")
+    with pytest.raises(ValueError, match="spacing must be greater than 0"):
+        study_transforms(spacing=0)
     with pytest.raises(ValueError, match="multiple of 16"):
         study_transforms(image_size=100)
 

@@ -35,6 +35,8 @@ from .contrasts import StudyError
 from .data.transforms import find_study_error
 
 _SCRIPTS = Path(__file__).resolve().parent
+#: Least value of settings that count something.
+_LEAST = {"num_workers": 0, "num_writers": 0, "prepare_workers": 0, "sw_batch_size": 1, "batch_size": 1}
 #: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -133,11 +135,15 @@ def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> di
                 if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
                     raise StudyError(f"{given_name} must be {words}, got {value!r}.")
                 break
+        if name in _LEAST and not isinstance(value, str) and not value >= _LEAST[name]:
+            raise StudyError(f"{given_name} must be at least {_LEAST[name]}, got {value!r}.")
         if name == "device":
             try:
-                torch.device(value)
+                device = torch.device(value)
             except (RuntimeError, TypeError) as error:
                 raise StudyError(f"device must be cpu, cuda or cuda:<number>, got {value!r}.") from error
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise StudyError(f"There is no device {value} here: {torch.cuda.device_count()} GPUs can be used.")
     return changed
 
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 
 from ..contrasts import StudyError
 from .datalist import find_studies, split_patients, write_split
@@ -118,3 +120,30 @@ class Cohort:
 def cohort_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
     """``data.slices(part, **options)``, in the form that a config's ``dataset`` with its ``data`` takes."""
     return data.slices(part, **options)
+
+
+def intensity_statistics(data: Cohort, part: str = "training") -> dict[str, Any] | None:
+    """How the intensities of the contrasts of a cohort are related, for ``intensities`` of inference.
+
+    Args:
+        data: the cohort.
+        part: of its split.
+
+    Returns:
+        ``log_ratios``: row b, column a: median over the studies of ln(scale of b / scale of a), where the scale is the
+        percentile of ``ScaleBraind``; ``spread``: 1.48 times the median distance from that; ``studies``: how many.
+        ``None`` stands where no study has both. ``None`` instead of all where the scaling knows no scale of a study.
+    """
+    data.slices(part)
+    infos = [study.info for study in data._prepared[part].studies]
+    if not all("intensity_scale" in info for info in infos):
+        return None
+    scales = np.array([info["intensity_scale"] for info in infos])
+    logs = np.log(np.where(scales > 0, scales, np.nan))
+    differences = logs[:, :, None] - logs[:, None, :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no study with both gives NaN
+        ratios = np.nanmedian(differences, axis=0)
+        spread = 1.4826 * np.nanmedian(np.abs(differences - ratios), axis=0)
+    plain = [[[None if np.isnan(v) else round(float(v), 4) for v in row] for row in m] for m in (ratios, spread)]
+    return {"log_ratios": plain[0], "spread": plain[1], "studies": len(infos)}

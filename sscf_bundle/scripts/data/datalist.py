@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import logging
@@ -18,7 +19,7 @@ import math
 import os
 import re
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,17 +263,22 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
     """
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    names = {part: [item["study"] for item in items] for part, items in parts.items()}
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
-            json.dump(names, file, indent=2)
-            file.write("\n")
-            file.close()
-            os.chmod(file.name, 0o644)  # a temporary file is readable by its owner alone
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(target, {part: [item["study"] for item in items] for part, items in parts.items()})
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write a text, or anything else as JSON, complete or not at all."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    # a name of its own: others may be writing to the same folder
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # a temporary file is readable by its owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def single_study(
@@ -306,6 +312,54 @@ def single_study(
             raise StudyError(f"The {key} file {path} does not exist: correct the path or leave it out.")
     study = name or _common_name(list(paths.values()))
     return [{"study": study, "patient": patient_of(study), **{key: str(path) for key, path in paths.items()}}]
+
+
+def read_datalist(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Studies of a list, in its order.
+
+    Args:
+        path: CSV file with a header, or a JSON file with a list of objects, alone or as the ``testing`` part of a MONAI
+            datalist (or its only part). Columns or names are ``flair``, ``t1``, ``t1ce``, ``t2`` and ``seg`` (paths,
+            relative to the folder of the list; empty where missing), ``study`` and ``patient``, which the file names
+            and the study name give where they are absent.
+
+    Returns:
+        Datalist items. An item that lacks a contrast has ``failure``, so that it does not stop the others.
+
+    Raises:
+        StudyError: when the list cannot be read, is empty, has an unknown column, or names a study twice.
+    """
+    path = Path(path).expanduser()
+    known = (*CONTRAST_KEYS, MASK_KEY, "study", "patient")
+    try:
+        if path.suffix.lower() == ".json":
+            rows = json.loads(path.read_text())
+            if isinstance(rows, dict):
+                parts = [name for name, part in rows.items() if isinstance(part, list)]
+                rows = rows["testing" if "testing" in parts else parts[0]]
+        else:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+        rows = [{str(name).strip(): str(value).strip() for name, value in row.items() if value} for row in rows]
+    except (OSError, ValueError, AttributeError, IndexError, TypeError) as error:
+        raise StudyError(f"The list {path} cannot be read as CSV or JSON ({error}): correct it.") from error
+    unknown = [name for row in rows for name in row if name not in known]
+    if unknown or not rows:
+        problem = f"the unknown column {unknown[0]}" if unknown else "no study"
+        raise StudyError(f"The list {path} has {problem}: give the columns {', '.join(known)}, as far as there are.")
+    items = []
+    for number, row in enumerate(rows, start=1):
+        paths = {key: path.parent / Path(row[key]).expanduser() for key in (*CONTRAST_KEYS, MASK_KEY) if row.get(key)}
+        study = row.get("study") or (_common_name(list(paths.values())) if paths else f"row {number}")
+        item = {"study": study, "patient": row.get("patient") or patient_of(study)}
+        item |= {key: str(file) for key, file in paths.items()}
+        if not set(paths) & set(CONTRAST_KEYS):
+            item[FAILURE_KEY] = f"Study {study} of the list {path} names no contrast: add one or remove the row."
+        items.append(item)
+    twice = [study for study, count in Counter(item["study"] for item in items).items() if count > 1]
+    if twice:
+        raise StudyError(f"The list {path} names the study {twice[0]} twice: give each row its own study name.")
+    return items
 
 
 def patient_of(study: str) -> str:
@@ -368,7 +422,7 @@ def _match_built_in(path: Path) -> _Match | None:
             return None
         if key == MASK_KEY and _UCSF_BMSR.match(prefix) and match["ending"].lower() == "seg":
             return None
-        synthesized = "synth" in match["ending"].lower()
+        synthesized = "synth" in match["ending"].lower() or "desc-synth" in (match["prefix"] or "").lower()
         # an acquired series comes before a synthesized one
         return _Match(key, prefix, precedence + synthesized, synthesized)
     return None

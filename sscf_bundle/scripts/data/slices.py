@@ -360,7 +360,13 @@ def _prepare_study(
     key = json.dumps([CACHE_FORMAT, study, patient, files, description], sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     directory = cache / f"{re.sub(r'[^A-Za-z0-9._-]', '_', study)}-{digest}"
-    if not directory.exists():
+    info = None
+    if directory.exists():
+        info = _read_entry(directory)
+        if info is None:
+            logger.warning("%s is damaged and made anew.", directory)
+            shutil.rmtree(directory)
+    if info is None:
         arrays, info = _slices(transform(item))
         info = {"study": study, "patient": patient, **info, "files": files, "transform": description}
         temporary = cache / f".incomplete-{uuid.uuid4().hex}"
@@ -368,6 +374,7 @@ def _prepare_study(
             temporary.mkdir()
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
+            info["bytes"] = {path.name: path.stat().st_size for path in temporary.iterdir()}
             (temporary / "info.json").write_text(json.dumps(info))
             os.rename(temporary, directory)
         except OSError:
@@ -376,7 +383,23 @@ def _prepare_study(
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return CachedStudy(study, patient, directory, json.loads((directory / "info.json").read_text()))
+    return CachedStudy(study, patient, directory, info)
+
+
+def _read_entry(directory: Path) -> dict[str, Any] | None:
+    """Facts of a cache entry; ``None`` if its files are not as they were written.
+
+    Sizes and headers are looked at: to read all arrays would take minutes at each start.
+    """
+    try:
+        info = json.loads((directory / "info.json").read_text())
+        for name, size in info["bytes"].items():
+            if (directory / name).stat().st_size != size:
+                return None
+            np.load(directory / name, mmap_mode="r")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return info
 
 
 def _slices(data: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -82,7 +82,8 @@ class LoadStudyd(MapTransform):
 
     - ``image_key``: 4 x X x Y x Z float32 ``MetaTensor`` in the order of ``contrast_keys``, raw intensities >= 0;
     - ``label_key``: 1 x X x Y x Z uint8 ``MetaTensor``, 0 background, k + 1 for ``TUMOR_CLASSES[k]``, 0 without mask;
-    - ``"has_contrast"``: bool tensor of 4; ``"has_mask"``: bool scalar tensor.
+    - ``"has_contrast"``: bool tensor of 4; ``"has_mask"``: bool scalar tensor;
+    - ``"grid"``: the key of the contrast whose grid this is.
 
     Args:
         contrast_keys: keys of the four contrasts, in contrast order.
@@ -97,8 +98,9 @@ class LoadStudyd(MapTransform):
         max_negative: share of negative among the non-zero voxels up to which negative values count as interpolation
             overshoot and are set to 0; above it the volume is taken for z-scored and refused.
         reader: name of a MONAI image reader; ``None`` chooses by the file name.
-        resample: take a volume on another grid to that of the first contrast, by the affines on file, instead of
-            refusing it. Volumes on the same grid whose axes are flipped or in another order are always taken.
+        resample: take a volume on another grid to that of the reference, by the affines on file, instead of refusing
+            it: True for the first contrast as the reference, or the key of a contrast, which is the reference where a
+            study has it. Volumes on the same grid whose axes are flipped or in another order are always taken.
 
     Raises:
         ValueError: when ``mask_values`` or ``contrast_keys`` make no sense.
@@ -117,7 +119,7 @@ class LoadStudyd(MapTransform):
         tolerance: float = 1e-2,
         max_negative: float = 0.05,
         reader: str | None = None,
-        resample: bool = False,
+        resample: bool | str | None = False,
     ) -> None:
         super().__init__(contrast_keys, allow_missing_keys=True)
         if len(self.keys) != len(CONTRASTS):
@@ -137,6 +139,8 @@ class LoadStudyd(MapTransform):
                 f"mask_values must map {', '.join(TUMOR_CLASSES)} or background to distinct values other than 0, "
                 f"got {self.mask_values}."
             )
+        if isinstance(resample, str) and resample not in self.keys:
+            raise ValueError(f"resample must be True, False or one of {', '.join(CONTRAST_KEYS)}, got {resample!r}.")
         self.tolerance = tolerance
         self.max_negative = max_negative
         self.reader = reader
@@ -152,22 +156,19 @@ class LoadStudyd(MapTransform):
                 f"Study {d.get('study', d.get(self.mask_key, '(without name)'))} has no contrast: give at least one of "
                 f"{', '.join(map(str, self.keys))}."
             )
-        first_path = next(iter(paths.values()))
+        reference = self.resample if self.resample in paths else next(iter(paths))
+        first_path = paths[reference]
         if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
             raise StudyError(f"{' and '.join(paths)} name one file twice: give each contrast its own file.")
-        first: MetaTensor | None = None
-        image = torch.empty(0)
+        first = self._read_contrast(first_path)
+        image = torch.zeros((len(self.keys), *first.shape), dtype=torch.float32)
         for channel, key in enumerate(self.keys):
-            if key not in paths:
-                continue
-            volume = self._read_contrast(paths[key])
-            if first is None:
-                first = volume
-                image = torch.zeros((len(self.keys), *volume.shape), dtype=torch.float32)
-            else:
-                volume = self._on_grid(first, first_path, volume, paths[key])
-            image[channel] = volume.as_tensor()
-        assert first is not None
+            if key == reference:
+                image[channel] = first.as_tensor()
+            elif key in paths:
+                volume = self._read_contrast(paths[key])
+                image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
+        d["grid"] = reference
         meta = dict(first.meta)
         d[self.image_key] = MetaTensor(image, meta=meta)
         d["has_contrast"] = torch.tensor([key in paths for key in self.keys])
@@ -270,7 +271,7 @@ class LoadStudyd(MapTransform):
         if first.shape != other.shape:
             raise StudyError(
                 f"{path} has shape {_times(other.shape)} but {first_path} has {_times(first.shape)}: register all "
-                "files of a study to one grid, or set resample if they are registered already."
+                "files of a study to one grid, or give --resample True if they are registered already."
             )
         upper = np.asarray(first.shape) - 1
         corners = np.asarray([[*(upper * bits), 1.0] for bits in np.ndindex(2, 2, 2)]).T
@@ -279,7 +280,7 @@ class LoadStudyd(MapTransform):
         if distance > self.tolerance:
             raise StudyError(
                 f"{path} and {first_path} have different affines (corners up to {distance:.3g} mm apart): register "
-                "all files of a study to one grid, or set resample if they are registered already."
+                "all files of a study to one grid, or give --resample True if they are registered already."
             )
 
     def _internal_classes(self, mask: torch.Tensor, path: str) -> torch.Tensor:
@@ -497,8 +498,8 @@ def study_transforms(
     percentile: float = 99.5,
     mask_values: Mapping[str, int | Sequence[int]] | None = None,
     reader: str | None = None,
-    resample: bool = False,
     clip: bool = True,
+    resample: bool | str | None = False,
 ) -> StudyCompose:
     """The preprocessing of this bundle, the same for training, evaluation and inference.
 
@@ -522,11 +523,13 @@ def study_transforms(
         An invertible composition of transforms for one datalist item.
 
     Raises:
-        ValueError: when ``scaling`` or ``image_size`` is not one of the above.
+        ValueError: when ``scaling``, ``image_size`` or ``spacing`` is not one of the above.
     """
     scalings = {"brain": ScaleBraind("image", percentile, clip=clip), "per_slice": ScaleSliced("image")}
     if scaling not in scalings:
         raise ValueError(f"scaling must be one of {', '.join(scalings)}, got {scaling!r}.")
+    if spacing is not None and not spacing > 0:
+        raise ValueError(f"spacing must be greater than 0 mm or null, got {spacing!r}.")
     grids = ("image", "label")
     resampling = []
     if spacing is not None:

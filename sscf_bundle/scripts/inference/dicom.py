@@ -57,18 +57,21 @@ class DicomStudyWriter(StudyWriter):
 
     Args:
         output_dir: see ``StudyWriter``.
-        output_scale: intensity that becomes the stored value 4095.
+        output_scale: intensity that becomes the stored value 4095, where an item has no ``"output_scale"``.
         mask_labels: tumor class to its value in the volumes.
+        options: see ``StudyWriter``.
 
     Raises:
         StudyError: when pydicom or highdicom is not installed; from the call, when the first available contrast is no
             folder with a DICOM series, or what ``StudyWriter`` refuses.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], output_scale: float, mask_labels: Mapping[str, int]) -> None:
+    def __init__(
+        self, output_dir: str | os.PathLike[str], output_scale: float, mask_labels: Mapping[str, int], **options: Any
+    ) -> None:
         if not (_has_pydicom and _has_highdicom):
             raise StudyError("DICOM output needs two more packages: pip install pydicom highdicom.")
-        super().__init__(output_dir)
+        super().__init__(output_dir, **options)
         self.output_scale, self.mask_labels = output_scale, dict(mask_labels)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
@@ -96,12 +99,13 @@ class DicomStudyWriter(StudyWriter):
                     continue
                 folder = new / f"{study}_{key}_synthetic"
                 folder.mkdir(parents=True)
-                values = np.rint(slices * (_FULL_SCALE / self.output_scale)).astype(np.uint16)
+                scale = data.get("output_scale", {}).get(key, self.output_scale)
+                values = np.rint(slices * (_FULL_SCALE / scale)).clip(0, _FULL_SCALE).astype(np.uint16)
                 series = synthetic_series(values, sources, named[key], made_from, 9000 + number)
                 for index, dataset in enumerate(series, start=1):
                     dataset.save_as(folder / f"{index:04d}.dcm", enforce_file_format=True)
             paths = super().__call__(data)
-            target = self.output_dir / study / "dicom"
+            target = self.output_dir / self.files(study).folder / "dicom"
             shutil.rmtree(target, ignore_errors=True)
             new.rename(target)
         finally:

@@ -118,7 +118,8 @@ class StudyEvaluator(Evaluator):
         self.seconds.clear()
         self._threads = ThreadPoolExecutor(self.num_writers, "writer") if self.num_writers else None
         try:
-            super().run(global_epoch)
+            if self.state.epoch_length != 0:  # else every study was finished before
+                super().run(global_epoch)
             self._collect(0)
         finally:
             # after an interruption, what is being written is completed and what waits is dropped
@@ -143,7 +144,7 @@ class StudyEvaluator(Evaluator):
             pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
             self.seconds[study] += time.perf_counter() - started
             record = provenance(self.network, item.get("patient", study), self.weights_sha256)
-            engine.state.output = [{**record, "pred": pred}]
+            engine.state.output = [{**record, "seconds": self.seconds[study], "pred": pred}]
             del pred
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from monai.transforms import Invertd, MapTransform
 
 from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map
 from ..data.transforms import StudyCompose
+from ..networks.weights import read_state
 from .preprocessing import FILE_BRAIN_KEY
 
 #: Volumes of a finished prediction in channel order, as keys of written files.
@@ -82,13 +84,16 @@ class FinishPredictiond(MapTransform):
     """Make the volumes to write from a prediction on the grid on file.
 
     The result is a float32 ``MetaTensor`` on the CPU with one X x Y x Z volume for each of ``"output_keys"``: contrasts
-    in [0, ``output_scale``], and the label map; all are 0 outside the union of the available brains.
+    from 0 to their scale, and the label map; all are 0 outside the union of the available brains. ``"output_scale"``
+    becomes the scale of each contrast by its key: the intensity of what the network knows as 1.
 
     Args:
         keys: key of the prediction as ``SelectOutputsd`` leaves it, on the grid on file and on any device.
-        output_scale: intensity of what the network knows as 1.
+        output_scale: scale of every contrast.
         mask_labels: tumor class to label value, 1 to 255.
         brain_key: key of the mask of the brain on the same grid, 1 x X x Y x Z.
+        statistics: gives each contrast a scale of its own instead, from those of the available ones, see
+            ``study_scale``.
 
     Raises:
         ValueError: when ``mask_labels`` does not give every tumor class a label value, or ``output_scale`` is not > 0.
@@ -100,6 +105,7 @@ class FinishPredictiond(MapTransform):
         output_scale: float = 1.0,
         mask_labels: Mapping[str, int] | None = None,
         brain_key: str = FILE_BRAIN_KEY,
+        statistics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys)
         labels = BRATS_MASK_LABELS if mask_labels is None else mask_labels
@@ -107,7 +113,9 @@ class FinishPredictiond(MapTransform):
             raise ValueError(f"mask_labels must map {', '.join(TUMOR_CLASSES)} to 1 to 255, got {dict(labels)}.")
         if not output_scale > 0:
             raise ValueError(f"output_scale must be greater than 0, got {output_scale}.")
-        self.output_scale = output_scale
+        if statistics is not None and output_scale != 1:
+            raise ValueError(f"output_scale is of relative intensities, got {output_scale} with those of the study.")
+        self.output_scale, self.statistics = output_scale, statistics
         self.values = torch.tensor([0, *(labels[name] for name in TUMOR_CLASSES)], dtype=torch.float32)
         self.brain_key = brain_key
 
@@ -115,12 +123,18 @@ class FinishPredictiond(MapTransform):
         d = dict(data)
         wanted = d["output_keys"]
         num_contrasts = sum(key != MASK_KEY for key in wanted)
+        scales = [self.output_scale] * num_contrasts
+        if self.statistics is not None:
+            scales = [
+                study_scale(self.statistics, d["intensity_scale"].tolist(), key) for key in wanted[:num_contrasts]
+            ]
+        d["output_scale"] = dict(zip(wanted, scales, strict=False))
         brain = torch.as_tensor(d[self.brain_key])[0].bool().cpu()
         for key in self.key_iterator(d):
             pred = torch.as_tensor(d[key])
             # a fifth of the voxels are brain; only these are computed and leave the device
             voxels = pred[:, brain.to(pred.device)]
-            values = voxels[:num_contrasts].clamp_(0, 1).mul_(self.output_scale)
+            values = voxels[:num_contrasts].clamp_(0, 1).mul_(voxels.new_tensor(scales)[:, None])
             if MASK_KEY in wanted:
                 classes = label_map(voxels[None, num_contrasts:])[0]
                 values = torch.cat([values, self.values.to(pred.device)[classes.long()]])
@@ -132,8 +146,57 @@ class FinishPredictiond(MapTransform):
         return d
 
 
+def study_scale(statistics: Mapping[str, Any], acquired: Sequence[float], key: str) -> float:
+    """The likely scale of a contrast that was not acquired: the geometric mean of what each acquired one suggests.
+
+    Args:
+        statistics: of ``intensity_statistics``.
+        acquired: scale of each contrast, see ``ScaleBraind``; 0 where it is missing.
+        key: of the contrast.
+
+    Raises:
+        StudyError: when the cohort of the statistics never had the contrast and an acquired one together.
+    """
+    ratios = statistics["log_ratios"][CONTRAST_KEYS.index(key)]
+    guesses = [math.log(s) + r for s, r in zip(acquired, ratios, strict=True) if s > 0 and r is not None]
+    if not guesses:
+        raise StudyError(
+            f"The statistics in the weights do not tell the intensities of {key}: use --intensities relative."
+        )
+    return math.exp(sum(guesses) / len(guesses))
+
+
+def read_statistics(path: str, intensities: str) -> dict[str, Any] | None:
+    """What ``intensities`` needs of a file of weights, for configs.
+
+    Args:
+        path: of the weights.
+        intensities: ``"relative"`` or ``"study"``.
+
+    Returns:
+        ``None`` for relative intensities, else what ``intensity_statistics`` had put into the weights.
+
+    Raises:
+        StudyError: when ``intensities`` is neither, or the weights have no statistics.
+    """
+    if intensities == "relative":
+        return None
+    if intensities != "study":
+        raise StudyError(f"intensities must be relative or study, got {intensities!r}.")
+    statistics = read_state(path)[1].get("intensities")
+    if statistics is None:
+        raise StudyError(
+            f"{path} holds no intensities of a cohort, which --intensities study needs: add them with the run "
+            "measuring of configs/build_bank.json, or use --intensities relative."
+        )
+    return statistics
+
+
 def prediction_transforms(
-    preprocessing: StudyCompose, output_scale: float = 1.0, mask_labels: Mapping[str, int] | None = None
+    preprocessing: StudyCompose,
+    output_scale: float = 1.0,
+    mask_labels: Mapping[str, int] | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> StudyCompose:
     """The postprocessing: a prediction on the network's grid becomes volumes on the grid on file.
 
@@ -144,6 +207,7 @@ def prediction_transforms(
         preprocessing: the transforms that made ``image``.
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
+        statistics: see ``FinishPredictiond``.
 
     Returns:
         Transforms for an item with ``image``, ``has_contrast``, ``brain_on_file`` and ``pred`` (7 x X x Y x Z), which
@@ -153,6 +217,6 @@ def prediction_transforms(
         [
             SelectOutputsd("pred"),
             Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False),
-            FinishPredictiond("pred", output_scale, mask_labels),
+            FinishPredictiond("pred", output_scale, mask_labels, statistics=statistics),
         ]
     )

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.data import Dataset
 from monai.transforms import MapTransform
 
 from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
-from ..data.datalist import find_studies, single_study
+from ..data.datalist import find_studies, read_datalist, single_study
 from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
 
 #: Key of a dataset item that says in one sentence why the study could not be preprocessed.
@@ -84,12 +87,35 @@ class ForgetFileNamed(MapTransform):
         return d
 
 
+class KeepAcquiredd(MapTransform):
+    """Add ``"acquired"``, the contrasts as they are on file in 8 bits, which a panel shows long after they were read.
+
+    Args:
+        keys: key of the stacked contrasts, 4 x X x Y x Z with intensities >= 0.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            kept = torch.zeros(d[key].shape, dtype=torch.uint8)
+            for volume, small, given in zip(d[key].as_tensor(), kept, d["has_contrast"], strict=True):
+                if given:
+                    few = volume[::3, ::3, ::3]
+                    few = few[few > 0] if few.any() else volume[volume > 0]
+                    top = float(np.percentile(few, 99.5))
+                    small.copy_(volume.clamp(max=top).mul_(255 / top))
+            d["acquired"] = kept
+        return d
+
+
 def inference_transforms(
     image_size: Sequence[int] | int = 192,
     scaling: str = "brain",
     spacing: float | None = 1.0,
     percentile: float = 99.5,
     reader: str | None = None,
+    resample: bool | str | None = False,
+    keep_acquired: bool = False,
 ) -> StudyCompose:
     """The preprocessing of inference: that of training, and what only inference needs.
 
@@ -99,6 +125,8 @@ def inference_transforms(
         spacing: see ``study_transforms``.
         percentile: see ``study_transforms``.
         reader: see ``study_transforms``.
+        resample: see ``study_transforms``; this one is free.
+        keep_acquired: add ``"acquired"``, the contrasts on file for the panel, see ``KeepAcquiredd``.
 
     Returns:
         An invertible composition of transforms for one datalist item. Afterwards ``image`` is the network's
@@ -106,11 +134,13 @@ def inference_transforms(
         on file.
     """
     steps = []
-    for step in study_transforms(image_size, scaling, spacing, percentile, reader=reader).transforms:
+    transforms = study_transforms(image_size, scaling, spacing, percentile, reader=reader, resample=resample)
+    for step in transforms.transforms:
         steps.append(step)
         if isinstance(step, LoadStudyd):
             # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
             steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
+            steps += [KeepAcquiredd("image")] if keep_acquired else []
     return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])
 
 
@@ -144,11 +174,13 @@ def list_studies(
     study: str | None = None,
     pattern: Mapping[str, str] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    datalist_file: str | os.PathLike[str] | None = None,
+    shard: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Datalist for inference: one study from loose files, or all studies below a folder. Masks are left out.
+    """Datalist for inference: one study from loose files, those of a list, or all below a folder. Masks are left out.
 
     Args:
-        dataset_dir: folder of studies, see ``find_studies``; ignored where a file is given.
+        dataset_dir: folder of studies, see ``find_studies``; ignored where a file or a list is given.
         flair: path of the FLAIR volume; likewise ``t1``, ``t1ce`` and ``t2``.
         t1: see ``flair``.
         t1ce: see ``flair``.
@@ -156,28 +188,48 @@ def list_studies(
         study: name of the single study.
         pattern: see ``find_studies``.
         output_dir: where results go; must not lie in ``dataset_dir``.
+        datalist_file: see ``read_datalist``.
+        shard: ``"2/4"`` takes the second of every four studies, for four machines.
 
     Returns:
         Datalist items.
 
     Raises:
-        StudyError: when there is no study, or ``output_dir`` lies in ``dataset_dir``.
+        StudyError: when there is no study, ``output_dir`` lies in ``dataset_dir``, or ``shard`` is no part.
     """
+    part, parts = parse_shard(shard)
     files = {key: path for key, path in zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True) if path}
     if files:
         return single_study(**files, name=None if study is None else str(study))
-    if not dataset_dir:
+    if not dataset_dir and not datalist_file:
         raise StudyError(
-            f"No input is given: set dataset_dir, or the files of one study as {', '.join(CONTRAST_KEYS)}."
+            "No input is given: set dataset_dir or datalist_file, or the files of one study as "
+            f"{', '.join(CONTRAST_KEYS)}."
         )
     root = Path(str(dataset_dir)).expanduser()
-    if output_dir is not None and Path(str(output_dir)).expanduser().resolve().is_relative_to(root.resolve()):
+    if datalist_file:
+        items = read_datalist(datalist_file)
+    elif output_dir is not None and Path(str(output_dir)).expanduser().resolve().is_relative_to(root.resolve()):
         raise StudyError(
             f"output_dir {output_dir} lies in dataset_dir {root}, where the next run would take synthetic volumes for "
             "input: choose another output_dir."
         )
+    else:
+        items = find_studies(root, pattern)
     # a mask on file is not needed, and a damaged one must not stop a study
-    return [{k: v for k, v in item.items() if k != MASK_KEY} for item in find_studies(root, pattern)]
+    return [{k: v for k, v in item.items() if k != MASK_KEY} for item in items[part - 1 :: parts]]
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """Number of a part and number of parts; ``None`` is the whole.
+
+    Raises:
+        StudyError: when it is no part, such as ``"5/4"``.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if shard is None else str(shard))
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise StudyError(f'shard must be a part such as "1/4", got {shard!r}.')
+    return int(match[1]), int(match[2])
 
 
 def failure_reason(error: BaseException, study: Hashable) -> str:

@@ -24,7 +24,7 @@ from ..networks.precision import half_pays
 from ..networks.weights import load_weights, network_from_weights, read_settings
 from .evaluator import provenance
 from .inferer import BrainSliceInferer, predict
-from .postprocessing import prediction_transforms
+from .postprocessing import prediction_transforms, read_statistics
 from .preprocessing import inference_transforms, list_studies
 from .writer import StudyWriter
 
@@ -44,6 +44,8 @@ def synthesize_study(
     sw_batch_size: int = 8,
     output_scale: float = 1.0,
     mask_labels: Mapping[str, int] | None = None,
+    intensities: str = "relative",
+    resample: bool | str = False,
     preprocessing: StudyCompose | None = None,
     network: nn.Module | None = None,
 ) -> dict[str, Path]:
@@ -67,6 +69,8 @@ def synthesize_study(
         sw_batch_size: number of slices in one call of the network.
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
+        intensities: ``"relative"``, or ``"study"`` for the scale of the study, where the weights have statistics of it.
+        resample: see ``LoadStudyd``.
         preprocessing: by default ``inference_transforms`` with the settings in the weights.
         network: by default the one that the weights are of; if one is given and ``ckpt_path`` is ``None``, it keeps its
             weights, and ``preprocessing`` has to be given too.
@@ -90,9 +94,10 @@ def synthesize_study(
     if ckpt_path is not None:
         sha256 = load_weights(network, weights)
     if preprocessing is None:
-        preprocessing = inference_transforms(**read_settings(weights))
+        preprocessing = inference_transforms(**read_settings(weights), resample=resample)
     data = preprocessing(item)
     data.update(provenance(network, item["patient"], sha256))
     inferer = BrainSliceInferer(sw_batch_size=sw_batch_size)
     data["pred"] = predict(data["image"], network.to(device), inferer, device, torch.bfloat16 if amp else None)
-    return StudyWriter(output_dir)(prediction_transforms(preprocessing, output_scale, mask_labels)(data))
+    statistics = read_statistics(str(ckpt_path), intensities)
+    return StudyWriter(output_dir)(prediction_transforms(preprocessing, output_scale, mask_labels, statistics)(data))

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -29,6 +30,10 @@ import numpy as np
 import torch
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, StudyError
+from ..data.datalist import write_whole
+from .panel import draw_panel
+from .resume import describe_file, read_record
+from .summary import write_summary
 
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 #: Header fields that place a volume in space; no others are taken over, because some may name the patient.
@@ -39,9 +44,44 @@ _GEOMETRY_FIELDS = (
 #: Folders that a killed run was writing, and the age in seconds from which they are taken for such.
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.new", re.DOTALL)
 _ABANDONED = 3600
+#: Fewest whole numbers that a contrast may be rounded to.
+_LEVELS = 100
+#: What later steps may add to an item for the record.
+_FINDINGS = ("checks", "scores", "verdict", "reasons", "warnings")
+#: What BIDS calls a contrast: entity of a contrast agent, suffix.
+_BIDS_NAMES = {"flair": ("", "FLAIR"), "t1": ("", "T1w"), "t1ce": ("_ce-gadolinium", "T1w"), "t2": ("", "T2w")}
+NAMINGS = ("study", "bids")
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
 
 logger = logging.getLogger(__name__)
+
+
+class StudyFiles:
+    """Names of what is written of a study.
+
+    Attributes: ``folder`` below the output folder, ``volumes`` (file names by key of ``OUTPUT_KEYS``), ``record`` and
+    ``panel``.
+
+    Args:
+        study: name of the study.
+        naming: ``"study"``, or ``"bids"``, which turns a name that is none of BIDS into a subject.
+    """
+
+    def __init__(self, study: str, naming: str = "study") -> None:
+        if naming == "study":
+            self.folder, stem = Path(study), study
+            self.volumes = {key: f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS}
+            self.volumes[MASK_KEY] = f"{study}_{MASK_KEY}.nii.gz"
+        else:
+            match = re.match(r"(sub-[A-Za-z0-9]+)(?:_(ses-[A-Za-z0-9]+))?(?=_|$)", study)
+            entities = [e for e in match.groups() if e] if match else ["sub-" + re.sub(r"[^A-Za-z0-9]", "", study)]
+            self.folder, stem = Path(*entities, "anat"), "_".join(entities)
+            self.volumes = {
+                key: f"{stem}{agent}_desc-synthetic_{suffix}.nii.gz" for key, (agent, suffix) in _BIDS_NAMES.items()
+            }
+            self.volumes[MASK_KEY] = f"{stem}_desc-synthetic_dseg.nii.gz"
+            stem += "_desc-synthetic"
+        self.record, self.panel = f"{stem}_synthesis.json", f"{stem}_panel.png"
 
 
 class StudyWriter:
@@ -55,13 +95,40 @@ class StudyWriter:
 
     Args:
         output_dir: folder for all studies; made if needed.
+        settings: what the results depend on beside input and weights, for the record.
+        naming: ``"study"``, or ``"bids"`` for the names of BIDS derivatives, see ``StudyFiles``.
+        output_dtype: of the contrasts: ``"float32"``, or ``"reference"`` for that of the contrast whose grid they have,
+            where that is NIfTI.
+        page: write ``summary.csv`` and ``index.html`` at the end; items with ``"acquired"`` get a panel for it.
+        shard: part of the studies that this run has, such as ``"1/4"``; names its file of failures.
 
     Raises:
-        StudyError: from the call, when the folder of the study holds its input, or the study's name is no folder name.
+        StudyError: when a setting is none of these; from the call, when the folder of the study holds its input or
+            another study, the study's name is no folder name, or ``output_dtype`` cannot hold the intensities.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        settings: Mapping[str, Any] | None = None,
+        naming: str = "study",
+        output_dtype: str = "float32",
+        page: bool = False,
+        shard: str | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("naming", naming, NAMINGS),
+            ("output_dtype", output_dtype, ("float32", "reference")),
+        ):
+            if value not in known:
+                raise StudyError(f"{name} must be {' or '.join(known)}, got {value!r}.")
         self.output_dir = Path(str(output_dir)).expanduser()
+        self.settings = json.loads(json.dumps({**(settings or {}), "written_by": type(self).__name__}))
+        self.naming, self.output_dtype, self.page = naming, output_dtype, page
+        self.failures = self.output_dir / ("failures" + (f"_{shard}".replace("/", "_of_") if shard else "") + ".json")
+        metadata = json.loads((_BUNDLE_ROOT / "configs" / "metadata.json").read_text())
+        self.bundle = {"bundle": metadata["name"], "bundle_version": metadata["version"]}
+        self.weights_sha256 = metadata.get("weights_sha256")
 
     def prepare(self) -> None:
         """Make the output folder, so that a wrong one shows before anything is computed, and clear what was left over.
@@ -80,6 +147,14 @@ class StudyWriter:
             # another run may be writing a younger one
             if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
+        if self.naming == "bids":
+            maker = {"Name": self.bundle["bundle"], "Version": self.bundle["bundle_version"]}
+            description = {"Name": "Synthetic contrasts", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
+            write_whole(self.output_dir / "dataset_description.json", {**description, "GeneratedBy": [maker]})
+
+    def files(self, study: str) -> StudyFiles:
+        """Names of what is written of a study."""
+        return StudyFiles(study, self.naming)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         """Write one study.
@@ -92,38 +167,57 @@ class StudyWriter:
             Path of each written volume, by its key (one of ``OUTPUT_KEYS``).
         """
         study = str(data["study"])
-        folder = self.output_dir / study
+        files = self.files(study)
+        folder = self.output_dir / files.folder
         available = [bool(kept) for kept in data["has_contrast"]]
         inputs = {key: str(data[key]) for key, kept in zip(CONTRAST_KEYS, available, strict=True) if kept}
         if study != Path(study).name or study.startswith(".") or not study.isprintable():
             raise StudyError(f"The study name {study!r} cannot name a folder: give another name.")
         if any(Path(path).resolve().parent == folder.resolve() for path in inputs.values()):
             raise StudyError(f"{folder} holds the input of the study: choose another output_dir.")
+        other = read_record(folder / files.record).get("study", study)
+        if other != study:
+            raise StudyError(f"{folder} holds the results of the study {other}: give one of the two another name.")
 
-        names = {key: f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS} | {
-            MASK_KEY: f"{study}_{MASK_KEY}.nii.gz"
-        }
-        record_name = f"{study}_synthesis.json"
         made = data["output_keys"]
+        reference = inputs[data.get("grid", next(iter(inputs)))]
         # hidden, so that find_studies never sees it; in the same folder, so that renaming is one step
         new = self.output_dir / f".{study}.{uuid.uuid4().hex}.new"
         try:
             new.mkdir(parents=True)
-            geometry = _read_geometry(next(iter(inputs.values())))
+            source = _read_header(reference)
+            dtype = np.dtype(np.float32)
+            if self.output_dtype == "reference" and source is not None:
+                dtype = source.get_data_dtype().newbyteorder("=")
             for key, volume in zip(made, data["pred"].as_tensor(), strict=True):
-                _save_volume(volume, data["pred"].affine, geometry, new / names[key], is_mask=key == MASK_KEY)
-            record = self._record(data, inputs, {key: names[key] for key in made})
-            (new / record_name).write_text(json.dumps(record, indent=2) + "\n")
-            _place(new, folder, set(names.values()), record_name)
+                values = volume.numpy()
+                if key == MASK_KEY:
+                    values = values.astype(np.uint8)
+                else:
+                    _check_dtype(dtype, data.get("output_scale", {}).get(key, 1.0), key)
+                    values = (np.rint(values) if dtype.kind in "iu" else values).astype(dtype, copy=False)
+                _save_volume(values, data["pred"].affine, source, new / files.volumes[key], is_mask=key == MASK_KEY)
+                if self.naming == "bids":
+                    about = {
+                        "Description": _NOTICE,
+                        "SkullStripped": True,
+                        "Sources": sorted(map(_name, inputs.values())),
+                    }
+                    (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
+            if "acquired" in data:
+                draw_panel(new / files.panel, data)
+            record = self._record(data, inputs, {key: files.volumes[key] for key in made})
+            (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
+            _place(new, folder, files)
         except OSError as error:
             raise StudyError(f"{folder} cannot be written: {error.strerror or error}.") from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
         logger.info("Study %s: %s written.", study, ", ".join(made))
-        return {key: folder / names[key] for key in made}
+        return {key: folder / files.volumes[key] for key in made}
 
     def finish(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
-        """Write ``failures.json``, or take that of an earlier run away where nothing failed.
+        """Write ``failures.json``, or take that of an earlier run away where nothing failed, and the page.
 
         Args:
             failures: study and reason of each.
@@ -132,67 +226,92 @@ class StudyWriter:
         Raises:
             StudyError: when there are failures.
         """
-        report = self.output_dir / "failures.json"
+        for path in (
+            self.failures,
+            *(self.output_dir.glob("failures_*.json") if self.failures.stem == "failures" else ()),
+        ):
+            path.unlink(missing_ok=True)
+        if failures:
+            write_whole(self.failures, list(failures))
+        if self.page:
+            write_summary(self.output_dir)
         if not failures:
-            report.unlink(missing_ok=True)
             return
-        report.write_text(json.dumps(list(failures), indent=2) + "\n")
         shown = ", ".join(failure["study"] for failure in failures[:5]) + (", ..." if len(failures) > 5 else "")
-        raise StudyError(f"{len(failures)} of {total} studies failed: {shown}; {report} gives the reasons.")
+        raise StudyError(f"{len(failures)} of {total} studies failed: {shown}; {self.failures} gives the reasons.")
 
     def _record(
         self, data: Mapping[Hashable, Any], inputs: Mapping[str, str], outputs: Mapping[str, str]
     ) -> dict[str, Any]:
         """What was made from what, for the JSON file beside the volumes."""
-        metadata = json.loads((_BUNDLE_ROOT / "configs" / "metadata.json").read_text())
         named = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
         return {
             "notice": _NOTICE,
             "study": data["study"],
             "available": [named[key] for key in inputs],
             "synthesized": [named[key] for key in outputs if key in named],
-            "inputs": {key: Path(path).name for key, path in inputs.items()},
+            "inputs": {key: _name(path) for key, path in inputs.items()},
             "inputs_synthesized_by_others": [key for key in data.get("synthesized", ()) if key in inputs],
+            "grid_of": data.get("grid"),
             "outputs": dict(outputs),
             "intensity_scale": {
                 key: float(value)
                 for key, value in zip(CONTRAST_KEYS, data.get("intensity_scale", ()), strict=False)
                 if key in inputs
             },
+            "output_scale": data.get("output_scale", {}),
+            **{name: data[name] for name in _FINDINGS if name in data},
             "patient_in_bank": data.get("patient_in_bank"),
+            "seconds": data.get("seconds"),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "input_files": {key: describe_file(path) for key, path in inputs.items()},
+            "settings": self.settings,
             "weights_sha256": data.get("weights_sha256"),
-            "weights_came_with_bundle": data.get("weights_sha256") == metadata.get("weights_sha256"),
-            "bundle": metadata["name"],
-            "bundle_version": metadata["version"],
+            "weights_came_with_bundle": data.get("weights_sha256") == self.weights_sha256,
+            **self.bundle,
         }
 
 
-def _read_geometry(path: str) -> nib.Nifti1Header | None:
-    """The fields of a NIfTI header that place the volume in space; ``None`` for other formats."""
+def _name(path: str) -> str:
+    return Path(path).name
+
+
+def _about(volume: str) -> str:
+    """Name of the file of BIDS that describes a volume."""
+    return volume.replace(".nii.gz", ".json")
+
+
+def _read_header(path: str) -> nib.Nifti1Header | None:
+    """The header of a NIfTI file; ``None`` for other formats."""
     try:
         source = nib.load(path).header
     except (OSError, nib.filebasedimages.ImageFileError):
         # another reader of MONAI took it, for example of a DICOM folder
         return None
-    if not isinstance(source, nib.Nifti1Header):
-        return None
-    header = nib.Nifti1Header()
-    for field in _GEOMETRY_FIELDS:
-        header[field] = source[field]
-    return header
+    return source if isinstance(source, nib.Nifti1Header) else None
+
+
+def _check_dtype(dtype: np.dtype, scale: float, key: str) -> None:
+    """Refuse whole numbers that are too few for the intensities, or too small."""
+    if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
+        raise StudyError(
+            f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype float32, or another "
+            "output_scale or intensities."
+        )
 
 
 def _save_volume(
-    volume: torch.Tensor, affine: torch.Tensor, geometry: nib.Nifti1Header | None, path: Path, is_mask: bool
+    array: np.ndarray, affine: torch.Tensor, source: nib.Nifti1Header | None, path: Path, is_mask: bool
 ) -> None:
-    """Write one X x Y x Z volume as NIfTI."""
-    array = volume.numpy().astype(np.uint8 if is_mask else np.float32, copy=False)
-    if geometry is None:
+    """Write one X x Y x Z volume as NIfTI, in the space of ``source``."""
+    if source is None:
         image = nib.Nifti1Image(array, affine.numpy())
         image.set_qform(image.affine, code="scanner")
         image.header.set_xyzt_units("mm")
     else:
-        header = geometry.copy()
+        header = nib.Nifti1Header()
+        for field in _GEOMETRY_FIELDS:
+            header[field] = source[field]
         header.set_data_dtype(array.dtype)
         header.set_data_shape(array.shape)
         image = nib.Nifti1Image(array, header.get_best_affine(), header)
@@ -200,9 +319,11 @@ def _save_volume(
     nib.save(image, path)
 
 
-def _place(new: Path, folder: Path, ours: set[str], record_name: str) -> None:
-    """Bring the files of ``new`` to ``folder``, which then has those of ``ours`` that ``new`` has, and the record."""
+def _place(new: Path, folder: Path, files: StudyFiles) -> None:
+    """Bring the files of ``new`` to ``folder``, which then has those of ``files`` that ``new`` has, the record last."""
+    ours = {*files.volumes.values(), *(_about(name) for name in files.volumes.values()), files.panel}
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         new.rename(folder)
         return
     except OSError as error:
@@ -210,8 +331,8 @@ def _place(new: Path, folder: Path, ours: set[str], record_name: str) -> None:
             raise
         if not folder.is_dir():
             raise StudyError(f"{folder} is a file: remove it or choose another output_dir.") from error
-    (folder / record_name).unlink(missing_ok=True)
+    (folder / files.record).unlink(missing_ok=True)
     for name in ours - set(os.listdir(new)):
         (folder / name).unlink(missing_ok=True)
-    for path in sorted(new.iterdir(), key=lambda path: path.name == record_name):
+    for path in sorted(new.iterdir(), key=lambda path: path.name == files.record):
         os.replace(path, folder / path.name)

@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def find_weights(path: str | Path) -> Path:
     raise StudyError(f"There are no weights at {given}: train first, or give the file of the weights as ckpt_path.")
 
 
+def is_intact(file: str | Path | io.BytesIO) -> bool:
+    """Whether a file of ``torch.save`` holds what was written: torch reads changed bytes without a word."""
+    return not zipfile.is_zipfile(file) or zipfile.ZipFile(file).testzip() is None
+
+
 def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """Tensors and settings of a file of weights: a state_dict, or a TorchScript module.
 
@@ -118,7 +124,9 @@ def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise StudyError(f"{path} only points to the weights in Git LFS: fetch them with git lfs pull.")
+    intact = True
     try:
+        intact = is_intact(io.BytesIO(content))
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader do
         try:
@@ -127,8 +135,12 @@ def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
             raise StudyError(
                 f"{path} cannot be read as weights: it is damaged, so copy it again or train anew."
             ) from error
+    if not intact:
+        raise StudyError(f"{path} is damaged (its checksums do not fit): copy it again or train anew.")
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise StudyError(f"{path} holds no plain state_dict: give the model.pt that training writes.")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise StudyError(f"{path} holds NaN or infinite values: copy it again or train anew.")
     state = dict(state)
     earlier = path.with_name(path.name + ".json")
     if SETTINGS_KEY in state:

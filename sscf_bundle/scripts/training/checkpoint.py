@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..contrasts import StudyError
-from ..networks.weights import atomic_saver, remove_leftovers, save_weights
+from ..networks.settings import first_difference
+from ..networks.weights import atomic_saver, is_intact, remove_leftovers, save_weights
 from .bank_builder import BankFreezer
 
 logger = logging.getLogger(__name__)
@@ -47,17 +50,25 @@ class TrainingCheckpoint:
         keep: how many checkpoints are kept, at least 2.
         interval: epochs between checkpoints.
         resume: go on from what is found in ``directory``; if False, a run starts anew and overwrites.
+        settings: what must not change between starts of a run, in numbers, texts, lists and mappings.
 
     Raises:
         ValueError: for ``keep`` below 2.
     """
 
     def __init__(
-        self, directory: str | Path, objects: Mapping[str, Any], keep: int = 3, interval: int = 1, resume: bool = True
+        self,
+        directory: str | Path,
+        objects: Mapping[str, Any],
+        keep: int = 3,
+        interval: int = 1,
+        resume: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, so that one complete checkpoint always stays, got {keep}.")
         self.directory, self.keep, self.interval = Path(directory), keep, interval
+        self.settings = json.loads(json.dumps(settings or {}))
         self.objects = {name: item for name, item in objects.items() if item is not None}
         # "--resume false" of a command line arrives as text, which is not False
         self.resume = resume.lower() != "false" if isinstance(resume, str) else resume
@@ -75,6 +86,7 @@ class TrainingCheckpoint:
     def save(self, engine: Engine) -> None:
         """Writes the state after ``engine.state.epoch`` epochs."""
         state = {name: item.state_dict() for name, item in self.objects.items()}
+        state["settings"] = self.settings
         state["engine"] = {"epoch": engine.state.epoch, "max_epochs": engine.state.max_epochs}
         saver = atomic_saver(self.directory)
         saver(state, f"checkpoint_epoch={engine.state.epoch}.pt")
@@ -85,7 +97,7 @@ class TrainingCheckpoint:
         """Restores the newest readable checkpoint, if there is one.
 
         Raises:
-            StudyError: if a checkpoint does not fit the configured networks.
+            StudyError: if a checkpoint does not fit the configured networks or settings.
         """
         remove_leftovers(self.directory)
         if not self.resume:
@@ -95,11 +107,16 @@ class TrainingCheckpoint:
             return
         for path in reversed(self.files()):
             try:
+                if not is_intact(path):
+                    raise ValueError("checksums")
                 state = torch.load(path, map_location=getattr(engine.state, "device", None), weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
                 logger.warning(f"{path} cannot be read ({type(error).__name__}) and is passed over.")
                 continue
             try:
+                changed = first_difference(self.settings, state.get("settings", {}))  # none before this was kept
+                if changed:
+                    raise ValueError(changed)
                 for name, item in self.objects.items():
                     item.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError) as error:
