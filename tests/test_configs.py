@@ -29,8 +29,8 @@ from scripts.networks.weights import PREPROCESSING_SETTINGS
 
 CONFIGS = BUNDLE_ROOT / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.json"))
-#: Files that are no configs: metadata of the bundle, numbers of the paper, what MonaiAlgo reads by itself.
-TABLES = {"metadata", "paper_values", "federated_filters"}
+#: Files that are no configs: metadata, numbers of the paper, what MonaiAlgo reads by itself, limits of the checks.
+TABLES = {"metadata", "paper_values", "federated_filters", "input_statistics"}
 #: Every config with what it is laid over.
 RUNS = [
     ["train"],
@@ -41,6 +41,7 @@ RUNS = [
     ["train", "multi_gpu_train"],
     ["train", "federated"],
     ["train", "build_bank"],
+    ["train", "calibrate"],
     ["train", "recipe/common", "recipe/1_backbone"],
     ["train", "recipe/common", "recipe/2_whole"],
     ["train", "recipe/common", "recipe/3_full_size"],
@@ -56,6 +57,7 @@ RUNS = [
     ["inference", "export"],
     ["inference", "inference_trt"],
     ["inference", "dicom"],
+    ["inference", "reliability"],
     ["report"],
     ["experiments"],
     ["experiments", "experiments_small"],
@@ -72,7 +74,9 @@ ENTRY_POINTS = {
     "inference",
     "building",
     "exporting",
+    "calibrating",
     "measuring",
+    "measuring_reliability",
     "summarizing",
     "picture",
     "reporting",

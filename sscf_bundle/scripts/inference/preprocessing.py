@@ -28,6 +28,7 @@ from monai.transforms import MapTransform
 from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
 from ..data.datalist import find_studies, read_datalist, single_study
 from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
+from .checks import CheckStudyd
 
 #: Key of a dataset item that says in one sentence why the study could not be preprocessed.
 FAILURE_KEY = "failure"
@@ -116,6 +117,8 @@ def inference_transforms(
     reader: str | None = None,
     resample: bool | str | None = False,
     keep_acquired: bool = False,
+    checks: bool = False,
+    rejecting_checks: Sequence[str] = (),
 ) -> StudyCompose:
     """The preprocessing of inference: that of training, and what only inference needs.
 
@@ -127,6 +130,8 @@ def inference_transforms(
         reader: see ``study_transforms``.
         resample: see ``study_transforms``; this one is free.
         keep_acquired: add ``"acquired"``, the contrasts on file for the panel, see ``KeepAcquiredd``.
+        checks: add ``"checks"``, see ``CheckStudyd``.
+        rejecting_checks: codes of findings that refuse a study.
 
     Returns:
         An invertible composition of transforms for one datalist item. Afterwards ``image`` is the network's
@@ -141,6 +146,7 @@ def inference_transforms(
             # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
             steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
             steps += [KeepAcquiredd("image")] if keep_acquired else []
+            steps += [CheckStudyd("image", rejecting_checks)] if checks else []
     return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])
 
 

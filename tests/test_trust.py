@@ -1,0 +1,229 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checks of the input, scores, verdict and maps of uncertainty."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from builders import random_entries, tiny_net
+from monai.data import MetaTensor
+from monai.data.utils import no_collation
+from studies import PREPROCESSING, brain_volume
+
+from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
+from scripts.inference.checks import CHECKS, CheckStudyd, findings, fit, measure
+from scripts.inference.evaluator import StudyEvaluator
+from scripts.inference.inferer import BrainSliceInferer
+from scripts.inference.postprocessing import prediction_transforms
+from scripts.inference.preprocessing import StudyDataset, inference_transforms
+from scripts.inference.trust import TRUST_KEY, TrustAssessor, calibrate, read_reference, study_scores
+from scripts.inference.uncertainty import UncertaintyMap, nth_prototype
+from scripts.inference.writer import StudyWriter
+from scripts.networks.blocks import channel_statistics
+from scripts.networks.memory_bank import CompiledBank
+from scripts.networks.sscf import SSCFNet
+from scripts.networks.weights import network_from_weights, save_weights
+from scripts.research.reliability import corruptions, risk_coverage
+
+SPACING = (4.0, 4.0, 4.0)
+ALL = [True] * NUM_CONTRASTS
+#: Rim, white matter and center as a share of the brightest, by contrast.
+TISSUES = ((0.2, 0.5, 0.3), (0.3, 0.9, 0.2), (0.35, 0.8, 0.25), (0.9, 0.4, 1.0))
+
+
+def head(seed: int) -> torch.Tensor:
+    """Four contrasts of an ellipsoid with a rim, a few blobs and a center, on 4 mm cells."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (46, 52, 40)], indexing="ij"), -1)
+    radius = np.linalg.norm(grid / (np.array([0.72, 0.85, 0.7]) * rng.uniform(0.95, 1.0)), axis=-1)
+    blobs = np.cos(9 * grid[..., 0]) * np.sin(7 * grid[..., 1] + 0.3) * np.cos(8 * grid[..., 2])
+    image = np.zeros((4, *radius.shape), np.float32)
+    for volume, (rim, white, center) in zip(image, TISSUES, strict=True):
+        volume[:] = np.where(radius > 0.8, rim, np.where(radius > 0.3, white * (1 + 0.2 * blobs), center))
+        volume *= 1000 * rng.uniform(0.9, 1.1) * (1 + 0.03 * rng.standard_normal(radius.shape))
+        volume[radius > 1] = 0
+    return torch.from_numpy(image.clip(0))
+
+
+@pytest.fixture(scope="module")
+def statistics() -> dict:
+    return fit([measure(head(seed), SPACING, ALL) for seed in range(6)], margin=2.0)
+
+
+def codes(image: torch.Tensor, statistics: dict) -> set[str]:
+    return {found["code"] for found in findings(measure(image, SPACING, ALL), statistics)}
+
+
+def test_sound_study_has_no_finding(statistics: dict) -> None:
+    assert codes(head(9), statistics) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("skull_left_on", "not_skull_stripped"), ("misregistration", "not_coregistered"), ("mislabelled", "mislabelled")],
+)
+def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
+    image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
+    assert code in codes(image, statistics)
+
+
+def test_normalized_and_unusual_intensities_are_found(statistics: dict) -> None:
+    image = head(9)
+    assert "normalized" in codes(image / image.max(), statistics)
+    ranks = image.clone()
+    ranks[0][ranks[0] > 0] = 1000 * torch.rand(int((ranks[0] > 0).sum())) ** 9 + 1
+    assert "unusual_intensities" in codes(ranks, statistics)
+
+
+def test_a_finding_rejects_only_where_that_is_set(statistics: dict) -> None:
+    image = head(9)
+    affine = torch.diag(torch.tensor([*SPACING, 1.0], dtype=torch.float64))
+    item = {"study": "a", "image": MetaTensor(image / image.max(), affine=affine), "has_contrast": torch.tensor(ALL)}
+    assert [f["code"] for f in CheckStudyd(statistics=statistics)(item)["checks"]] == ["normalized"] * 4
+    with pytest.raises(StudyError, match="Study a: FLAIR has no value above"):
+        CheckStudyd(rejecting=["normalized"], statistics=statistics)(item)
+    with pytest.raises(StudyError, match="no check skull"):
+        CheckStudyd(rejecting=["skull"])
+
+
+def test_shipped_statistics_fit_the_checks() -> None:
+    check = CheckStudyd()
+    weights = np.array(check.statistics["weights"])
+    assert weights.shape == (4, 11) and set(check.statistics["limits"]) == {
+        *("filled", "ml", "shell", "dice", "gain", "odds")
+    }
+    assert len(CHECKS) == 5
+
+
+# ------------------------------------------------------------------------------------------ scores, verdict and maps
+def filled_net(seed: int = 0) -> SSCFNet:
+    net = tiny_net(seed).eval()
+    bank = net.new_bank((48, 48))
+    bank.enqueue(random_entries(bank, range(6), seed))
+    with torch.no_grad():
+        net.load_bank(net.compile_bank(bank.entries()))
+    return net
+
+
+def bank_of(net: SSCFNet) -> tuple[CompiledBank, torch.Tensor]:
+    return net.stored_bank(), net.bank_present.any(dim=1).expand(2, -1)
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict[str, str]]:
+    found = []
+    for number in range(3):
+        item = {"study": f"p{number}", "patient": f"p{number}"}
+        for channel, key in enumerate(CONTRAST_KEYS):
+            item[key] = str(tmp_path / f"p{number}_{key}.nii.gz")
+            nib.save(nib.Nifti1Image(brain_volume(10 * number + channel), np.eye(4)), item[key])
+        found.append(item)
+    return found
+
+
+def test_scores_grow_with_what_the_network_does_not_know() -> None:
+    net, slices = filled_net(), torch.rand(2, 8, 48, 48)
+    slices[:, 4:] = 1
+    # the bank knows the features of these very slices
+    images = slices[:, :4]
+    with torch.no_grad():
+        stat = [channel_statistics(f) for f in net.run_branches(images, torch.ones(2, 4) > 0, *bank_of(net)).second]
+        for table, part in ((net.bank_mean, 0), (net.bank_std, 1)):
+            table.copy_(torch.cat([s[part] for s in stat], dim=2)[torch.arange(6) % 2])
+        strange_slices = torch.cat([(images > 0.5) * 2.0 - 1, slices[:, 4:]], dim=1)
+        sound, strange = (study_scores(image, ALL, net) for image in (slices, strange_slices))
+    assert set(sound) == set(CONTRAST_KEYS) and set(sound["t1"]) == {"distance", "features", "consistency"}
+    assert strange["t1"]["features"] > sound["t1"]["features"]
+    own = {int(p): study_scores(slices, ALL, net, patient=int(p)) for p in net.bank_patient.tolist()}
+    assert any(scores["t1"]["distance"] > sound["t1"]["distance"] for scores in own.values())
+
+
+def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_path: Path) -> None:
+    net, transform = filled_net(), inference_transforms(**PREPROCESSING)
+    reference = calibrate(items, transform, net)
+    path = tmp_path / "model.pt"
+    save_weights(path, net, {"preprocessing": PREPROCESSING})
+    assert read_reference(path) is None
+    save_weights(path, net, {"preprocessing": PREPROCESSING, TRUST_KEY: reference})
+    assert read_reference(path) == reference and len(json.dumps(reference)) < 2500
+    net = network_from_weights(path)
+    case = transform({k: v for k, v in items[0].items() if k != "t1ce"})
+    assert TrustAssessor(None)(case, net, "cpu")["verdict"] == "not calibrated"
+    judged = TrustAssessor(read_reference(path))(case, net, "cpu")
+    assert judged["verdict"] == "pass" and judged["reasons"] == [] and "T1ce is synthetic" in judged["warnings"][0]
+    case["checks"] = [{"code": "normalized", "finding": "FLAIR is normalized."}]
+    assert TrustAssessor(reference)(case, net, "cpu")["verdict"] == "review"
+    narrow = {**reference, "limits": {"out_of_distribution": -1e3, "consistency": 1e-9}}
+    judged = TrustAssessor(narrow, reject=1.0)(case, net, "cpu")
+    assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
+
+
+def test_another_prototype_changes_the_result_and_is_put_back() -> None:
+    net, image = filled_net(), torch.rand(1, 8, 48, 48)
+    image[:, 4:] = torch.tensor([1.0, 1, 0, 0])[None, :, None, None]
+    module = net.for_scenario([True, True, False, False])
+    with torch.no_grad():
+        before = module(image)
+        with nth_prototype(net, 0):
+            assert torch.allclose(module(image), before)
+        with nth_prototype(net, 1):
+            assert not torch.allclose(module(image), before)
+        assert torch.equal(module(image), before)
+
+
+def test_record_and_map_are_written(items: list[dict], tmp_path: Path) -> None:
+    transform = inference_transforms(**PREPROCESSING, checks=True)
+    study = {k: v for k, v in items[0].items() if k != "t1ce"}
+
+    def run(**options: object) -> dict:
+        loader = torch.utils.data.DataLoader(StudyDataset([study], transform), collate_fn=no_collation)
+        post = prediction_transforms(transform, output_scale=1000.0)
+        evaluator = StudyEvaluator(
+            "cpu", loader, filled_net(), BrainSliceInferer(), post, StudyWriter(tmp_path / "out"), **options
+        )
+        evaluator.run()
+        return json.loads((tmp_path / "out" / "p0" / "p0_synthesis.json").read_text())
+
+    everything = UncertaintyMap(["retrieval", "scenarios", "flips"], transform)
+    record = run(trust=TrustAssessor(None), uncertainty=everything)
+    assert {"checks", "scores", "verdict", "reasons", "warnings"} <= set(record)
+    assert set(record["seconds_of_checks"]) == {"checks", "trust", "uncertainty"}
+    path = tmp_path / "out" / "p0" / "p0_t1ce_uncertainty.nii.gz"
+    doubt = nib.load(path)
+    brain = np.any([nib.load(study[key]).get_fdata() > 0 for key in ("flair", "t1", "t2")], axis=0)
+    values = doubt.get_fdata()
+    assert doubt.shape == brain.shape and (values[~brain] == 0).all() and 0.01 < values[brain].mean() < 500
+    assert "verdict" not in run() and not path.exists()
+
+
+def test_unknown_member_is_refused() -> None:
+    with pytest.raises(StudyError, match="no dropout"):
+        UncertaintyMap(["dropout"], inference_transforms(**PREPROCESSING))
+
+
+def test_risk_coverage_falls_only_where_doubt_ranks_error() -> None:
+    error = np.random.default_rng(0).random(1000)
+    good, bad = risk_coverage(error, error), risk_coverage(-error, error)
+    assert good[0] < 0.1 and bad[0] > 0.9 and good[-1] == pytest.approx(bad[-1])
+
+
+def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() -> None:
+    image = head(0)
+    image[2] = 0
+    for name, change in corruptions().items():
+        changed = change(image.clone(), 0.5, 0)
+        assert not torch.equal(changed, image), name
+        assert torch.isfinite(changed).all() and not changed[2].any(), name
