@@ -124,5 +124,9 @@ def results(folder) -> dict[str, object]:
 
 def _content(path):
     if path.name.endswith("_synthesis.json"):
-        return {k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "written")}
+        return {
+            k: v
+            for k, v in json.loads(path.read_text()).items()
+            if k not in ("seconds", "seconds_of_checks", "written")
+        }
     return (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())

@@ -227,3 +227,20 @@ def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() 
         changed = change(image.clone(), 0.5, 0)
         assert not torch.equal(changed, image), name
         assert torch.isfinite(changed).all() and not changed[2].any(), name
+
+
+def test_brain_at_the_far_edge_is_checked(statistics: dict) -> None:
+    image = torch.zeros(4, 41, 41, 43)
+    image[:, 5:30, 5:30, 41:] = torch.rand(25, 25, 2) * 900 + 1
+    assert measure(image, (1.0, 1.0, 1.0), ALL)["shape"][0]["ml"] > 0
+
+
+@pytest.mark.parametrize(("members", "written"), [(["scenarios"], False), (["retrieval"], False), (["flips"], True)])
+def test_no_map_of_zeros_where_nothing_can_vary(members: list[str], written: bool, tmp_path: Path) -> None:
+    path = tmp_path / "S_t1.nii.gz"
+    nib.save(nib.Nifti1Image(brain_volume(1), np.eye(4)), path)
+    preprocessing = inference_transforms(image_size=48)
+    item = preprocessing({"study": "S", "t1": str(path)})
+    network, inferer = tiny_net().eval(), BrainSliceInferer()  # its bank is empty
+    pred = torch.zeros(7, *item["image"].shape[1:])
+    assert bool(UncertaintyMap(members, preprocessing)(item, pred, network, inferer, "cpu")) == written

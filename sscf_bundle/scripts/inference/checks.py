@@ -44,7 +44,8 @@ def coarse_volumes(image: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
     """C x X x Y x Z averaged over cells of about 4 mm."""
     cells = [max(1, round(_COARSE / float(step))) for step in spacing]
     cells = [min(cell, size) for cell, size in zip(cells, image.shape[1:], strict=True)]
-    return F.avg_pool3d(image[None], cells)[0]
+    # the last cells may be incomplete: a brain at the far edge counts too
+    return F.avg_pool3d(image[None], cells, ceil_mode=True)[0]
 
 
 def volume_features(volume: np.ndarray) -> np.ndarray:

@@ -181,6 +181,10 @@ class StudyEvaluator(Evaluator):
         if self.uncertainty is not None:
             started = time.perf_counter()
             found["uncertainty"] = self.uncertainty(item, pred, self.network, self.inferer, device, amp_dtype)
+            if not found["uncertainty"] and not all(item["has_contrast"]):
+                members = ", ".join(self.uncertainty.members)
+                sentence = f"There is no map of uncertainty: {members} cannot vary this study."
+                found["warnings"] = [*found.get("warnings", ()), sentence]
             times["uncertainty"] = time.perf_counter() - started
         return {**found, "seconds_of_checks": times} if times else found
 

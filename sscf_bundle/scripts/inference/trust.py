@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,20 @@ def study_scores(
     return found
 
 
+def place(name: str, contrast: str, number: int) -> str:
+    """Under which key the calibration keeps a score: consistency depends on how many contrasts there are."""
+    return f"{contrast} of {number}" if name == "consistency" else contrast
+
+
 def worst(
     scores: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any], names: Sequence[str]
 ) -> float | None:
     """Greatest of some scores in standard deviations above the mean of the calibration; ``None`` without any."""
     values = [
         (value - reference[name][key][0]) / reference[name][key][1]
-        for key, of_contrast in scores.items()
+        for contrast, of_contrast in scores.items()
         for name, value in of_contrast.items()
-        if name in names and key in reference[name]
+        if name in names and (key := place(name, contrast, len(scores))) in reference[name]
     ]
     return max(values) if values else None
 
@@ -185,6 +191,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Mean and spread of every score of some complete, sound patients, and the limits that hold for all of them.
 
+    Each patient is judged complete, and with every choice of three and of two contrasts.
+
     Args:
         items: of a datalist. The own entries of a patient in the bank are never looked at.
         transform: see ``inference_transforms``.
@@ -197,26 +205,35 @@ def calibrate(
     """
     assessor, rows = TrustAssessor(None, number), []
     device = next(network.parameters()).device
+    subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
     for item in items:
-        judged = assessor(transform({k: v for k, v in item.items() if k != "seg"}), network.eval(), device)
-        rows.append(judged["scores"]["contrasts"])
+        whole = transform({k: v for k, v in item.items() if k != "seg"})
+        image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
+        for kept in map(torch.tensor, subsets):
+            shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
+            patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+        rows.append(patient)
 
-    def spread(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
+        for scores in itertools.chain.from_iterable(chosen):
+            for contrast, of_contrast in scores.items():
+                for name, value in of_contrast.items():
+                    found[name].setdefault(place(name, contrast, len(scores)), []).append(value)
         table: dict[str, Any] = {name: {} for name in SCORES}
-        for name in SCORES:
-            for key in CONTRAST_KEYS:
-                values = [row[key][name] for row in chosen if name in row.get(key, {})]
-                if values:
-                    # few patients: no spread is taken for less than 5% of the level
-                    deviation = max(float(np.std(values)), 0.05 * abs(float(np.mean(values))), 1e-4)
-                    table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
+        for name, by_key in found.items():
+            for key, values in by_key.items():
+                # few patients: no spread is taken for less than 5% of the level
+                deviation = max(float(np.std(values)), 0.05 * abs(float(np.mean(values))), 1e-4)
+                table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
         return table
 
     reference, limits = spread(rows), {}
     for name, parts in (("out_of_distribution", SCORES[:2]), ("consistency", SCORES[2:])):
-        left_out = [
-            worst(row, spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows), parts) for k, row in enumerate(rows)
-        ]
+        left_out = []
+        for k, patient in enumerate(rows):
+            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
+            left_out += [worst(scores, others, parts) for scores in patient]
         known = [value for value in left_out if value is not None]
         limits[name] = float(f"{max(margin * max(known), 3.0):.4g}") if known else None
     return {**reference, "limits": limits, "patients": len(rows)}

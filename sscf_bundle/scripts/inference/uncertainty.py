@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,11 @@ def nth_prototype(network: SSCFNet, rank: int) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(network, "prototypes")
+
+
+def has_prototypes(network: nn.Module) -> bool:
+    """Whether a network could retrieve another prototype than the nearest."""
+    return isinstance(network, SSCFNet) and network.with_ccp and int(network.bank_present.any(dim=1).sum()) > 1
 
 
 class UncertaintyMap:
@@ -101,7 +106,7 @@ class UncertaintyMap:
             squares.add_(difference.square_())
             count += 1
 
-        if "retrieval" in self.members and isinstance(network, SSCFNet) and network.with_ccp:
+        if "retrieval" in self.members and isinstance(network, SSCFNet) and has_prototypes(network):
             for rank in range(1, self.neighbors):
                 with nth_prototype(network, rank):
                     add(run(image))
@@ -141,10 +146,17 @@ class UncertaintyMap:
             return predict(image, network, inferer, device, amp_dtype)
 
         missing = [i for i, kept in enumerate(item["has_contrast"]) if not kept]
-        if not missing:
+        varies = (
+            "flips" in self.members
+            or ("retrieval" in self.members and has_prototypes(network))
+            or ("scenarios" in self.members and NUM_CONTRASTS - len(missing) > 1)
+        )
+        if not missing or not varies:  # a map of zeros would say that nothing is in doubt
             return {}
         spread = MetaTensor(self.spread(item["image"], pred, network, run)[missing].cpu())
-        finished = self.invert(dict(item) | {"uncertainty": spread})["uncertainty"]
+        inverted: dict[Hashable, Any] = {"uncertainty": spread}
+        inverted.update(item)
+        finished = self.invert(inverted)["uncertainty"]
         brain = torch.as_tensor(item[FILE_BRAIN_KEY])[0].bool()
         volumes = torch.as_tensor(finished).clamp(min=0) * brain
         return dict(zip((CONTRAST_KEYS[i] for i in missing), volumes, strict=True))
