@@ -169,7 +169,7 @@ def test_panel_shows_the_slice_of_the_mask_with_the_right_on_the_left(tmp_path: 
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     item = {"pred": MetaTensor(pred, affine=affine), "output_keys": ("t2", "seg"), "acquired": acquired}
     item |= {"has_contrast": torch.tensor([False, True, False, False]), "output_scale": {"t2": 1.0}}
-    nib.save(nib.Nifti1Image(np.ones((30, 20, 5), np.float32), affine), tmp_path / "A1_t2_uncertainty.nii.gz")
+    item["uncertainty"] = {"t2": torch.ones(30, 20, 5)}
     draw_panel(tmp_path / "panel.png", item)
     pixels = np.asarray(Image.open(tmp_path / "panel.png"))
     assert pixels.shape == (236, 3 * 330, 3)

@@ -202,6 +202,7 @@ def test_record_and_map_are_written(items: list[dict], tmp_path: Path) -> None:
     assert {"checks", "scores", "verdict", "reasons", "warnings"} <= set(record)
     assert set(record["seconds_of_checks"]) == {"checks", "trust", "uncertainty"}
     path = tmp_path / "out" / "p0" / "p0_t1ce_uncertainty.nii.gz"
+    assert record["outputs"]["t1ce_uncertainty"] == path.name
     doubt = nib.load(path)
     brain = np.any([nib.load(study[key]).get_fdata() > 0 for key in ("flair", "t1", "t2")], axis=0)
     values = doubt.get_fdata()

@@ -30,7 +30,7 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     """Draw the axial slice with the largest mask, or else the most brain; the patient's right is on the left.
 
     Args:
-        path: PNG file. Volumes ``*_<contrast>_uncertainty.nii.gz`` beside it are shown too.
+        path: PNG file.
         data: item after ``prediction_transforms`` with ``"acquired"`` (``KeepAcquiredd``).
     """
     affine = data["pred"].affine.numpy()
@@ -41,9 +41,9 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     # title, volume, what is white
     tiles = [(f"{named[key]} acquired", volume, 255.0) for key, volume, given in acquired if given]
     tiles += [(f"{named[key]} SYNTHETIC", volume, data["output_scale"][key]) for key, volume in volumes.items()]
-    for file in sorted(path.parent.glob("*_uncertainty.nii.gz")):
-        volume = np.asanyarray(nib.Nifti1Image.from_filename(file).dataobj)
-        tiles.append((f"{file.name.split('_')[-2]} uncertainty", volume, float(volume.max()) or 1.0))
+    for key, spread in data.get("uncertainty", {}).items():
+        volume = spread.numpy()
+        tiles.append((f"{named[key]} uncertainty", volume, float(volume.max()) or 1.0))
 
     to_ras = nib.orientations.io_orientation(affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(to_ras[:, 0])]

@@ -209,7 +209,9 @@ class StudyWriter:
                 _save_volume(values, data["pred"].affine, source, new / _doubt(files.volumes[key]), is_mask=False)
             if "acquired" in data:
                 draw_panel(new / files.panel, data)
-            record = self._record(data, inputs, {key: files.volumes[key] for key in made})
+            outputs = {key: files.volumes[key] for key in made}
+            outputs |= {f"{key}_uncertainty": _doubt(files.volumes[key]) for key in data.get("uncertainty", {})}
+            record = self._record(data, inputs, outputs)
             (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
             _place(new, folder, files)
         except OSError as error:
