@@ -167,15 +167,12 @@ def test_mlflow_tracks_training_and_evaluation(tmp_path: Path, phantom_cohort: P
     assert later.info.status == "FINISHED"
     report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     means = {
-        (entry["region"], entry["of"], entry["score"]): entry["mean"]
+        "/".join(entry[part] for part in ("protocol", "region", "method", "of", "score")): entry["mean"]
         for entry in report["summary"]
         if entry["group"] == "all" and entry["method"] == "network"
     }
-    for region, of, score, name in (
-        ("whole", "all", "psnr", "per_slice/whole/network/all/psnr"),
-        ("whole", "WT", "dice", "segmentation/whole/network/WT/dice"),
-    ):
-        assert later.data.metrics[name] == pytest.approx(means[region, of, score])
+    for name in ("per_slice/whole/network/all/psnr", "segmentation/whole/network/WT/dice"):
+        assert later.data.metrics[name] == pytest.approx(means[name])
     assert {file.path for file in client.list_artifacts(later.info.run_id)} == {"metrics.json", "scores.csv"}
 
 

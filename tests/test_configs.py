@@ -64,6 +64,7 @@ RUNS = [
 ]
 #: What ``monai.bundle run`` is asked for by name.
 ENTRY_POINTS = {
+    "fitting",
     "imports",
     "initialize",
     "run",

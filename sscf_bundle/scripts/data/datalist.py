@@ -266,8 +266,9 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
     write_whole(target, {part: [item["study"] for item in items] for part, items in parts.items()})
 
 
-def write_whole(path: Path, content: Any) -> None:
+def write_whole(path: str | Path, content: Any) -> None:
     """Write a text, or anything else as JSON, complete or not at all."""
+    path = Path(path)
     text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
     # a name of its own: others may be writing to the same folder
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -31,6 +31,7 @@ from ignite.engine import Engine, Events
 from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test
 
 from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, SYNTHESIZED, StudyError, scenario_name
+from ..data.datalist import write_whole
 from ..inference.evaluator import StudyEvaluator
 from ..networks.memory_bank import style_spread
 from .protocols import PerceptualDistance
@@ -309,9 +310,9 @@ class EvaluationTables:
             metadata["sha256"] = hashlib.sha256(Path(metadata["weights"]).read_bytes()).hexdigest()
         summary = summarize(frame, self.bootstrap_samples, self.seed)
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_text(self.directory / "scores.csv", frame.to_csv(index=False))
+        write_whole(self.directory / "scores.csv", frame.to_csv(index=False))
         text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)
-        write_text(self.directory / "metrics.json", text + "\n")
+        write_whole(self.directory / "metrics.json", text + "\n")
         engine.state.metrics.update(
             {
                 "/".join(str(entry[name]) for name in ("protocol", "region", "method", "of", "score")): entry["mean"]
@@ -341,9 +342,3 @@ def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     for counter in counters:
         total = {name: total.get(name, 0) + counter.get(name, 0) for name in {**total, **counter}}
     return total
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -136,16 +136,13 @@ class TrustAssessor:
     def __init__(self, reference: Mapping[str, Any] | None = None, number: int = 3, reject: float = 2.0) -> None:
         self.reference, self.number, self.reject = reference, number, reject
 
-    def __call__(
-        self, item: Mapping[str, Any], network: nn.Module, device: torch.device | str, bank_patient: bool = False
-    ) -> dict[str, Any]:
+    def __call__(self, item: Mapping[str, Any], network: nn.Module, device: torch.device | str) -> dict[str, Any]:
         """Judge one study.
 
         Args:
             item: after ``inference_transforms``.
             network: on ``device``, in evaluation mode; other networks than ``SSCFNet`` get no scores.
             device: where to compute.
-            bank_patient: whether the patient may be compared with slices of itself in the bank.
 
         Returns:
             ``scores``, ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``), ``reasons``, ``warnings``.
@@ -153,7 +150,7 @@ class TrustAssessor:
         available = [bool(kept) for kept in item["has_contrast"]]
         scores: dict[str, Any] = {}
         if isinstance(network, SSCFNet) and network.synthesis and network.with_ccp:
-            patient = None if bank_patient else stable_hash(str(item.get("patient", item["study"])))
+            patient = stable_hash(str(item.get("patient", item["study"])))
             with torch.inference_mode():
                 slices = central_slices(torch.as_tensor(item["image"]), self.number).to(device)
                 scores = {"contrasts": study_scores(slices, available, network, patient)}

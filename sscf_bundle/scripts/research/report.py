@@ -24,7 +24,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..contrasts import StudyError
-from ..evaluation.bootstrap import MEASURE, MIN_PATIENTS, write_text
+from ..data.datalist import write_whole
+from ..evaluation.bootstrap import MEASURE, MIN_PATIENTS
 from .figures import difference_plot, patient_plot, runs_panel
 from .tables import SCORES, Runs, Table, methods_of, read_runs, recorded, standard_tables, write_tables
 
@@ -114,7 +115,7 @@ def write_report(
         sections=sections,
         legend={k: v for one in everything for k, v in one.get("protocols", {}).items()} | LEGEND,
     )
-    write_text(directory / "index.html", text)
+    write_whole(directory / "index.html", text)
     print(f"wrote {directory / 'index.html'} and {len(built)} tables")
 
 
