@@ -37,6 +37,7 @@ from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, MASK_KEY, TUMOR_CLASSES, StudyError
 from .formats import read_volume
+from .registration import registered_affine
 
 #: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
 VOXEL_SIZES = (0.05, 50.0)
@@ -101,6 +102,8 @@ class LoadStudyd(MapTransform):
         resample: take a volume on another grid to that of the reference, by the affines on file, instead of refusing
             it: True for the first contrast as the reference, or the key of a contrast, which is the reference where a
             study has it. Volumes on the same grid whose axes are flipped or in another order are always taken.
+        register: turn and shift each contrast until it lies on the reference, see ``registered_affine``, and resample
+            it there. A mask belongs to the reference and stays where it is.
 
     Raises:
         ValueError: when ``mask_values`` or ``contrast_keys`` make no sense.
@@ -120,6 +123,7 @@ class LoadStudyd(MapTransform):
         max_negative: float = 0.05,
         reader: str | None = None,
         resample: bool | str | None = False,
+        register: bool = False,
     ) -> None:
         super().__init__(contrast_keys, allow_missing_keys=True)
         if len(self.keys) != len(CONTRASTS):
@@ -145,6 +149,7 @@ class LoadStudyd(MapTransform):
         self.max_negative = max_negative
         self.reader = reader
         self.resample = resample
+        self.register = register
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -167,6 +172,8 @@ class LoadStudyd(MapTransform):
                 image[channel] = first.as_tensor()
             elif key in paths:
                 volume = self._read_contrast(paths[key])
+                if self.register:
+                    volume.affine = torch.as_tensor(registered_affine(first, volume))
                 image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
         d["grid"] = reference
         meta = dict(first.meta)
@@ -255,7 +262,8 @@ class LoadStudyd(MapTransform):
         axcodes = nib.aff2axcodes(first.affine.numpy())
         if nib.aff2axcodes(other.affine.numpy()) != axcodes:
             other = cast(MetaTensor, Orientation(axcodes=axcodes, labels=None)(other[None])[0])
-        if self.resample and not (first.shape == other.shape and torch.allclose(first.affine, other.affine, atol=1e-3)):
+        same_grid = first.shape == other.shape and torch.allclose(first.affine, other.affine, atol=1e-3)
+        if (self.resample or self.register) and not same_grid:
             mode = "nearest" if is_mask else "bilinear"
             moved = ResampleToMatch(mode, padding_mode="zeros", dtype=np.float32)(other[None], first[None])
             other = cast(MetaTensor, moved[0])
@@ -500,6 +508,7 @@ def study_transforms(
     reader: str | None = None,
     clip: bool = True,
     resample: bool | str | None = False,
+    register: bool = False,
 ) -> StudyCompose:
     """The preprocessing of this bundle, the same for training, evaluation and inference.
 
@@ -516,6 +525,7 @@ def study_transforms(
         mask_values: of ``LoadStudyd``.
         reader: of ``LoadStudyd``.
         resample: of ``LoadStudyd``.
+        register: of ``LoadStudyd``.
         clip: of ``ScaleBraind``. The slice cache is made without, since scores need the truth as it is; what it shows
             to networks is clipped.
 
@@ -550,7 +560,7 @@ def study_transforms(
         ]
     return StudyCompose(
         [
-            LoadStudyd(mask_values=mask_values, reader=reader, resample=resample),
+            LoadStudyd(mask_values=mask_values, reader=reader, resample=resample, register=register),
             Orientationd(grids, axcodes="RAS", labels=None),
             *resampling,
             BrainMaskd("image"),

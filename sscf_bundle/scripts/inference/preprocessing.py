@@ -116,6 +116,7 @@ def inference_transforms(
     percentile: float = 99.5,
     reader: str | None = None,
     resample: bool | str | None = False,
+    register: bool = False,
     keep_acquired: bool = False,
     checks: bool = False,
     rejecting_checks: Sequence[str] = (),
@@ -129,6 +130,7 @@ def inference_transforms(
         percentile: see ``study_transforms``.
         reader: see ``study_transforms``.
         resample: see ``study_transforms``; this one is free.
+        register: likewise.
         keep_acquired: add ``"acquired"``, the contrasts on file for the panel, see ``KeepAcquiredd``.
         checks: add ``"checks"``, see ``CheckStudyd``.
         rejecting_checks: codes of findings that refuse a study.
@@ -139,7 +141,9 @@ def inference_transforms(
         on file.
     """
     steps = []
-    transforms = study_transforms(image_size, scaling, spacing, percentile, reader=reader, resample=resample)
+    transforms = study_transforms(
+        image_size, scaling, spacing, percentile, reader=reader, resample=resample, register=register
+    )
     for step in transforms.transforms:
         steps.append(step)
         if isinstance(step, LoadStudyd):
