@@ -7,7 +7,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the input, scores, verdict and maps of uncertainty."""
+"""Checks of the input, scores and verdict."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
 from scripts.inference.preprocessing import StudyDataset, inference_transforms
 from scripts.inference.trust import TRUST_KEY, TrustAssessor, calibrate, read_reference, study_scores
-from scripts.inference.uncertainty import UncertaintyMap, nth_prototype
 from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import network_from_weights, save_weights
-from scripts.research.reliability import corruptions, risk_coverage
+from scripts.research.reliability import corruptions
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
@@ -171,20 +170,7 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
 
 
-def test_another_prototype_changes_the_result_and_is_put_back() -> None:
-    net, image = filled_net(), torch.rand(1, 8, 48, 48)
-    image[:, 4:] = torch.tensor([1.0, 1, 0, 0])[None, :, None, None]
-    module = net.for_scenario([True, True, False, False])
-    with torch.no_grad():
-        before = module(image)
-        with nth_prototype(net, 0):
-            assert torch.allclose(module(image), before)
-        with nth_prototype(net, 1):
-            assert not torch.allclose(module(image), before)
-        assert torch.equal(module(image), before)
-
-
-def test_record_and_map_are_written(items: list[dict], tmp_path: Path) -> None:
+def test_record_has_checks_scores_and_verdict(items: list[dict], tmp_path: Path) -> None:
     transform = inference_transforms(**PREPROCESSING, checks=True)
     study = {k: v for k, v in items[0].items() if k != "t1ce"}
 
@@ -197,28 +183,10 @@ def test_record_and_map_are_written(items: list[dict], tmp_path: Path) -> None:
         evaluator.run()
         return json.loads((tmp_path / "out" / "p0" / "p0_synthesis.json").read_text())
 
-    everything = UncertaintyMap(["retrieval", "scenarios", "flips"], transform)
-    record = run(trust=TrustAssessor(None), uncertainty=everything)
+    record = run(trust=TrustAssessor(None))
     assert {"checks", "scores", "verdict", "reasons", "warnings"} <= set(record)
-    assert set(record["seconds_of_checks"]) == {"checks", "trust", "uncertainty"}
-    path = tmp_path / "out" / "p0" / "p0_t1ce_uncertainty.nii.gz"
-    assert record["outputs"]["t1ce_uncertainty"] == path.name
-    doubt = nib.load(path)
-    brain = np.any([nib.load(study[key]).get_fdata() > 0 for key in ("flair", "t1", "t2")], axis=0)
-    values = doubt.get_fdata()
-    assert doubt.shape == brain.shape and (values[~brain] == 0).all() and 0.01 < values[brain].mean() < 500
-    assert "verdict" not in run() and not path.exists()
-
-
-def test_unknown_member_is_refused() -> None:
-    with pytest.raises(StudyError, match="no dropout"):
-        UncertaintyMap(["dropout"], inference_transforms(**PREPROCESSING))
-
-
-def test_risk_coverage_falls_only_where_doubt_ranks_error() -> None:
-    error = np.random.default_rng(0).random(1000)
-    good, bad = risk_coverage(error, error), risk_coverage(-error, error)
-    assert good[0] < 0.1 and bad[0] > 0.9 and good[-1] == pytest.approx(bad[-1])
+    assert set(record["seconds_of_checks"]) == {"checks", "trust"}
+    assert "verdict" not in run()
 
 
 def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() -> None:
@@ -234,14 +202,3 @@ def test_brain_at_the_far_edge_is_checked(statistics: dict) -> None:
     image = torch.zeros(4, 41, 41, 43)
     image[:, 5:30, 5:30, 41:] = torch.rand(25, 25, 2) * 900 + 1
     assert measure(image, (1.0, 1.0, 1.0), ALL)["shape"][0]["ml"] > 0
-
-
-@pytest.mark.parametrize(("members", "written"), [(["scenarios"], False), (["retrieval"], False), (["flips"], True)])
-def test_no_map_of_zeros_where_nothing_can_vary(members: list[str], written: bool, tmp_path: Path) -> None:
-    path = tmp_path / "S_t1.nii.gz"
-    nib.save(nib.Nifti1Image(brain_volume(1), np.eye(4)), path)
-    preprocessing = inference_transforms(image_size=48)
-    item = preprocessing({"study": "S", "t1": str(path)})
-    network, inferer = tiny_net().eval(), BrainSliceInferer()  # its bank is empty
-    pred = torch.zeros(7, *item["image"].shape[1:])
-    assert bool(UncertaintyMap(members, preprocessing)(item, pred, network, inferer, "cpu")) == written

@@ -33,7 +33,6 @@ from ..networks.weights import load_weights
 from .inferer import predict
 from .preprocessing import FAILURE_KEY, FILE_BRAIN_KEY, failure_reason
 from .trust import TrustAssessor
-from .uncertainty import UncertaintyMap
 from .writer import StudyWriter
 
 #: What of an item is not needed once its prediction is on the grid on file.
@@ -66,7 +65,6 @@ class StudyEvaluator(Evaluator):
         num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
             that is being computed. 0 writes each study before the next is computed.
         trust: judges each study.
-        uncertainty: adds a map of each missing contrast.
 
     Raises:
         ValueError: when ``num_writers`` is negative.
@@ -86,7 +84,6 @@ class StudyEvaluator(Evaluator):
         amp_dtype: torch.dtype = torch.bfloat16,
         num_writers: int = 1,
         trust: TrustAssessor | None = None,
-        uncertainty: UncertaintyMap | None = None,
     ) -> None:
         if num_writers < 0:
             raise ValueError(f"num_writers must not be negative, got {num_writers}.")
@@ -100,7 +97,7 @@ class StudyEvaluator(Evaluator):
         )
         self.network, self.inferer, self.writer = network, inferer, writer
         self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
-        self.trust, self.uncertainty = trust, uncertainty
+        self.trust = trust
         self.weights_sha256: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.failures: list[dict[str, str]] = []
@@ -151,7 +148,7 @@ class StudyEvaluator(Evaluator):
             pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
             self.seconds[study] += time.perf_counter() - started
             record = provenance(self.network, item.get("patient", study), self.weights_sha256)
-            record |= self._judge(item, pred, amp_dtype)
+            record |= self._judge(item)
             engine.state.output = [{**record, "seconds": self.seconds[study], "pred": pred}]
             del pred
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -169,23 +166,14 @@ class StudyEvaluator(Evaluator):
         self._pending.append((study, done))
         return engine.state.output
 
-    def _judge(self, item: dict, pred: torch.Tensor, amp_dtype: torch.dtype | None) -> dict[str, Any]:
-        """Findings of ``trust`` and maps of ``uncertainty``, and what the checks and they took in seconds."""
+    def _judge(self, item: dict) -> dict[str, Any]:
+        """Findings of ``trust``, and what the checks and they took in seconds."""
         found: dict[str, Any] = {}
         times = {"checks": item["check_seconds"]} if "check_seconds" in item else {}
-        device = self.state.device
         if self.trust is not None:
             started = time.perf_counter()
-            found |= self.trust(item, self.network, device)
+            found |= self.trust(item, self.network, self.state.device)
             times["trust"] = time.perf_counter() - started
-        if self.uncertainty is not None:
-            started = time.perf_counter()
-            found["uncertainty"] = self.uncertainty(item, pred, self.network, self.inferer, device, amp_dtype)
-            if not found["uncertainty"] and not all(item["has_contrast"]):
-                members = ", ".join(self.uncertainty.members)
-                sentence = f"There is no map of uncertainty: {members} cannot vary this study."
-                found["warnings"] = [*found.get("warnings", ()), sentence]
-            times["uncertainty"] = time.perf_counter() - started
         return {**found, "seconds_of_checks": times} if times else found
 
     def _collect(self, remaining: int) -> None:

@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The picture of one study on the page of a run: acquired, synthetic and uncertainty, with the outline of the mask."""
+"""The picture of one study on the page of a run: acquired and synthetic contrasts with the outline of the mask."""
 
 from __future__ import annotations
 
@@ -41,9 +41,6 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     # title, volume, what is white
     tiles = [(f"{named[key]} acquired", volume, 255.0) for key, volume, given in acquired if given]
     tiles += [(f"{named[key]} SYNTHETIC", volume, data["output_scale"][key]) for key, volume in volumes.items()]
-    for key, spread in data.get("uncertainty", {}).items():
-        volume = spread.numpy()
-        tiles.append((f"{named[key]} uncertainty", volume, float(volume.max()) or 1.0))
 
     to_ras = nib.orientations.io_orientation(affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(to_ras[:, 0])]

@@ -204,13 +204,9 @@ class StudyWriter:
                         "Sources": sorted(map(_name, inputs.values())),
                     }
                     (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
-            for key, volume in data.get("uncertainty", {}).items():
-                values = volume.numpy() * np.float32(data.get("output_scale", {}).get(key, 1.0))
-                _save_volume(values, data["pred"].affine, source, new / _doubt(files.volumes[key]), is_mask=False)
             if "acquired" in data:
                 draw_panel(new / files.panel, data)
             outputs = {key: files.volumes[key] for key in made}
-            outputs |= {f"{key}_uncertainty": _doubt(files.volumes[key]) for key in data.get("uncertainty", {})}
             record = self._record(data, inputs, outputs)
             (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
             _place(new, folder, files)
@@ -281,11 +277,6 @@ def _name(path: str) -> str:
     return Path(path).name
 
 
-def _doubt(volume: str) -> str:
-    """Name of the map of uncertainty of a volume."""
-    return "uncertainty".join(volume.rsplit("synthetic", 1))
-
-
 def _about(volume: str) -> str:
     """Name of the file of BIDS that describes a volume."""
     return volume.replace(".nii.gz", ".json")
@@ -331,12 +322,7 @@ def _save_volume(
 
 def _place(new: Path, folder: Path, files: StudyFiles) -> None:
     """Bring the files of ``new`` to ``folder``, which then has those of ``files`` that ``new`` has, the record last."""
-    ours = {
-        *files.volumes.values(),
-        *map(_doubt, files.volumes.values()),
-        *(_about(name) for name in files.volumes.values()),
-        files.panel,
-    }
+    ours = {*files.volumes.values(), *(_about(name) for name in files.volumes.values()), files.panel}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.rename(folder)
