@@ -53,7 +53,7 @@ from scripts.evaluation.evaluator import (
     scenario_indices,
 )
 from scripts.evaluation.metrics import ScenarioScores, fill_background, mean_of_available, zero_filling
-from scripts.evaluation.protocols import BraSynProtocol, PerSliceProtocol, StudyTruth, VolumeProtocol, region_dice
+from scripts.evaluation.protocols import BraSynProtocol, PerSliceProtocol, StudyTarget, VolumeProtocol, region_dice
 from scripts.evaluation.scores import StudyScores
 from scripts.networks.sscf import SSCFNet, network_input, read_availability
 from scripts.networks.weights import save_weights
@@ -285,7 +285,7 @@ def test_rows_are_the_scores_of_the_network_and_the_reference_methods_on_one_bac
     pred, target, label = outputs[0]["pred"].permute(3, 0, 1, 2), slices["target"], slices["label"]
     available = torch.tensor([[True, False, False, True]]).expand(len(target), -1)
     protocol = PerSliceProtocol()
-    protocol.start(StudyTruth((target + 1) / 2, (target > -1).any(1), label[:, 0] > 0))
+    protocol.start(StudyTarget((target + 1) / 2, (target > -1).any(1), label[:, 0] > 0))
     predictions = {
         "network": pred[:, :4],
         "mean_of_available": ((target[:, 0] + target[:, 3]) / 2).unsqueeze(1).expand_as(target),

@@ -181,13 +181,13 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert json.loads((tmp_path / "statistics.json").read_text())["studies"] == 3
     net = network_from_weights(calibrated)
     case = transform({k: v for k, v in items[0].items() if k != "t1ce"})
-    assert TrustAssessor(None, **SLICES, reject=2.0)(case, net, "cpu")["verdict"] == "not calibrated"
-    judged = TrustAssessor(reference, **SLICES, reject=2.0)(case, net, "cpu")
+    assert TrustAssessor(**SLICES, reject=2.0)(case, net, "cpu")["verdict"] == "not calibrated"
+    judged = TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")
     assert judged["verdict"] == "pass" and judged["reasons"] == [] and "T1ce is synthetic" in judged["warnings"][0]
     case["checks"] = [{"code": "normalized", "finding": "FLAIR is normalized."}]
-    assert TrustAssessor(reference, **SLICES, reject=2.0)(case, net, "cpu")["verdict"] == "review"
+    assert TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")["verdict"] == "review"
     narrow = {**reference, "limits": {"out_of_distribution": -1e3, "consistency": 1e-9}}
-    judged = TrustAssessor(narrow, **SLICES, reject=1.0)(case, net, "cpu")
+    judged = TrustAssessor(**SLICES, reject=1.0, reference=narrow)(case, net, "cpu")
     assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
 
 
@@ -204,7 +204,7 @@ def test_record_has_checks_scores_and_verdict(items: list[dict], tmp_path: Path)
         evaluator.run()
         return json.loads((tmp_path / "out" / "p0" / "p0_synthesis.json").read_text())
 
-    record = run(trust=TrustAssessor(None, **SLICES, reject=2.0, num_prototypes=2))
+    record = run(trust=TrustAssessor(**SLICES, reject=2.0, num_prototypes=2))
     assert {"checks", "scores", "verdict", "reasons", "warnings"} <= set(record)
     assert set(record["seconds_of_checks"]) == {"checks", "trust"}
     (prototypes,) = record["prototypes"].values()

@@ -516,7 +516,7 @@ def study_transforms(
         mask_values: of ``LoadStudyd``.
         reader: of ``LoadStudyd``.
         resample: of ``LoadStudyd``.
-        clip: of ``ScaleBraind``. The slice cache is made without, since scores need the truth as it is; what it shows
+        clip: of ``ScaleBraind``. The slice cache is made without, since scores need the target as it is; what it shows
             to networks is clipped.
 
     Returns:

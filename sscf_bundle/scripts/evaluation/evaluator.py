@@ -48,15 +48,15 @@ class ScenarioSlices(Dataset):
         return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K), ``scenario``, and ``truth``.
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``.
 
-        The latter is that of ``SliceDataset`` or, where it gives none, ``target``.
+        ``unclipped`` is that of ``SliceDataset`` or, where it gives none, ``target``.
         """
         item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
         image = network_input(item["target"].unsqueeze(0), available.unsqueeze(0)).squeeze(0)
-        item.setdefault("truth", item["target"])
+        item.setdefault("unclipped", item["target"])
         return {**item, "image": image, "available": available, "scenario": torch.tensor(scenario)}
 
 
@@ -182,7 +182,7 @@ def list_scenarios(
 class StudySlices(Dataset):
     """Studies of a dataset of slices, each as one stack of its slices in z order.
 
-    An item has ``target`` (Z x K x H x W in [-1, 1]), ``truth`` where the slices do, ``label`` (Z x 1 x H x W),
+    An item has ``target`` (Z x K x H x W in [-1, 1]), ``unclipped`` where the slices do, ``label`` (Z x 1 x H x W),
     ``has_contrast`` (K) and ``has_mask``.
 
     Args:
@@ -199,7 +199,7 @@ class StudySlices(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = [self.slices[position] for position in self.positions[index]]
-        keys = [key for key in ("target", "truth", "label") if key in items[0]]
+        keys = [key for key in ("target", "unclipped", "label") if key in items[0]]
         stacks: dict[str, torch.Tensor] = {key: torch.stack([item[key] for item in items]) for key in keys}
         return stacks | {key: items[0][key] for key in ("has_contrast", "has_mask")}
 

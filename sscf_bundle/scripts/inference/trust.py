@@ -181,21 +181,21 @@ class TrustAssessor:
     """Scores and verdict of a study.
 
     Args:
-        reference: of ``calibrate``; ``None`` for weights that were never calibrated.
         number: of slices that the scores are from at most; each costs about as much as in the synthesis itself, once
             for each available contrast.
         slices_for_one: slices with brain for each one of these.
         reject: a study is rejected from this many times the limit of review on.
         num_prototypes: how many entries of the bank are named for each missing contrast.
+        reference: of ``calibrate``; ``None`` for weights that were never calibrated.
     """
 
     def __init__(
         self,
-        reference: Mapping[str, Any] | None,
         number: int,
         slices_for_one: int,
         reject: float,
         num_prototypes: int = 0,
+        reference: Mapping[str, Any] | None = None,
     ) -> None:
         self.reference, self.reject = reference, reject
         self.number, self.slices_for_one, self.num_prototypes = number, slices_for_one, num_prototypes
