@@ -147,7 +147,12 @@ def evaluate(network: nn.Module, **changes: Any) -> tuple[SliceEvaluator, list[d
     scores = ScenarioScores(["a", "b"])
     key = {"key_psnr": MetricsLambda(lambda means: means["psnr"], scores)}
     evaluator = SliceEvaluator(
-        "cpu", loader, network, key_val_metric=key, additional_metrics={"scores": scores}, **changes
+        network,
+        device="cpu",
+        val_data_loader=loader,
+        key_val_metric=key,
+        additional_metrics={"scores": scores},
+        **changes,
     )
     outputs: list[dict[str, torch.Tensor]] = []
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.append(e.state.output))

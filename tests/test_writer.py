@@ -96,7 +96,9 @@ def test_resampled_study_goes_back_smoothly_and_stays_in_the_brain(tmp_path, spa
     smooth = np.where(x**2 + y**2 < 0.6, 1000 + 400 * x + 300 * np.sin(2 * y), 0).astype(np.float32)
     path = tmp_path / "X_t1.nii.gz"
     nib.save(nib.Nifti1Image(smooth, np.diag([-spacing, -spacing, 2, 1])), path)
-    written = fill_with(CopyNet(source=1), {"t1": path}, tmp_path / "out", preprocessing=inference_transforms(64))
+    written = fill_with(
+        CopyNet(source=1), {"t1": path}, tmp_path / "out", preprocessing=inference_transforms(image_size=64)
+    )
     result, expected = load(written["t2"]), np.clip(smooth / np.percentile(smooth[smooth > 0], 99.5), 0, 1)
     assert result.shape == shape and (result[smooth == 0] == 0).all()
     inside = x**2 + y**2 < 0.4
@@ -175,7 +177,7 @@ def test_mask_labels(tmp_path):
 
 def test_one_volume_for_platforms(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"])
-    preprocessing = inference_transforms(48)
+    preprocessing = inference_transforms(image_size=48)
     item = preprocessing({"image": paths["t2"], "image_path": paths["t2"], "target": "t1ce"})
     assert item["has_contrast"].tolist() == [False, True, False, True] and item["study"] == "S1"
     item["pred"] = BrainSliceInferer()(item["image"][None], CopyNet(1))[0]

@@ -92,39 +92,20 @@ class SliceEvaluator(Evaluator):
     """Runs a network over ``ScenarioSlices``; ``state.output`` is the batch with ``pred`` (B x 7 x H x W) added.
 
     Args:
-        device: of the network and the batches.
-        val_data_loader: batches of ``ScenarioSlices``.
         network: one tensor to one tensor, as ``SSCFNet``.
         inferer: how the network is called.
-        key_val_metric: Ignite metric that decides what is best.
-        additional_metrics: further Ignite metrics.
-        val_handlers: Ignite handlers.
-        amp: run with autocast.
-        amp_dtype: dtype of autocast.
+        amp_dtype: dtype of autocast, which ``amp`` switches on.
+        options: of ``monai.engines.Evaluator``, such as ``device``, ``val_data_loader`` and ``key_val_metric``.
     """
 
     def __init__(
         self,
-        device: torch.device | str,
-        val_data_loader: Any,
         network: nn.Module,
         inferer: Inferer | None = None,
-        key_val_metric: dict | None = None,
-        additional_metrics: dict | None = None,
-        val_handlers: Sequence | None = None,
-        amp: bool = False,
         amp_dtype: torch.dtype = torch.bfloat16,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            device=device,
-            val_data_loader=val_data_loader,
-            non_blocking=True,
-            key_val_metric=key_val_metric,
-            additional_metrics=additional_metrics,
-            val_handlers=val_handlers,
-            amp=amp,
-            decollate=False,
-        )
+        super().__init__(**options, non_blocking=True, decollate=False)
         self.network, self.inferer, self.amp_dtype = network, inferer or SimpleInferer(), amp_dtype
 
     def _iteration(self, engine: SliceEvaluator, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

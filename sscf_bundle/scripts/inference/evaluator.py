@@ -147,9 +147,7 @@ class StudyEvaluator(Evaluator):
             started = time.perf_counter()
             pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
             self.seconds[study] += time.perf_counter() - started
-            record = provenance(self.network, item.get("patient", study), self.weights_sha256)
-            record |= self._judge(item)
-            engine.state.output = [{**record, "seconds": self.seconds[study], "pred": pred}]
+            engine.state.output = [{**self._findings(item), "seconds": self.seconds[study], "pred": pred}]
             del pred
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -166,9 +164,19 @@ class StudyEvaluator(Evaluator):
         self._pending.append((study, done))
         return engine.state.output
 
-    def _judge(self, item: dict) -> dict[str, Any]:
-        """Findings of ``trust``, and what the checks and they took in seconds."""
-        found: dict[str, Any] = {}
+    def _findings(self, item: dict) -> dict[str, Any]:
+        """What the record tells of the making and of the trust in a study.
+
+        ``patient_in_bank`` says that the network retrieves from the patient's own slices, which makes the result better
+        than it can be for a new patient.
+        """
+        patient, in_bank = str(item.get("patient", item["study"])), False
+        if hasattr(self.network, "bank_patient"):
+            used = self.network.get_buffer("bank_patient")[self.network.get_buffer("bank_present").any(dim=1)]
+            in_bank = bool((used == stable_hash(patient)).any())
+        if in_bank:
+            logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
+        found: dict[str, Any] = {"weights_sha256": self.weights_sha256, "patient_in_bank": in_bank}
         times = {"checks": item["check_seconds"]} if "check_seconds" in item else {}
         if self.trust is not None:
             started = time.perf_counter()
@@ -187,24 +195,3 @@ class StudyEvaluator(Evaluator):
                 reason = failure_reason(error, study)
                 logger.error("Study %s failed: %s", study, reason)
                 self.failures.append({"study": study, "reason": reason})
-
-
-def provenance(network: nn.Module, patient: str, weights_sha256: str | None) -> dict[str, Any]:
-    """What a written study must tell about its making.
-
-    Args:
-        network: a network; if it has a bank, the patient is looked up there.
-        patient: name of the patient.
-        weights_sha256: SHA-256 of the file of the weights.
-
-    Returns:
-        ``weights_sha256``, and ``patient_in_bank``: whether the network retrieves from the patient's own slices, which
-        makes the result better than it can be for a new patient.
-    """
-    in_bank = False
-    if hasattr(network, "bank_patient"):
-        used = network.get_buffer("bank_patient")[network.get_buffer("bank_present").any(dim=1)]
-        in_bank = bool((used == stable_hash(patient)).any())
-    if in_bank:
-        logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
-    return {"weights_sha256": weights_sha256, "patient_in_bank": in_bank}

@@ -54,16 +54,9 @@ class BrainSliceInferer(Inferer):
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Run the network over all slices with brain.
+        """B x 8 x X x Y x Z ``inputs`` by a ``network`` of slices to B x 7 x X x Y x Z float32.
 
-        Args:
-            inputs: B x 8 x X x Y x Z.
-            network: B x 8 x X x Y to B x 7 x X x Y.
-            args: ignored.
-            kwargs: ignored too.
-
-        Returns:
-            B x 7 x X x Y x Z float32, a ``MetaTensor`` if ``inputs`` is one.
+        The result is a ``MetaTensor`` if ``inputs`` is one. All other arguments are ignored.
         """
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         out = volume.new_zeros(volume.shape[0], NUM_CONTRASTS + len(TUMOR_CLASSES), *volume.shape[2:])
