@@ -34,7 +34,6 @@ from scripts.evaluation.protocols import (
     StudyTarget,
     VolumeProtocol,
     bounding_box,
-    perceptual_distance,
     quantile_with_background,
     region_dice,
     slice_dice,
@@ -191,8 +190,7 @@ def test_weights_that_cannot_be_had_are_refused_by_one_sentence(
 
     monkeypatch.setattr(lpips, "LPIPS", offline)
     with pytest.raises(StudyError, match="could not be downloaded: give a file"):
-        perceptual_distance(True, None)
-    assert perceptual_distance(False, None) is None
+        PerceptualDistance()
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.is_file(), reason="no AlexNet: set SSCF_LPIPS_WEIGHTS")

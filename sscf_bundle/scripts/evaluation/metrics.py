@@ -181,16 +181,8 @@ class ScenarioScores(Metric):
         device: where the sums live.
     """
 
-    required_output_keys = (
-        "pred",
-        "target",
-        "unclipped",
-        "label",
-        "available",
-        "has_contrast",
-        "has_mask",
-        "study_index",
-        "scenario",
+    required_output_keys = tuple(
+        ["pred", "target", "unclipped", "label", "available", "has_contrast", "has_mask", "study_index", "scenario"]
     )
 
     def __init__(

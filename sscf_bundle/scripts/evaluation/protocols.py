@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import lpips
 import torch
+from monai.transforms import generate_spatial_bounding_box
 from torch import nn
 
-from ..contrasts import NUM_TUMOR_CLASSES, StudyError, region_masks
+from ..contrasts import StudyError, class_masks, region_masks
 from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ssim_map
 
 #: What the windows of SSIM reach beyond their centers: that of volumes, and that of slices.
@@ -53,7 +54,6 @@ class StudyTarget(NamedTuple):
     tumor: torch.Tensor
 
 
-# -------------------------------------------------------------------------------------------------- building blocks
 def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
 
@@ -73,13 +73,8 @@ def bounding_box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, ...]:
         mask: boolean, any number of dimensions, not empty.
         margin: pixels added on every side where the mask's array has them.
     """
-    box = []
-    for axis in range(mask.dim()):
-        others = [d for d in range(mask.dim()) if d != axis]
-        hit = mask.any(dim=others) if others else mask
-        inside = hit.nonzero().flatten()
-        box.append(slice(max(0, int(inside[0]) - margin), min(mask.shape[axis], int(inside[-1]) + 1 + margin)))
-    return tuple(box)
+    first, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
+    return tuple(map(slice, first, stop))
 
 
 def quantile_with_background(values: torch.Tensor, fraction: float, total: int) -> torch.Tensor:
@@ -115,10 +110,7 @@ def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     Returns:
         3 values, in the order of ``REGIONS``.
     """
-    ours, theirs = (
-        region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).transpose(0, 1).flatten(1)
-        for c in (prediction, label)
-    )
+    ours, theirs = (region_masks(class_masks(c)).transpose(0, 1).flatten(1) for c in (prediction, label))
     both = ours.sum(1) + theirs.sum(1)
     return torch.where(both > 0, 2 * (ours & theirs).sum(1) / both, 1.0)
 
@@ -134,8 +126,7 @@ def slice_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         3 values, in the order of ``REGIONS``; NaN without a slice that has the region.
     """
     each = torch.stack([region_dice(ours[None], theirs[None]) for ours, theirs in zip(prediction, label, strict=True)])
-    classes = torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
-    return masked_average(each, region_masks(classes).flatten(2).any(dim=2), 0)
+    return masked_average(each, region_masks(class_masks(label)).flatten(2).any(dim=2), 0)
 
 
 class PerceptualDistance(nn.Module):
@@ -146,12 +137,13 @@ class PerceptualDistance(nn.Module):
     Args:
         weights: file with the AlexNet of torchvision, a whole checkpoint or its ``features.N.weight`` and ``.bias``
             alone; None lets ``lpips`` download it.
+        device: where it computes.
 
     Raises:
         StudyError: if the weights cannot be had, or do not fit.
     """
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         try:
             with warnings.catch_warnings():
@@ -164,7 +156,7 @@ class PerceptualDistance(nn.Module):
             ) from error
         if weights is not None:
             self._load(Path(weights).expanduser())
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False).eval().to(device)
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
@@ -199,25 +191,6 @@ class PerceptualDistance(nn.Module):
         return torch.stack(parts).sum(dim=0)
 
 
-def perceptual_distance(
-    enabled: bool = True, weights: str | Path | None = None, device: torch.device | str = "cpu"
-) -> PerceptualDistance | None:
-    """``PerceptualDistance`` on a device, or None, for configs.
-
-    Args:
-        enabled: False gives None.
-        weights: see ``PerceptualDistance``.
-        device: where it computes.
-
-    Raises:
-        StudyError: where ``PerceptualDistance`` refuses.
-    """
-    if not enabled:
-        return None
-    return PerceptualDistance(weights).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------ protocols
 class Protocol(ABC):
     """A way to compare a synthesized contrast with the true one.
 

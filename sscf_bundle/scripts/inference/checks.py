@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from ..contrasts import CONTRASTS, StudyError
 
@@ -91,12 +91,7 @@ def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, fl
 def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
     """Normalized mutual information of two sets of N values, (H(a) + H(b)) / H(a, b), in [1, 2] (Studholme 1999)."""
     joint, _, _ = np.histogram2d(one, other, bins=_BINS)
-    joint /= max(joint.sum(), 1)
-
-    def entropy(p: np.ndarray) -> float:
-        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-    return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / max(entropy(joint.ravel()), 1e-6)
+    return (stats.entropy(joint.sum(0)) + stats.entropy(joint.sum(1))) / max(stats.entropy(joint.ravel()), 1e-6)
 
 
 def alignment(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:

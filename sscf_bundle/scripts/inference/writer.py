@@ -201,7 +201,7 @@ class StudyWriter:
                     about = {
                         "Description": _NOTICE,
                         "SkullStripped": True,
-                        "Sources": sorted(map(_name, inputs.values())),
+                        "Sources": sorted(Path(path).name for path in inputs.values()),
                     }
                     (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
             if "acquired" in data:
@@ -227,11 +227,9 @@ class StudyWriter:
         Raises:
             StudyError: when there are failures.
         """
-        for path in (
-            self.failures,
-            *(self.output_dir.glob("failures_*.json") if self.failures.stem == "failures" else ()),
-        ):
-            path.unlink(missing_ok=True)
+        # a whole run takes the place of its parts
+        for path in self.output_dir.glob("failures*.json" if self.failures.stem == "failures" else self.failures.name):
+            path.unlink()
         if failures:
             write_whole(self.failures, list(failures))
         if self.page:
@@ -251,7 +249,7 @@ class StudyWriter:
             "study": data["study"],
             "available": [named[key] for key in inputs],
             "synthesized": [named[key] for key in outputs if key in named],
-            "inputs": {key: _name(path) for key, path in inputs.items()},
+            "inputs": {key: Path(path).name for key, path in inputs.items()},
             "inputs_synthesized_by_others": [key for key in data.get("synthesized", ()) if key in inputs],
             "grid_of": data.get("grid"),
             "outputs": dict(outputs),
@@ -271,10 +269,6 @@ class StudyWriter:
             "weights_came_with_bundle": data.get("weights_sha256") == self.weights_sha256,
             **self.bundle,
         }
-
-
-def _name(path: str) -> str:
-    return Path(path).name
 
 
 def _about(volume: str) -> str:
