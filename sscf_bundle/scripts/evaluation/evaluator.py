@@ -94,24 +94,17 @@ class SliceEvaluator(Evaluator):
     Args:
         network: one tensor to one tensor, as ``SSCFNet``.
         inferer: how the network is called.
-        amp_dtype: dtype of autocast, which ``amp`` switches on.
         options: of ``monai.engines.Evaluator``, such as ``device``, ``val_data_loader`` and ``key_val_metric``.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        inferer: Inferer | None = None,
-        amp_dtype: torch.dtype = torch.bfloat16,
-        **options: Any,
-    ) -> None:
+    def __init__(self, network: nn.Module, inferer: Inferer | None = None, **options: Any) -> None:
         super().__init__(**options, non_blocking=True, decollate=False)
-        self.network, self.inferer, self.amp_dtype = network, inferer or SimpleInferer(), amp_dtype
+        self.network, self.inferer = network, inferer or SimpleInferer()
 
     def _iteration(self, engine: SliceEvaluator, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = engine.state.device
         batch = {k: v.to(device, non_blocking=True) for k, v in batchdata.items()}
-        with self.mode(self.network), torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+        with self.mode(self.network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
             batch["pred"] = self.inferer(batch["image"], self.network).float()
         engine.state.output = batch
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)

@@ -60,8 +60,7 @@ class StudyEvaluator(Evaluator):
             ``StudyWriter``, or ``StudyScores`` of the evaluation, which scores what the other one writes.
         ckpt_path: ``state_dict`` to load when the run starts; ``None`` takes the network as it is.
         val_handlers: Ignite handlers.
-        amp: run the network with autocast.
-        amp_dtype: dtype of autocast.
+        amp: run the network with autocast to bfloat16.
         num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
             that is being computed. 0 writes each study before the next is computed.
         trust: judges each study.
@@ -81,7 +80,6 @@ class StudyEvaluator(Evaluator):
         ckpt_path: str | os.PathLike[str] | None = None,
         val_handlers: Sequence | None = None,
         amp: bool = False,
-        amp_dtype: torch.dtype = torch.bfloat16,
         num_writers: int = 1,
         trust: TrustAssessor | None = None,
     ) -> None:
@@ -96,7 +94,7 @@ class StudyEvaluator(Evaluator):
             decollate=False,
         )
         self.network, self.inferer, self.writer = network, inferer, writer
-        self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
+        self.ckpt_path, self.num_writers = ckpt_path, num_writers
         self.trust = trust
         self.weights_sha256: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
@@ -143,9 +141,8 @@ class StudyEvaluator(Evaluator):
         try:
             if FAILURE_KEY in item:
                 raise StudyError(item[FAILURE_KEY])
-            amp_dtype = self.amp_dtype if self.amp else None
             started = time.perf_counter()
-            pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
+            pred = predict(item["image"], self.network, self.inferer, engine.state.device, self.amp)
             self.seconds[study] += time.perf_counter() - started
             engine.state.output = [{**self._findings(item), "seconds": self.seconds[study], "pred": pred}]
             del pred

@@ -186,7 +186,7 @@ class StudyWriter:
         try:
             new.mkdir(parents=True)
             source = _read_header(reference)
-            dtype = np.dtype(np.float32)
+            dtype: np.dtype = np.dtype(np.float32)
             if self.output_dtype == "reference" and source is not None:
                 dtype = source.get_data_dtype().newbyteorder("=")
             for key, volume in zip(made, data["pred"].as_tensor(), strict=True):
@@ -194,7 +194,12 @@ class StudyWriter:
                 if key == MASK_KEY:
                     values = values.astype(np.uint8)
                 else:
-                    _check_dtype(dtype, data.get("output_scale", {}).get(key, 1.0), key)
+                    scale = data.get("output_scale", {}).get(key, 1.0)
+                    if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
+                        raise StudyError(
+                            f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype "
+                            "float32, or another output_scale or intensities."
+                        )
                     values = (np.rint(values) if dtype.kind in "iu" else values).astype(dtype, copy=False)
                 _save_volume(values, data["pred"].affine, source, new / files.volumes[key], is_mask=key == MASK_KEY)
                 if self.naming == "bids":
@@ -284,15 +289,6 @@ def _read_header(path: str) -> nib.Nifti1Header | None:
         # another reader of MONAI took it, for example of a DICOM folder
         return None
     return source if isinstance(source, nib.Nifti1Header) else None
-
-
-def _check_dtype(dtype: np.dtype, scale: float, key: str) -> None:
-    """Refuse whole numbers that are too few for the intensities, or too small."""
-    if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
-        raise StudyError(
-            f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype float32, or another "
-            "output_scale or intensities."
-        )
 
 
 def _save_volume(
