@@ -25,10 +25,9 @@ from torch import nn
 
 from scripts.contrasts import CONTRAST_KEYS
 from scripts.inference.evaluator import StudyEvaluator
-from scripts.inference.inferer import BrainSliceInferer
+from scripts.inference.inferer import BrainSliceInferer, predict
 from scripts.inference.postprocessing import prediction_transforms
-from scripts.inference.preprocessing import StudyDataset, inference_transforms
-from scripts.inference.synthesize import synthesize_study
+from scripts.inference.preprocessing import StudyDataset, inference_transforms, list_studies
 from scripts.inference.writer import StudyWriter
 
 SHAPE = (40, 36, 6)
@@ -94,8 +93,14 @@ class CopyNet(nn.Module):
 
 
 def fill_with(network, paths, output_dir, **options):
-    options = {"preprocessing": inference_transforms(image_size=48), **options}
-    return synthesize_study(**paths, output_dir=output_dir, network=network, device="cpu", **options)
+    """One study as the evaluator does it, on the CPU; what fails is raised as it is.
+
+    ``options`` are ``preprocessing``, ``study``, and those of ``prediction_transforms``.
+    """
+    preprocessing = options.pop("preprocessing", None) or inference_transforms(image_size=48)
+    data = preprocessing(list_studies(**paths, study=options.pop("study", None))[0])
+    data["pred"] = predict(data["image"], network, BrainSliceInferer(), "cpu")
+    return StudyWriter(output_dir)(prediction_transforms(preprocessing, **options)(data))
 
 
 def evaluate(items, output_dir, network=None, writer=None, num_workers=0, **options) -> StudyEvaluator:

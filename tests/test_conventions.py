@@ -31,10 +31,9 @@ from scripts.evaluation.protocols import (
     BraSynProtocol,
     PerceptualDistance,
     PerSliceProtocol,
-    StudyTruth,
+    StudyTarget,
     VolumeProtocol,
     bounding_box,
-    perceptual_distance,
     quantile_with_background,
     region_dice,
     slice_dice,
@@ -61,7 +60,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_truth(seed: int = 0) -> StudyTruth:
+def make_target(seed: int = 0) -> StudyTarget:
     """A brain that touches no border of the frame, with a tumor in some slices; contrasts of different range."""
     draw = generator(seed)
     brain = torch.zeros(SIZE, dtype=torch.bool)
@@ -73,27 +72,27 @@ def make_truth(seed: int = 0) -> StudyTruth:
     tumor &= torch.rand(SIZE, generator=draw) < 0.7
     images = torch.rand((SIZE[0], 4, *SIZE[1:]), generator=draw) * torch.tensor([0.5, 1.0, 0.8, 0.9]).view(1, 4, 1, 1)
     images = torch.where(brain.unsqueeze(1), images, 0.0)
-    return StudyTruth(images, brain, tumor)
+    return StudyTarget(images, brain, tumor)
 
 
-def make_slices(*rows: int) -> StudyTruth:
+def make_slices(*rows: int) -> StudyTarget:
     """Some slices of it, one contrast of which goes beyond what a prediction can have."""
-    truth = StudyTruth(*(values[list(rows)] for values in make_truth()))
-    truth.images[:, 3] *= 1.5
-    return truth
+    target = StudyTarget(*(values[list(rows)] for values in make_target()))
+    target.images[:, 3] *= 1.5
+    return target
 
 
-def make_guess(truth: StudyTruth, k: int, seed: int = 5) -> torch.Tensor:
-    noise = 0.2 * torch.randn(truth.brain.shape, generator=generator(seed))
-    return torch.where(truth.brain, (truth.images[:, k] + noise).clamp(0, 1), 0.0)
+def make_guess(target: StudyTarget, k: int, seed: int = 5) -> torch.Tensor:
+    noise = 0.2 * torch.randn(target.brain.shape, generator=generator(seed))
+    return torch.where(target.brain, (target.images[:, k] + noise).clamp(0, 1), 0.0)
 
 
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 
 
-def full_ssim(prediction: np.ndarray, truth: np.ndarray, options: dict = GAUSSIAN) -> np.ndarray:
+def full_ssim(prediction: np.ndarray, target: np.ndarray, options: dict = GAUSSIAN) -> np.ndarray:
     """scikit-image's map with background around the image, as it pads by reflection itself."""
-    padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (prediction, truth))
+    padded = (np.pad(np.asarray(image, dtype=np.float64), 10) for image in (prediction, target))
     _, similarity = structural_similarity(*padded, full=True, data_range=1.0, **options)
     return similarity[tuple(slice(10, -10) for _ in prediction.shape)]
 
@@ -102,12 +101,12 @@ def full_ssim(prediction: np.ndarray, truth: np.ndarray, options: dict = GAUSSIA
 @pytest.mark.parametrize("shape", [(20, 17), (13, 18, 15)])
 def test_ssim_map_is_that_of_monai_and_of_scikit_image(shape: tuple[int, ...]) -> None:
     dims = len(shape)
-    prediction, truth = (torch.rand(shape, generator=generator(i), dtype=torch.float64) for i in (0, 1))
-    ours = ssim_map(prediction, truth, dims)
-    theirs, _ = compute_ssim_and_cs(prediction[None, None], truth[None, None], dims, [11] * dims, [1.5] * dims)
+    prediction, target = (torch.rand(shape, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    ours = ssim_map(prediction, target, dims)
+    theirs, _ = compute_ssim_and_cs(prediction[None, None], target[None, None], dims, [11] * dims, [1.5] * dims)
     torch.testing.assert_close(ours, theirs[0, 0].double(), rtol=0, atol=2e-5)
-    padded = ssim_map(prediction, truth, dims, margin=5)
-    np.testing.assert_allclose(padded.numpy(), full_ssim(prediction.numpy(), truth.numpy()), atol=1e-9)
+    padded = ssim_map(prediction, target, dims, margin=5)
+    np.testing.assert_allclose(padded.numpy(), full_ssim(prediction.numpy(), target.numpy()), atol=1e-9)
     assert torch.equal(padded[tuple(slice(5, -5) for _ in shape)], ours)
 
 
@@ -191,8 +190,7 @@ def test_weights_that_cannot_be_had_are_refused_by_one_sentence(
 
     monkeypatch.setattr(lpips, "LPIPS", offline)
     with pytest.raises(StudyError, match="could not be downloaded: give a file"):
-        perceptual_distance(True, None)
-    assert perceptual_distance(False, None) is None
+        PerceptualDistance()
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.is_file(), reason="no AlexNet: set SSCF_LPIPS_WEIGHTS")
@@ -208,7 +206,7 @@ def test_distance_with_the_real_weights_orders_distortions() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ paper
 def literal_paper(
-    truth: StudyTruth, k: int, prediction: torch.Tensor, model: lpips.LPIPS
+    target: StudyTarget, k: int, prediction: torch.Tensor, model: lpips.LPIPS
 ) -> dict[tuple[str, str], float]:
     collected: dict[tuple[str, str], list[float]] = {}
 
@@ -216,8 +214,8 @@ def literal_paper(
         a, b = (torch.from_numpy(2 * v - 1).float()[None, None].expand(1, 3, -1, -1) for v in (a, b))
         return float(model(a, b))
 
-    for z in range(len(truth.brain)):
-        t = truth.images[z, k].double().numpy()
+    for z in range(len(target.brain)):
+        t = target.images[z, k].double().numpy()
         g = np.clip((prediction[z].double().numpy() - t.min()) / (t.max() - t.min()), 0, 1)
         t = (t - t.min()) / (t.max() - t.min())
         values = {
@@ -226,7 +224,7 @@ def literal_paper(
             ("whole", "nmse"): ((g - t) ** 2).sum() / (t**2).sum(),
             ("whole", "lpips"): distance(g, t),
         }
-        m = truth.tumor[z].numpy()
+        m = target.tumor[z].numpy()
         if m.any():
             box = []
             for axis in (0, 1):
@@ -251,13 +249,13 @@ def literal_paper(
 
 
 def test_paper_convention_is_the_literal_one(weights: Path) -> None:
-    truth, distance = make_slices(2, 4, 5, 7, 8), PerceptualDistance(weights)
+    target, distance = make_slices(2, 4, 5, 7, 8), PerceptualDistance(weights)
     protocol = PerSliceProtocol(distance)
-    protocol.start(truth)
+    protocol.start(target)
     assert len(protocol.crops) == 2  # boxes of two sizes
     for k in (0, 3):
-        prediction = make_guess(truth, k)
-        expected = literal_paper(truth, k, prediction, distance.model)
+        prediction = make_guess(target, k)
+        expected = literal_paper(target, k, prediction, distance.model)
         scores = protocol.score(k, prediction)["per_slice"]
         assert set(scores) == set(expected) and len(expected) == 12
         for key, value in expected.items():
@@ -265,29 +263,29 @@ def test_paper_convention_is_the_literal_one(weights: Path) -> None:
 
 
 def test_slices_where_the_truth_is_constant_are_left_out() -> None:
-    truth = make_slices(2, 4, 5, 7, 8)
-    prediction, others = make_guess(truth, 1), [0, 2, 3, 4]
+    target = make_slices(2, 4, 5, 7, 8)
+    prediction, others = make_guess(target, 1), [0, 2, 3, 4]
     protocol = PerSliceProtocol()
-    protocol.start(StudyTruth(*(values[others] for values in truth)))
+    protocol.start(StudyTarget(*(values[others] for values in target)))
     expected = protocol.score(1, prediction[others])["per_slice"]
-    truth.images[1, 1] = 0.3
-    protocol.start(truth)
+    target.images[1, 1] = 0.3
+    protocol.start(target)
     for key, value in protocol.score(1, prediction)["per_slice"].items():
         assert float(value) == pytest.approx(float(expected[key]), rel=1e-5), key
 
 
 # ----------------------------------------------------------------------------------------------------------- robust
 def test_robust_convention_is_the_literal_one() -> None:
-    truth = make_truth()
+    target = make_target()
     protocol = VolumeProtocol()
-    protocol.start(truth)
+    protocol.start(target)
     for k in (1, 2):
-        prediction = make_guess(truth, k)
+        prediction = make_guess(target, k)
         scores = protocol.score(k, prediction)["volume"]
-        t, g = truth.images[:, k].double().numpy(), prediction.double().numpy()
+        t, g = target.images[:, k].double().numpy(), prediction.double().numpy()
         similarity = full_ssim(g, t)
         assert len(scores) == 6
-        for region, m in (("whole", truth.brain.numpy()), ("tumor", truth.tumor.numpy())):
+        for region, m in (("whole", target.brain.numpy()), ("tumor", target.tumor.numpy())):
             expected = {
                 "psnr": -10 * np.log10(((g - t)[m] ** 2).mean()),
                 "nmse": ((g - t)[m] ** 2).sum() / (t[m] ** 2).sum(),
@@ -305,14 +303,14 @@ def test_robust_convention_is_the_literal_one() -> None:
 )
 def test_brasyn_is_the_literal_one_over_the_whole_volume(room: tuple[tuple[int, int], ...]) -> None:
     padding = [n for pair in reversed(room) for n in pair]
-    small, k = make_truth(), 3
+    small, k = make_target(), 3
     images = torch.nn.functional.pad(small.images, [*padding[:4], 0, 0, *padding[4:]])
-    truth = StudyTruth(images, *(torch.nn.functional.pad(mask, padding) for mask in small[1:]))
+    target = StudyTarget(images, *(torch.nn.functional.pad(mask, padding) for mask in small[1:]))
     prediction = torch.nn.functional.pad(make_guess(small, k), padding)
     protocol = BraSynProtocol()
-    protocol.start(truth)
+    protocol.start(target)
     scores = protocol.score(k, prediction)
-    t, g, m = truth.images[:, k].double().numpy(), prediction.double().numpy(), truth.tumor.numpy()
+    t, g, m = target.images[:, k].double().numpy(), prediction.double().numpy(), target.tumor.numpy()
 
     def own(image: np.ndarray) -> np.ndarray:
         low, high = np.percentile(image, (0.5, 99.5))
@@ -333,10 +331,10 @@ def test_brasyn_is_the_literal_one_over_the_whole_volume(room: tuple[tuple[int, 
 
 
 def test_own_scaling_is_blind_to_intensity_and_the_reference_scaling_is_not() -> None:
-    truth = make_truth()
+    target = make_target()
     protocol = BraSynProtocol()
-    protocol.start(truth)
-    scores = protocol.score(1, truth.images[:, 1] / 2)
+    protocol.start(target)
+    scores = protocol.score(1, target.images[:, 1] / 2)
     assert float(scores["brasyn"]["healthy", "ssim"]) == pytest.approx(1, abs=1e-5)
     assert float(scores["brasyn_reference"]["tumor", "psnr"]) < 15
 
@@ -347,10 +345,10 @@ def all_conventions(weights: Path) -> list:
 
 
 def test_identical_images_have_the_best_scores(weights: Path) -> None:
-    truth, protocols = make_truth(), all_conventions(weights)
+    target, protocols = make_target(), all_conventions(weights)
     for protocol in protocols:
-        protocol.start(truth)
-    scores = volume_scores(protocols, 2, truth.images[:, 2], available=3)
+        protocol.start(target)
+    scores = volume_scores(protocols, 2, target.images[:, 2], available=3)
     best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0}
     assert len(scores) == 12 + 6 + 2 + 3
     for key, value in scores.items():
@@ -359,36 +357,36 @@ def test_identical_images_have_the_best_scores(weights: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0.1, -0.25])
 def test_constant_offset_has_a_known_psnr(offset: float) -> None:
-    truth = make_truth()
-    images = torch.where(truth.brain.unsqueeze(1), 0.3 + 0.4 * truth.images, 0.0)
+    target = make_target()
+    images = torch.where(target.brain.unsqueeze(1), 0.3 + 0.4 * target.images, 0.0)
     protocol = VolumeProtocol()
-    protocol.start(truth._replace(images=images))
-    prediction = torch.where(truth.brain, images[:, 0] + offset, 0.0)
+    protocol.start(target._replace(images=images))
+    prediction = torch.where(target.brain, images[:, 0] + offset, 0.0)
     scores = protocol.score(0, prediction)["volume"]
     for region in ("whole", "tumor"):
-        inside = truth.brain if region == "whole" else truth.tumor & truth.brain
-        outside = 0 if region == "whole" else int((truth.tumor & ~truth.brain).sum())
+        inside = target.brain if region == "whole" else target.tumor & target.brain
+        outside = 0 if region == "whole" else int((target.tumor & ~target.brain).sum())
         share = int(inside.sum()) / (int(inside.sum()) + outside)
         expected = -20 * math.log10(abs(offset)) - 10 * math.log10(share)
         assert float(scores[region, "psnr"]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_study_without_tumor_has_no_region_scores(weights: Path) -> None:
-    truth = make_truth()
-    truth = truth._replace(tumor=torch.zeros_like(truth.tumor))
+    target = make_target()
+    target = target._replace(tumor=torch.zeros_like(target.tumor))
     protocols = all_conventions(weights)
     for protocol in protocols:
-        protocol.start(truth)
-    scores = volume_scores(protocols, 0, make_guess(truth, 0), available=3)
+        protocol.start(target)
+    scores = volume_scores(protocols, 0, make_guess(target, 0), available=3)
     finite = {key for key, value in scores.items() if bool(value.isfinite())}
     assert {key[:2] for key in finite} == {("per_slice", "whole"), ("volume", "whole")}
     assert len(finite) == 4 + 3
 
 
 def test_convention_is_computed_in_its_scenarios_alone() -> None:
-    truth = make_truth()
+    target = make_target()
     protocols = [VolumeProtocol(), BraSynProtocol()]
     for protocol in protocols:
-        protocol.start(truth)
-    names = [{key[0] for key in volume_scores(protocols, 0, make_guess(truth, 0), available=n)} for n in (1, 2, 3)]
+        protocol.start(target)
+    names = [{key[0] for key in volume_scores(protocols, 0, make_guess(target, 0), available=n)} for n in (1, 2, 3)]
     assert names == [{"volume"}, {"volume"}, {"volume", "brasyn", "brasyn_reference"}]

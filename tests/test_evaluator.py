@@ -53,7 +53,7 @@ from scripts.evaluation.evaluator import (
     scenario_indices,
 )
 from scripts.evaluation.metrics import ScenarioScores, fill_background, mean_of_available, zero_filling
-from scripts.evaluation.protocols import BraSynProtocol, PerSliceProtocol, StudyTruth, VolumeProtocol, region_dice
+from scripts.evaluation.protocols import BraSynProtocol, PerSliceProtocol, StudyTarget, VolumeProtocol, region_dice
 from scripts.evaluation.scores import StudyScores
 from scripts.networks.sscf import SSCFNet, network_input, read_availability
 from scripts.networks.weights import save_weights
@@ -147,7 +147,12 @@ def evaluate(network: nn.Module, **changes: Any) -> tuple[SliceEvaluator, list[d
     scores = ScenarioScores(["a", "b"])
     key = {"key_psnr": MetricsLambda(lambda means: means["psnr"], scores)}
     evaluator = SliceEvaluator(
-        "cpu", loader, network, key_val_metric=key, additional_metrics={"scores": scores}, **changes
+        network,
+        device="cpu",
+        val_data_loader=loader,
+        key_val_metric=key,
+        additional_metrics={"scores": scores},
+        **changes,
     )
     outputs: list[dict[str, torch.Tensor]] = []
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.append(e.state.output))
@@ -285,7 +290,7 @@ def test_rows_are_the_scores_of_the_network_and_the_reference_methods_on_one_bac
     pred, target, label = outputs[0]["pred"].permute(3, 0, 1, 2), slices["target"], slices["label"]
     available = torch.tensor([[True, False, False, True]]).expand(len(target), -1)
     protocol = PerSliceProtocol()
-    protocol.start(StudyTruth((target + 1) / 2, (target > -1).any(1), label[:, 0] > 0))
+    protocol.start(StudyTarget((target + 1) / 2, (target > -1).any(1), label[:, 0] > 0))
     predictions = {
         "network": pred[:, :4],
         "mean_of_available": ((target[:, 0] + target[:, 3]) / 2).unsqueeze(1).expand_as(target),

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_erosion
+from studies import fill_with
 from torch import nn
 
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS
 from scripts.inference.preprocessing import inference_transforms
-from scripts.inference.synthesize import synthesize_study
 
 AXES = [
     "".join(names[axis][sign] for axis, sign in zip(order, signs, strict=True))
@@ -138,9 +138,7 @@ def test_identity_lands_voxel_on_voxel(tmp_path: Path, number: int) -> None:
     *case, scenario = CASES[number]
     keys = [key for key, given in zip(CONTRAST_KEYS, scenario, strict=True) if given]
     paths = write_case(tmp_path, tuple(case), keys)
-    written = synthesize_study(
-        **paths, output_dir=tmp_path / "out", preprocessing=PREPROCESSING, network=CopyNet(), device="cpu"
-    )
+    written = fill_with(CopyNet(), paths, tmp_path / "out", preprocessing=PREPROCESSING)
     assert set(written) == {*CONTRAST_KEYS, "seg"} - set(keys)
 
     first = nib.load(paths[keys[0]])

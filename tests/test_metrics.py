@@ -55,7 +55,7 @@ def make_batch(number: int, seed: int = 0, scenario: int | None = None) -> dict[
     return {
         "pred": torch.cat([(target + 0.4 * uniform(number, 4, *SIZE) - 0.2), uniform(number, 3, *SIZE) ** 3], dim=1),
         "target": target,
-        "truth": target + (target > 0.8) * 0.6,  # what is clipped in the target
+        "unclipped": target + (target > 0.8) * 0.6,  # what is clipped in the target
         "label": label.to(torch.uint8),
         "available": torch.tensor(SCENARIOS, dtype=torch.bool)[chosen] & has_contrast,
         "has_contrast": has_contrast,
@@ -68,7 +68,7 @@ def make_batch(number: int, seed: int = 0, scenario: int | None = None) -> dict[
 def complete_batch(number: int, scenario: int = T1CE_T2) -> dict[str, torch.Tensor]:
     """Slices of complete studies with a mask, one study each, under one scenario."""
     batch = make_batch(number, scenario=scenario)
-    batch["target"] = batch["truth"] = torch.rand((number, 4, *SIZE), generator=generator(9)) * 1.9 - 0.95
+    batch["target"] = batch["unclipped"] = torch.rand((number, 4, *SIZE), generator=generator(9)) * 1.9 - 0.95
     batch["pred"][:, :4] = batch["target"]
     batch["has_contrast"] = torch.ones(number, 4, dtype=torch.bool)
     batch["available"] = torch.tensor(SCENARIOS, dtype=torch.bool)[batch["scenario"]]
@@ -100,7 +100,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     tables = score(batch).tables()
     for i in range(3):
         for k in range(2):
-            psnr, ssim = literal_pair(batch["pred"][i, k].numpy(), batch["truth"][i, k].numpy())
+            psnr, ssim = literal_pair(batch["pred"][i, k].numpy(), batch["unclipped"][i, k].numpy())
             assert float(tables["psnr"][i, T1CE_T2, k]) == pytest.approx(psnr, abs=1e-4)
             assert float(tables["ssim"][i, T1CE_T2, k]) == pytest.approx(ssim, abs=2e-5)
     assert tables["psnr"][:, T1CE_T2, 2:].isnan().all() and tables["ssim"][:, T1CE_T2, 2:].isnan().all()
@@ -118,7 +118,7 @@ def test_constant_offset_has_the_scores_of_the_closed_form(offset: float) -> Non
     batch = complete_batch(3)
     batch["target"] = torch.full_like(batch["target"], -0.6)  # 0.2 in [0, 1]
     batch["target"][..., 0, :2] = torch.tensor([-1.0, 1.0])  # the range of the slice
-    batch["truth"] = batch["target"]
+    batch["unclipped"] = batch["target"]
     batch["pred"][:, :4] = batch["target"]
     batch["pred"][:, :4, 1:] += 2 * offset
     means = score(batch).compute()
@@ -127,7 +127,7 @@ def test_constant_offset_has_the_scores_of_the_closed_form(offset: float) -> Non
 
 def test_predictions_out_of_the_range_of_the_true_slice_count_as_the_nearest_value_in_it() -> None:
     batch = complete_batch(3)
-    batch["truth"] = batch["target"] = torch.full_like(batch["target"], 0.0)
+    batch["unclipped"] = batch["target"] = torch.full_like(batch["target"], 0.0)
     batch["target"][..., 0, :2] = torch.tensor([-0.5, 0.5])
     batch["pred"][:, :4] = torch.where(batch["target"] == 0, 7.0, batch["target"])
     share = 1 - 2 / (SIZE[0] * SIZE[1])
@@ -136,8 +136,8 @@ def test_predictions_out_of_the_range_of_the_true_slice_count_as_the_nearest_val
 
 def test_slice_of_one_value_is_not_scored() -> None:
     batch = complete_batch(3)
-    batch["truth"] = batch["target"].clone()
-    batch["truth"][1, 0] = 0.3
+    batch["unclipped"] = batch["target"].clone()
+    batch["unclipped"][1, 0] = 0.3
     assert score(batch).tables()["psnr"][:, T1CE_T2, 0].isnan().tolist() == [False, True, False]
 
 
@@ -211,7 +211,7 @@ def literal_scores(batch: dict[str, torch.Tensor]) -> dict[str, float]:
         for k in range(4):
             if k not in given and bool(batch["has_contrast"][i, k]):
                 prediction = np.where(brain, batch["pred"][i, k].numpy(), -1.0)
-                images[scenario, k, study].append(literal_pair(prediction, batch["truth"][i, k].numpy()))
+                images[scenario, k, study].append(literal_pair(prediction, batch["unclipped"][i, k].numpy()))
         if bool(batch["has_mask"][i]):
             classes = batch["pred"][i, 4:].numpy()
             ours = np.where(classes.max(axis=0) < 0.5, 0, classes.argmax(axis=0) + 1)
@@ -272,7 +272,7 @@ def test_contrast_that_a_study_lacks_is_neither_scored_nor_taken_for_given() -> 
     batch["pred"][:, :4] += 0.1
     for missing in (0, 2):  # of study 1 a target of the scenario is missing, of study 2 one of its given contrasts
         batch["has_contrast"][1 + missing // 2, missing] = False
-        batch["target"][1 + missing // 2, missing] = batch["truth"][1 + missing // 2, missing] = float("nan")
+        batch["target"][1 + missing // 2, missing] = batch["unclipped"][1 + missing // 2, missing] = float("nan")
     batch["available"] &= batch["has_contrast"]
     metric = score(batch)
     scored = ~metric.tables()["psnr"][:, T1CE_T2].isnan()

@@ -96,7 +96,9 @@ def test_resampled_study_goes_back_smoothly_and_stays_in_the_brain(tmp_path, spa
     smooth = np.where(x**2 + y**2 < 0.6, 1000 + 400 * x + 300 * np.sin(2 * y), 0).astype(np.float32)
     path = tmp_path / "X_t1.nii.gz"
     nib.save(nib.Nifti1Image(smooth, np.diag([-spacing, -spacing, 2, 1])), path)
-    written = fill_with(CopyNet(source=1), {"t1": path}, tmp_path / "out", preprocessing=inference_transforms(64))
+    written = fill_with(
+        CopyNet(source=1), {"t1": path}, tmp_path / "out", preprocessing=inference_transforms(image_size=64)
+    )
     result, expected = load(written["t2"]), np.clip(smooth / np.percentile(smooth[smooth > 0], 99.5), 0, 1)
     assert result.shape == shape and (result[smooth == 0] == 0).all()
     inside = x**2 + y**2 < 0.4
@@ -151,8 +153,8 @@ def test_record(tmp_path):
     network = SSCFNet(**TINY)
     network.bank_present[0] = True
     network.bank_patient[0] = stable_hash("P1")
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    fill_with(None, paths, tmp_path / "out", ckpt_path=tmp_path / "model.pt")
+    save_weights(tmp_path / "model.pt", network, {"preprocessing": PREPROCESSING})
+    synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
     record = json.loads((tmp_path / "out/P1/P1_synthesis.json").read_text())
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
@@ -175,7 +177,7 @@ def test_mask_labels(tmp_path):
 
 def test_one_volume_for_platforms(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"])
-    preprocessing = inference_transforms(48)
+    preprocessing = inference_transforms(image_size=48)
     item = preprocessing({"image": paths["t2"], "image_path": paths["t2"], "target": "t1ce"})
     assert item["has_contrast"].tolist() == [False, True, False, True] and item["study"] == "S1"
     item["pred"] = BrainSliceInferer()(item["image"][None], CopyNet(1))[0]
@@ -302,9 +304,20 @@ def test_inputs_are_never_overwritten(tmp_path):
         fill_with(CopyNet(), paths, tmp_path / "out", study="../elsewhere")
 
 
-def test_study_is_synthesized_with_the_settings_in_the_weights(tmp_path):
+def test_study_from_python_gets_what_the_run_gives(tmp_path):
     paths = write_study(tmp_path / "in", ["t1", "t2"], "GOOD")
     torch.manual_seed(0)
     save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
-    written = synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    options = {"output_dir": tmp_path / "out", "ckpt_path": tmp_path / "model.pt", "device": "cpu", "amp": False}
+    written = synthesize_study(**paths, **options)
     assert sorted(written) == ["flair", "seg", "t1ce"]
+    record = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
+    assert record["verdict"] in ("review", "not calibrated") and record["warnings"] and record["settings"]["trust"]
+    assert {"checks", "scores", "reasons"} <= set(record)
+    with pytest.raises(StudyError, match="no setting thrust"):
+        synthesize_study(**paths, **options, thrust=False)
+    with pytest.raises(StudyError, match="There is no check skull"):
+        synthesize_study(**paths, **options, rejecting_checks=["skull"])
+    code = record["checks"][0]["code"]  # random values are no brain
+    with pytest.raises(StudyError, match="Study GOOD: "):
+        synthesize_study(**paths, **options, rejecting_checks=[code])

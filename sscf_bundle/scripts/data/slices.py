@@ -211,7 +211,7 @@ class SliceDataset(Dataset):
         count: see ``select_slices``.
         min_brain: see ``select_slices``.
         tumor_weight: weight of a slice with tumor under the choice ``"brain"``, where others have 1.
-        truth: items also have ``truth``, the contrasts as they were cached.
+        unclipped: items also have ``unclipped``, the contrasts as they were cached.
 
     Raises:
         ValueError: when ``choice`` is unknown.
@@ -225,9 +225,9 @@ class SliceDataset(Dataset):
         count: int = 20,
         min_brain: float = 0.02,
         tumor_weight: float = 3.0,
-        truth: bool = False,
+        unclipped: bool = False,
     ) -> None:
-        self.truth = truth
+        self.unclipped = unclipped
         self.failures = list(prepared.failures)
         sizes = Counter(tuple(study.info["size"]) for study in prepared.studies)
         common = max(sizes, key=lambda size: sizes[size], default=(0, 0))
@@ -277,7 +277,7 @@ class SliceDataset(Dataset):
         cached = torch.from_numpy(np.array(image)).float()  # six times as fast as numpy's conversion
         return {
             "target": cached.clamp(max=1),
-            **({"truth": cached} if self.truth else {}),
+            **({"unclipped": cached} if self.unclipped else {}),
             "label": torch.from_numpy(np.array(label)[None]),
             "has_contrast": torch.tensor(study.info["has_contrast"]),
             "has_mask": torch.tensor(study.info["has_mask"]),

@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import platform
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,4 @@ def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for counter in counters:
-        total = {name: total.get(name, 0) + counter.get(name, 0) for name in {**total, **counter}}
-    return total
+    return dict(sum(map(Counter, counters), Counter()))

@@ -48,15 +48,15 @@ class ScenarioSlices(Dataset):
         return len(self.data) * len(self.scenarios)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K), ``scenario``, and ``truth``.
+        """The slice's item with ``image`` (8 x H x W, network input), ``available`` (K) and ``scenario``.
 
-        The latter is that of ``SliceDataset`` or, where it gives none, ``target``.
+        ``unclipped`` is that of ``SliceDataset`` or, where it gives none, ``target``.
         """
         item = dict(self.data[index // len(self.scenarios)])
         scenario = self.scenarios[index % len(self.scenarios)]
         available = torch.tensor(SCENARIOS[scenario], dtype=torch.bool) & item["has_contrast"]
         image = network_input(item["target"].unsqueeze(0), available.unsqueeze(0)).squeeze(0)
-        item.setdefault("truth", item["target"])
+        item.setdefault("unclipped", item["target"])
         return {**item, "image": image, "available": available, "scenario": torch.tensor(scenario)}
 
 
@@ -92,45 +92,19 @@ class SliceEvaluator(Evaluator):
     """Runs a network over ``ScenarioSlices``; ``state.output`` is the batch with ``pred`` (B x 7 x H x W) added.
 
     Args:
-        device: of the network and the batches.
-        val_data_loader: batches of ``ScenarioSlices``.
         network: one tensor to one tensor, as ``SSCFNet``.
         inferer: how the network is called.
-        key_val_metric: Ignite metric that decides what is best.
-        additional_metrics: further Ignite metrics.
-        val_handlers: Ignite handlers.
-        amp: run with autocast.
-        amp_dtype: dtype of autocast.
+        options: of ``monai.engines.Evaluator``, such as ``device``, ``val_data_loader`` and ``key_val_metric``.
     """
 
-    def __init__(
-        self,
-        device: torch.device | str,
-        val_data_loader: Any,
-        network: nn.Module,
-        inferer: Inferer | None = None,
-        key_val_metric: dict | None = None,
-        additional_metrics: dict | None = None,
-        val_handlers: Sequence | None = None,
-        amp: bool = False,
-        amp_dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        super().__init__(
-            device=device,
-            val_data_loader=val_data_loader,
-            non_blocking=True,
-            key_val_metric=key_val_metric,
-            additional_metrics=additional_metrics,
-            val_handlers=val_handlers,
-            amp=amp,
-            decollate=False,
-        )
-        self.network, self.inferer, self.amp_dtype = network, inferer or SimpleInferer(), amp_dtype
+    def __init__(self, network: nn.Module, inferer: Inferer | None = None, **options: Any) -> None:
+        super().__init__(**options, non_blocking=True, decollate=False)
+        self.network, self.inferer = network, inferer or SimpleInferer()
 
     def _iteration(self, engine: SliceEvaluator, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = engine.state.device
         batch = {k: v.to(device, non_blocking=True) for k, v in batchdata.items()}
-        with self.mode(self.network), torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+        with self.mode(self.network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
             batch["pred"] = self.inferer(batch["image"], self.network).float()
         engine.state.output = batch
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -182,7 +156,7 @@ def list_scenarios(
 class StudySlices(Dataset):
     """Studies of a dataset of slices, each as one stack of its slices in z order.
 
-    An item has ``target`` (Z x K x H x W in [-1, 1]), ``truth`` where the slices do, ``label`` (Z x 1 x H x W),
+    An item has ``target`` (Z x K x H x W in [-1, 1]), ``unclipped`` where the slices do, ``label`` (Z x 1 x H x W),
     ``has_contrast`` (K) and ``has_mask``.
 
     Args:
@@ -199,7 +173,7 @@ class StudySlices(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = [self.slices[position] for position in self.positions[index]]
-        keys = [key for key in ("target", "truth", "label") if key in items[0]]
+        keys = [key for key in ("target", "unclipped", "label") if key in items[0]]
         stacks: dict[str, torch.Tensor] = {key: torch.stack([item[key] for item in items]) for key in keys}
         return stacks | {key: items[0][key] for key in ("has_contrast", "has_mask")}
 

@@ -61,7 +61,7 @@ def window_mean(images: torch.Tensor, spatial_dims: int, window: Sequence[float]
 
 def ssim_map(
     prediction: torch.Tensor,
-    truth: torch.Tensor,
+    target: torch.Tensor,
     spatial_dims: int,
     margin: int | Sequence[int] = 0,
     data_range: torch.Tensor | float = 1.0,
@@ -72,7 +72,7 @@ def ssim_map(
 
     Args:
         prediction: any leading dimensions, then the spatial ones.
-        truth: the same shape.
+        target: the same shape.
         spatial_dims: 2 or 3.
         margin: background (0) added on every side; half a window gives a value for every pixel, 0 one for each window
             in the image. A sequence is for each side, in the order of ``torch.nn.functional.pad``.
@@ -84,11 +84,11 @@ def ssim_map(
         The map, every spatial side longer by what was added less what the window reaches.
     """
     padding = [margin] * (2 * spatial_dims) if isinstance(margin, int) else list(margin)
-    prediction, truth = (F.pad(image, padding) for image in (prediction, truth))
+    prediction, target = (F.pad(image, padding) for image in (prediction, target))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_g, mean_t, squares, product = (
         window_mean(image, spatial_dims, window)
-        for image in (prediction, truth, prediction**2 + truth**2, prediction * truth)
+        for image in (prediction, target, prediction**2 + target**2, prediction * target)
     )
     count = len(window) ** spatial_dims
     factor = count / (count - 1) if unbiased else 1.0
@@ -97,38 +97,38 @@ def ssim_map(
     return luminance * (2 * factor * (product - means_product) + c2) / (factor * (squares - means_squares) + c2)
 
 
-def slice_ssim_map(prediction: torch.Tensor, truth: torch.Tensor, margin: int = 0) -> torch.Tensor:
+def slice_ssim_map(prediction: torch.Tensor, target: torch.Tensor, margin: int = 0) -> torch.Tensor:
     """``ssim_map`` of ... x H x W slices with the defaults of scikit-image's ``structural_similarity``."""
-    return ssim_map(prediction, truth, 2, margin, window=UNIFORM, unbiased=True)
+    return ssim_map(prediction, target, 2, margin, window=UNIFORM, unbiased=True)
 
 
-def scale_by_slice(images: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images scaled so that each slice of the truth is from 0 to 1.
+def scale_by_slice(images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images scaled so that each slice of the target is from 0 to 1.
 
     Args:
         images: ... x H x W.
-        truth: ... x H x W.
+        target: ... x H x W.
 
     Returns:
-        The scaled images; and, of shape ``...``, where the truth is not constant.
+        The scaled images; and, of shape ``...``, where the target is not constant.
     """
-    low = truth.amin(dim=(-2, -1), keepdim=True)
-    span = truth.amax(dim=(-2, -1), keepdim=True) - low
+    low = target.amin(dim=(-2, -1), keepdim=True)
+    span = target.amax(dim=(-2, -1), keepdim=True) - low
     return (images - low) / torch.where(span > 0, span, 1.0), (span > 0)[..., 0, 0]
 
 
-def slice_scores(prediction: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def slice_scores(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """PSNR and SSIM of the protocol ``per_slice`` over whole slices.
 
     Args:
         prediction: ... x H x W in [0, 1].
-        truth: ... x H x W in the same scaling, from 0, not clipped.
+        target: ... x H x W in the same scaling, from 0, not clipped.
 
     Returns:
-        PSNR and SSIM, each of shape ``...``; NaN where the truth is constant.
+        PSNR and SSIM, each of shape ``...``; NaN where the target is constant.
     """
-    ours, valid = scale_by_slice(prediction, truth)
-    ours, theirs = ours.clamp(0, 1), scale_by_slice(truth, truth)[0]
+    ours, valid = scale_by_slice(prediction, target)
+    ours, theirs = ours.clamp(0, 1), scale_by_slice(target, target)[0]
     values = psnr(((ours - theirs) ** 2).mean(dim=(-2, -1))), slice_ssim_map(ours, theirs).mean(dim=(-2, -1))
     return torch.where(valid, values[0], float("nan")), torch.where(valid, values[1], float("nan"))
 
@@ -181,16 +181,8 @@ class ScenarioScores(Metric):
         device: where the sums live.
     """
 
-    required_output_keys = (
-        "pred",
-        "target",
-        "truth",
-        "label",
-        "available",
-        "has_contrast",
-        "has_mask",
-        "study_index",
-        "scenario",
+    required_output_keys = tuple(
+        ["pred", "target", "unclipped", "label", "available", "has_contrast", "has_mask", "study_index", "scenario"]
     )
 
     def __init__(
@@ -216,13 +208,13 @@ class ScenarioScores(Metric):
 
         Args:
             output: in the order of ``required_output_keys``: ``pred`` B x 7 x H x W, ``target`` B x K x H x W in
-                [-1, 1], ``truth`` the same without clipping, ``label`` B x 1 x H x W classes, ``available``,
+                [-1, 1], ``unclipped`` the same without clipping, ``label`` B x 1 x H x W classes, ``available``,
                 ``has_contrast`` B x K, ``has_mask``, ``study_index`` and ``scenario`` B.
         """
-        pred, target, truth, label, available, has_contrast, has_mask, study_index, scenario = output
+        pred, target, unclipped, label, available, has_contrast, has_mask, study_index, scenario = output
         target = target.float()
         images = fill_background(pred[:, :NUM_CONTRASTS].float(), target, available)
-        psnr, ssim = slice_scores(((images + 1) / 2).clamp(0, 1), (truth.float() + 1) / 2)
+        psnr, ssim = slice_scores(((images + 1) / 2).clamp(0, 1), (unclipped.float() + 1) / 2)
         # a study that lacks a contrast of the scenario was given less than the scenario says
         complete = (available == scenario_table(available.device)[scenario]).all(dim=1)
         evaluated = ~available & has_contrast & complete.unsqueeze(1) & psnr.isfinite()

@@ -10,7 +10,7 @@
 
 """What a score means: the protocols under which a synthesized contrast is compared with the true one.
 
-Every protocol takes predictions in [0, 1] and truth in the same scaling, and gives one value for each study, contrast,
+Every protocol takes predictions in [0, 1] and target in the same scaling, and gives one value for each study, contrast,
 region and score. ``docs/evaluation.md`` has the definitions in words.
 """
 
@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import lpips
 import torch
+from monai.transforms import generate_spatial_bounding_box
 from torch import nn
 
-from ..contrasts import NUM_TUMOR_CLASSES, StudyError, region_masks
+from ..contrasts import StudyError, class_masks, region_masks
 from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ssim_map
 
 #: What the windows of SSIM reach beyond their centers: that of volumes, and that of slices.
@@ -38,7 +39,7 @@ REACH, SLICE_REACH = len(GAUSSIAN) // 2, len(UNIFORM) // 2
 Scores = dict[tuple[str, str], torch.Tensor]
 
 
-class StudyTruth(NamedTuple):
+class StudyTarget(NamedTuple):
     """What a prediction for one study is compared with.
 
     Args:
@@ -53,7 +54,6 @@ class StudyTruth(NamedTuple):
     tumor: torch.Tensor
 
 
-# -------------------------------------------------------------------------------------------------- building blocks
 def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
 
@@ -73,13 +73,8 @@ def bounding_box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, ...]:
         mask: boolean, any number of dimensions, not empty.
         margin: pixels added on every side where the mask's array has them.
     """
-    box = []
-    for axis in range(mask.dim()):
-        others = [d for d in range(mask.dim()) if d != axis]
-        hit = mask.any(dim=others) if others else mask
-        inside = hit.nonzero().flatten()
-        box.append(slice(max(0, int(inside[0]) - margin), min(mask.shape[axis], int(inside[-1]) + 1 + margin)))
-    return tuple(box)
+    first, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
+    return tuple(map(slice, first, stop))
 
 
 def quantile_with_background(values: torch.Tensor, fraction: float, total: int) -> torch.Tensor:
@@ -115,10 +110,7 @@ def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     Returns:
         3 values, in the order of ``REGIONS``.
     """
-    ours, theirs = (
-        region_masks(torch.cat([c == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)).transpose(0, 1).flatten(1)
-        for c in (prediction, label)
-    )
+    ours, theirs = (region_masks(class_masks(c)).transpose(0, 1).flatten(1) for c in (prediction, label))
     both = ours.sum(1) + theirs.sum(1)
     return torch.where(both > 0, 2 * (ours & theirs).sum(1) / both, 1.0)
 
@@ -134,8 +126,7 @@ def slice_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         3 values, in the order of ``REGIONS``; NaN without a slice that has the region.
     """
     each = torch.stack([region_dice(ours[None], theirs[None]) for ours, theirs in zip(prediction, label, strict=True)])
-    classes = torch.cat([label == k + 1 for k in range(NUM_TUMOR_CLASSES)], dim=1)
-    return masked_average(each, region_masks(classes).flatten(2).any(dim=2), 0)
+    return masked_average(each, region_masks(class_masks(label)).flatten(2).any(dim=2), 0)
 
 
 class PerceptualDistance(nn.Module):
@@ -146,12 +137,13 @@ class PerceptualDistance(nn.Module):
     Args:
         weights: file with the AlexNet of torchvision, a whole checkpoint or its ``features.N.weight`` and ``.bias``
             alone; None lets ``lpips`` download it.
+        device: where it computes.
 
     Raises:
         StudyError: if the weights cannot be had, or do not fit.
     """
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         try:
             with warnings.catch_warnings():
@@ -164,7 +156,7 @@ class PerceptualDistance(nn.Module):
             ) from error
         if weights is not None:
             self._load(Path(weights).expanduser())
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False).eval().to(device)
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
@@ -199,29 +191,10 @@ class PerceptualDistance(nn.Module):
         return torch.stack(parts).sum(dim=0)
 
 
-def perceptual_distance(
-    enabled: bool = True, weights: str | Path | None = None, device: torch.device | str = "cpu"
-) -> PerceptualDistance | None:
-    """``PerceptualDistance`` on a device, or None, for configs.
-
-    Args:
-        enabled: False gives None.
-        weights: see ``PerceptualDistance``.
-        device: where it computes.
-
-    Raises:
-        StudyError: where ``PerceptualDistance`` refuses.
-    """
-    if not enabled:
-        return None
-    return PerceptualDistance(weights).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------ protocols
 class Protocol(ABC):
     """A way to compare a synthesized contrast with the true one.
 
-    ``start`` takes the truth of a study, once; ``score`` then compares any number of predictions with it.
+    ``start`` takes the target of a study, once; ``score`` then compares any number of predictions with it.
 
     Args:
         available: numbers of available contrasts of the scenarios in which the protocol is defined.
@@ -238,15 +211,15 @@ class Protocol(ABC):
         self.available = tuple(available)
 
     @abstractmethod
-    def start(self, truth: StudyTruth) -> None:
-        """Prepares what depends on the truth alone."""
+    def start(self, target: StudyTarget) -> None:
+        """Prepares what depends on the target alone."""
 
     @abstractmethod
-    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """Scores of one prediction.
 
         Args:
-            target: index of the contrast.
+            contrast: index of the contrast.
             prediction: Z x H x W in [0, 1], background filled.
 
         Returns:
@@ -261,13 +234,13 @@ class Protocol(ABC):
 class PerSliceProtocol(Protocol):
     """What the published code computes: 2-D slices, each scaled by its own range, the defaults of scikit-image.
 
-    Truth (not clipped) and prediction are both scaled by the minimum and maximum of the true slice in the evaluated
+    Target (not clipped) and prediction are both scaled by the minimum and maximum of the true slice in the evaluated
     frame, the prediction is clipped to [0, 1], and the data range is 1. PSNR, SSIM (``slice_ssim_map``, windows inside
-    the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the scaled truth) are of slices, then averaged
-    over slices; a slice where the truth is constant is left out. Regions, over the slices with tumor: ``tumor_box`` is
-    the crop to the bounding box of the whole tumor, each side rounded up to a multiple of ``box_step``, at least
-    ``min_box``, moved into the frame; ``tumor`` is inside the mask (PSNR and NMSE from the errors inside, the SSIM map
-    averaged inside, LPIPS of the box with everything outside the mask 0).
+    the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the scaled target) are means over slices; a
+    slice where the target is constant is left out. Regions, over the slices with tumor: ``tumor_box`` is the crop to
+    the bounding box of the whole tumor, each side rounded up to a multiple of ``box_step``, at least ``min_box``, moved
+    into the frame; ``tumor`` is inside the mask (PSNR and NMSE from the errors inside, the SSIM map averaged inside,
+    LPIPS of the box with everything outside the mask 0).
 
     Args:
         lpips: the perceptual distance; None leaves it out.
@@ -278,9 +251,9 @@ class PerSliceProtocol(Protocol):
 
     name = "per_slice"
     definition = (
-        "2-D slices, unclipped truth and prediction scaled by the true slice's minimum and maximum, prediction clipped "
-        "to that range, data range 1, SSIM with the uniform window of 7 of scikit-image, mean over slices, as the "
-        "published code"
+        "2-D slices, unclipped target and prediction scaled by the true slice's minimum and maximum, prediction "
+        "clipped to that range, data range 1, SSIM with the uniform window of 7 of scikit-image, mean over slices, "
+        "as the published code"
     )
 
     def __init__(
@@ -293,9 +266,9 @@ class PerSliceProtocol(Protocol):
         super().__init__(available)
         self.lpips, self.min_box, self.box_step = lpips, min_box, box_step
 
-    def start(self, truth: StudyTruth) -> None:
+    def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
-        images, self.tumor = truth.images.transpose(0, 1), truth.tumor  # K x R x H x W, R x H x W
+        images, self.tumor = target.images.transpose(0, 1), target.tumor  # K x R x H x W, R x H x W
         self.raw = images
         self.images, self.valid = scale_by_slice(images, images)
         self.has_tumor = self.tumor.any(dim=(1, 2))
@@ -312,12 +285,12 @@ class PerSliceProtocol(Protocol):
             self.crops.append((members, rows.view(-1, 1, 1) + y.view(1, -1, 1), columns.view(-1, 1, 1) + x))
         self._features: dict[int, list[list[torch.Tensor]]] = {}
 
-    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
-        truth, valid = self.images[target], self.valid[target]
-        prediction = scale_by_slice(prediction, self.raw[target])[0].clamp(0, 1)
-        error, power = (prediction - truth) ** 2, truth**2
-        similarity = slice_ssim_map(prediction, truth, margin=SLICE_REACH)
+        target, valid = self.images[contrast], self.valid[contrast]
+        prediction = scale_by_slice(prediction, self.raw[contrast])[0].clamp(0, 1)
+        error, power = (prediction - target) ** 2, target**2
+        similarity = slice_ssim_map(prediction, target, margin=SLICE_REACH)
         everywhere = torch.ones_like(self.box)
         # values of slices, and of which slices
         per_slice: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -334,11 +307,11 @@ class PerSliceProtocol(Protocol):
         for region, mask in (("whole", inner), ("tumor_box", self.inner_box), ("tumor", self.tumor)):
             per_slice[region, "ssim"] = masked_average(similarity, mask, (1, 2)), per_slice[region, "psnr"][1]
         if self.lpips is not None:
-            if target not in self._features:
-                self._features[target] = self._perceive(truth)
+            if contrast not in self._features:
+                self._features[contrast] = self._perceive(target)
             distances = [
                 self.lpips(ours, theirs)
-                for ours, theirs in zip(self._perceive(prediction), self._features[target], strict=True)
+                for ours, theirs in zip(self._perceive(prediction), self._features[contrast], strict=True)
             ]
             per_slice["whole", "lpips"] = distances[0], valid
             for region, parts in (("tumor_box", distances[1::2]), ("tumor", distances[2::2])):
@@ -398,7 +371,7 @@ class VolumeProtocol(Protocol):
 
     1 is the 99.5th percentile of the true volume's brain, the data range is 1. PSNR is of the squared error pooled over
     the brain (union of the true contrasts above background), NMSE the sum of squared errors / the sum of squares of
-    the truth in it, SSIM the 3-D map (outside the volume is background) averaged over it. Region ``tumor``: the same
+    the target in it, SSIM the 3-D map (outside the volume is background) averaged over it. Region ``tumor``: the same
     inside the whole tumor.
     """
 
@@ -409,17 +382,17 @@ class VolumeProtocol(Protocol):
         "the brain mask (union of the true contrasts) or the tumor mask"
     )
 
-    def start(self, truth: StudyTruth) -> None:
+    def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
-        self.crop = bounding_box(truth.brain | truth.tumor)
-        self.images = truth.images.transpose(0, 1)[(slice(None), *self.crop)]
-        self.masks = {"whole": truth.brain[self.crop], "tumor": truth.tumor[self.crop]}
+        self.crop = bounding_box(target.brain | target.tumor)
+        self.images = target.images.transpose(0, 1)[(slice(None), *self.crop)]
+        self.masks = {"whole": target.brain[self.crop], "tumor": target.tumor[self.crop]}
 
-    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
-        truth, prediction = self.images[target], prediction[self.crop]
-        error, power = (prediction - truth) ** 2, truth**2
-        similarity = ssim_map(prediction, truth, 3, margin=REACH)
+        target, prediction = self.images[contrast], prediction[self.crop]
+        error, power = (prediction - target) ** 2, target**2
+        similarity = ssim_map(prediction, target, 3, margin=REACH)
         scores: Scores = {}
         for region, mask in self.masks.items():
             mean_error = masked_average(error, mask, (0, 1, 2))
@@ -432,7 +405,7 @@ class VolumeProtocol(Protocol):
 class BraSynProtocol(Protocol):
     """The metrics of the BraSyn challenge, which has one contrast missing; studies with tumor only.
 
-    ``brasyn``: truth and prediction are each clipped to their own 0.5th and 99.5th percentile of the volume on file and
+    ``brasyn``: target and prediction are clipped to their own 0.5th and 99.5th percentile of the volume on file and
     scaled to [0, 1]; regions ``tumor`` and ``healthy`` are the mean 3-D SSIM over the volume of both images multiplied
     by the tumor mask or by its complement, with the larger intensity range of the two products as data range. The
     zeros dominate both: a prediction without any tumor has a ``tumor`` SSIM near 1.
@@ -464,17 +437,17 @@ class BraSynProtocol(Protocol):
         """See ``Protocol``."""
         return {**super().definitions(), self.reference_name: self.reference_definition}
 
-    def start(self, truth: StudyTruth) -> None:
+    def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
-        self.has_tumor = bool(truth.tumor.any())
+        self.has_tumor = bool(target.tumor.any())
         if not self.has_tumor:
             return
-        shape = tuple(truth.tumor.shape)
+        shape = tuple(target.tumor.shape)
         self.voxels = math.prod(shape)
         self.windows = math.prod(n - 2 * REACH for n in shape)
-        self.crop = bounding_box(truth.brain | truth.tumor)
-        self.images = truth.images.transpose(0, 1)[(slice(None), *self.crop)]
-        self.tumor = truth.tumor[self.crop]
+        self.crop = bounding_box(target.brain | target.tumor)
+        self.images = target.images.transpose(0, 1)[(slice(None), *self.crop)]
+        self.tumor = target.tumor[self.crop]
         self.inner = bounding_box(self.tumor)
         # background between these boxes and the border of the volume, as far as a window that sees the box reaches
         self.room: list[int] = []
@@ -489,22 +462,22 @@ class BraSynProtocol(Protocol):
         # what the windows of tumor voxels reach
         self.around = bounding_box(self.tumor, REACH)
 
-    def score(self, target: int, prediction: torch.Tensor) -> dict[str, Scores]:
+    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
         if not self.has_tumor:
             return {}
-        truth, prediction = self.images[target], prediction[self.crop]
-        ours, theirs = (self._own_scale(image) for image in (prediction, truth))
+        target, prediction = self.images[contrast], prediction[self.crop]
+        ours, theirs = (self._own_scale(image) for image in (prediction, target))
         scores: Scores = {("healthy", "ssim"): self._cuboid_ssim(ours, theirs, ~self.tumor, self.room)}
         scores["tumor", "ssim"] = self._cuboid_ssim(
             ours[self.inner], theirs[self.inner], self.tumor[self.inner], self.inner_room
         )
 
-        tissue = truth[(truth > 0) & ~self.tumor]
+        tissue = target[(target > 0) & ~self.tumor]
         if not tissue.numel():
             return {self.name: scores}
         low, high = (quantile_with_background(tissue, fraction, tissue.numel()) for fraction in self.fractions)
-        ours, theirs = (((image[self.around] - low) / (high - low)).clamp(0, 1) for image in (prediction, truth))
+        ours, theirs = (((image[self.around] - low) / (high - low)).clamp(0, 1) for image in (prediction, target))
         mask = self.tumor[self.around]
         # what is put around the box is seen only where the brain ends there, and then it is background
         similarity = ssim_map(ours, theirs, 3, margin=REACH)
@@ -531,13 +504,13 @@ class BraSynProtocol(Protocol):
 
 
 def volume_scores(
-    protocols: Sequence[Protocol], target: int, prediction: torch.Tensor, available: int
+    protocols: Sequence[Protocol], contrast: int, prediction: torch.Tensor, available: int
 ) -> dict[tuple[str, str, str], torch.Tensor]:
     """Scores of one prediction under all protocols that are defined for its scenario.
 
     Args:
-        protocols: started with the truth of the study.
-        target: index of the contrast.
+        protocols: started with the target of the study.
+        contrast: index of the contrast.
         prediction: Z x H x W in [0, 1], background filled.
         available: number of available contrasts.
 
@@ -548,6 +521,6 @@ def volume_scores(
         (name, *key): value
         for protocol in protocols
         if available in protocol.available
-        for name, scores in protocol.score(target, prediction).items()
+        for name, scores in protocol.score(contrast, prediction).items()
         for key, value in scores.items()
     }

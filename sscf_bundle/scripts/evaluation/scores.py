@@ -37,7 +37,7 @@ from ..contrasts import (
 from ..data.transforms import LoadStudyd, ScaleBraind, StudyCompose
 from ..inference.postprocessing import BRATS_MASK_LABELS
 from .metrics import fill_background
-from .protocols import Protocol, StudyTruth, region_dice, slice_dice, volume_scores
+from .protocols import Protocol, StudyTarget, region_dice, slice_dice, volume_scores
 
 #: Where a value belongs: contrast or region of the mask, method, protocol, region, score.
 Key = tuple[str, str, str, str, str]
@@ -47,7 +47,7 @@ class StudyScores:
     """Stands in the place of the writer of ``StudyEvaluator`` and scores what that would write.
 
     A whole study comes as the volumes that are written, and is compared with its files, each contrast divided by the
-    99.5th percentile of its brain and clipped to [0, 1]; the truth is read once for all scenarios of a study. Slices
+    99.5th percentile of its brain and clipped to [0, 1]; the target is read once for all scenarios of a study. Slices
     (items with ``slices``) are compared on the network's grid. Every method, ``reference_methods`` included, gets the
     same background: outside the union of the available brains.
 
@@ -160,28 +160,28 @@ class StudyScores:
         return values
 
     def _start(self, data: Mapping[str, Any], whole: bool) -> None:
-        """Takes in the truth, N x K x spatial in [-1, 1] and N x 1 x spatial: N are slices or a volume's first axis."""
+        """Takes in target and label, N x K x and N x 1 x spatial: N are slices or a volume's first axis."""
         if whole:
-            truth = self._load(data["complete"])
+            study = self._load(data["complete"])
             # the first axis stands in the place of the slices
-            volumes = (truth[key].as_tensor().transpose(0, 1) for key in ("image", "label"))
-            truth = {**truth, **dict(zip(("target", "label"), volumes, strict=True))}
+            volumes = (study[key].as_tensor().transpose(0, 1) for key in ("image", "label"))
+            study = {**study, **dict(zip(("target", "label"), volumes, strict=True))}
         else:
-            truth = data["slices"]
-        target, label = truth["target"].to(self.device), truth["label"].to(self.device)
-        self._shown = truth["shown"].to(self.device) if "shown" in truth else slice(None)
-        self._exists, self._has_mask = truth["has_contrast"].tolist(), bool(truth["has_mask"])
-        exists = truth["has_contrast"].to(self.device).expand(len(target), -1)[..., None, None]
+            study = data["slices"]
+        target, label = study["target"].to(self.device), study["label"].to(self.device)
+        self._shown = study["shown"].to(self.device) if "shown" in study else slice(None)
+        self._exists, self._has_mask = study["has_contrast"].tolist(), bool(study["has_mask"])
+        exists = study["has_contrast"].to(self.device).expand(len(target), -1)[..., None, None]
         self._slices = torch.where(exists, target, -1.0)
         self._target, self._label = self._slices[self._shown], label[self._shown]
         brain = (self._target > -1).any(dim=1)
         tumor = (self._label[:, 0] > 0) & self._has_mask
         images = self._target
-        if "truth" in truth:
-            images = torch.where(exists, truth["truth"].to(self.device), -1.0)[self._shown]
+        if "unclipped" in study:
+            images = torch.where(exists, study["unclipped"].to(self.device), -1.0)[self._shown]
         for protocol in self.protocols:
             if protocol.whole == whole:
-                protocol.start(StudyTruth(((images + 1) / 2).clamp(min=0), brain, tumor))
+                protocol.start(StudyTarget(((images + 1) / 2).clamp(min=0), brain, tumor))
         if self._has_mask and whole == self.whole:
             present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
@@ -204,7 +204,7 @@ class StudyScores:
             return
         common = {"study": data["study"], "patient": data["patient"]}
         common |= {"scenario": scenario_name(scenario), "available": sum(scenario)}
-        # a truth that is itself synthesized, as T2 of UCSF-BMSR, is told apart
+        # a target that is itself synthesized, as T2 of UCSF-BMSR, is told apart
         keys = data.get("complete", {}).get("synthesized", ())
         synthesized = {CONTRASTS[CONTRAST_KEYS.index(key)] for key in keys}
         # the one synchronization

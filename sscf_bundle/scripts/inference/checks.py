@@ -26,22 +26,22 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from scipy import ndimage
+from scipy import ndimage, stats
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, StudyError
-from ..data.transforms import LoadStudyd, StudyCompose
+from ..contrasts import CONTRASTS, StudyError
 
 #: Codes of the findings.
 CHECKS = ("not_skull_stripped", "not_coregistered", "normalized", "unusual_intensities", "mislabelled")
-#: Spacing in mm of the grid that shapes are compared on.
-_COARSE = 4.0
-_QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
-_BINS = 24
+#: What is measured; the limits in ``configs/input_statistics.json`` hold for these alone. Spacing in mm of the grid for
+#: shapes, quantiles of the intensities, bins of mutual information, and the movements that are tried
+#: (cells along each axis, degrees about each axis, both ways).
+_COARSE, _QUANTILES, _BINS = 4.0, (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98), 24
+_SHIFT, _ANGLE = 1.0, 4.0
 _STATISTICS = Path(__file__).resolve().parents[2] / "configs" / "input_statistics.json"
 
 
 def coarse_volumes(image: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
-    """C x X x Y x Z averaged over cells of about 4 mm."""
+    """C x X x Y x Z intensities averaged over cells of about 4 mm; ``spacing`` in mm."""
     cells = [max(1, round(_COARSE / float(step))) for step in spacing]
     cells = [min(cell, size) for cell, size in zip(cells, image.shape[1:], strict=True)]
     # the last cells may be incomplete: a brain at the far edge counts too
@@ -55,7 +55,9 @@ def volume_features(volume: np.ndarray) -> np.ndarray:
         volume: X x Y x Z coarse intensities, 0 outside the brain.
 
     Returns:
-        Quantiles, the spread of the upper tail, and the mean of the rim and of the middle of the brain.
+        Ten numbers: seven quantiles, ln(maximum / 95th percentile), and the mean of the rim (two outermost cells) and
+        of the middle of the brain (70% of the greatest depth on); all but the third last relative to the 99.5th
+        percentile, in [0, 1] but for the brightest 0.5%.
     """
     brain = volume > 0
     values = volume[brain]
@@ -68,7 +70,16 @@ def volume_features(volume: np.ndarray) -> np.ndarray:
 
 
 def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """Share of the field that is not 0, volume in ml, and how bright the outermost cells are against the inner ones."""
+    """What tells a head from a brain.
+
+    Args:
+        volume: X x Y x Z coarse intensities, 0 outside the head.
+        spacing: of the volume on file, in mm.
+
+    Returns:
+        ``filled``, share of the field above 0, in [0, 1]; ``ml``, the volume of that; ``shell``, mean of the outermost
+        cells relative to that deeper than three cells (0 where there are none).
+    """
     head = volume > 0
     depth = ndimage.distance_transform_edt(np.pad(head, 1))[1:-1, 1:-1, 1:-1]
     rim, inner = (depth > 0) & (depth <= 1.5), depth > 3
@@ -78,28 +89,21 @@ def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, fl
 
 
 def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
-    """Normalized mutual information of two sets of values."""
+    """Normalized mutual information of two sets of N values, (H(a) + H(b)) / H(a, b), in [1, 2] (Studholme 1999)."""
     joint, _, _ = np.histogram2d(one, other, bins=_BINS)
-    joint /= max(joint.sum(), 1)
-
-    def entropy(p: np.ndarray) -> float:
-        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-    return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / max(entropy(joint.ravel()), 1e-6)
+    return (stats.entropy(joint.sum(0)) + stats.entropy(joint.sum(1))) / max(stats.entropy(joint.ravel()), 1e-6)
 
 
-def alignment(one: np.ndarray, other: np.ndarray, step: float = 1.0, angle: float = 4.0) -> tuple[float, float]:
+def alignment(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """How two coarse volumes lie on each other.
 
     Args:
-        one: X x Y x Z.
+        one: X x Y x Z intensities on cells of about 4 mm, 0 outside the brain.
         other: the same.
-        step: shift to try, in cells along each axis, both ways.
-        angle: rotation to try, in degrees about each axis, both ways.
 
     Returns:
-        Dice overlap of the brains, and how much mutual information grows relative to that above 1 by the best of 12
-        small movements; a volume that lies well grows little or shrinks.
+        Dice overlap of the brains in [0, 1]; and by what share the best of 12 small movements raises normalized
+        mutual information less 1: near 0 or below for volumes that lie well, 0 where fewer than 1000 cells overlap.
     """
     a, b = one > 0, other > 0
     dice = 2 * float((a & b).sum()) / max(int(a.sum() + b.sum()), 1)
@@ -121,21 +125,22 @@ def alignment(one: np.ndarray, other: np.ndarray, step: float = 1.0, angle: floa
     own, best = score(np.eye(3), np.zeros(3)), 0.0
     for axis, sign in itertools.product(range(3), (-1, 1)):
         turn, (i, j) = np.eye(3), [k for k in range(3) if k != axis]
-        c, s = math.cos(math.radians(angle)), sign * math.sin(math.radians(angle))
+        c, s = math.cos(math.radians(_ANGLE)), sign * math.sin(math.radians(_ANGLE))
         turn[i, i], turn[i, j], turn[j, i], turn[j, j] = c, -s, s, c
-        best = max(best, score(turn, np.zeros(3)), score(np.eye(3), sign * step * np.eye(3)[axis]))
+        best = max(best, score(turn, np.zeros(3)), score(np.eye(3), sign * _SHIFT * np.eye(3)[axis]))
     return dice, best / max(own, 1e-6) - 1
 
 
 def label_odds(features: Mapping[int, np.ndarray], statistics: Mapping[str, Any]) -> tuple[float, tuple[int, ...]]:
-    """The likeliest names of some contrasts by the linear classifier of ``fit``.
+    """The likeliest names of some contrasts by Fisher's linear discriminant.
 
     Args:
-        features: by the index of a contrast as it is named.
-        statistics: ``weights``.
+        features: of ``volume_features``, by the index of a contrast as it is named.
+        statistics: ``weights``, see ``calibration.fit``.
 
     Returns:
-        Log odds of the likeliest names against those given, 0 where they agree; the likeliest names.
+        Log odds (natural logarithm, >= 0) of the likeliest names against those given, 0 where they agree; the likeliest
+        names, as indices.
     """
     weights = np.asarray(statistics["weights"])
     scores = np.stack(list(features.values())) @ weights[:, :-1].T + weights[:, -1]
@@ -145,16 +150,6 @@ def label_odds(features: Mapping[int, np.ndarray], statistics: Mapping[str, Any]
 
     best = max(itertools.permutations(range(len(CONTRASTS)), len(features)), key=total)
     return total(best) - total(list(features)), best
-
-
-def _discriminant(x: np.ndarray) -> np.ndarray:
-    """Weights of a linear discriminant, the constant last: studies x 4 x features to 4 x (features + 1)."""
-    means = x.mean(axis=0)
-    within = (x - means).reshape(-1, x.shape[2])
-    covariance = within.T @ within / max(len(within) - len(CONTRASTS), 1)
-    # shrunk towards its diagonal, because studies are few
-    inverse = np.linalg.inv(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)) + 1e-6 * np.eye(len(covariance)))
-    return np.hstack([means @ inverse, -0.5 * np.einsum("ki,ij,kj->k", means, inverse, means)[:, None]])
 
 
 def measure(image: torch.Tensor, spacing: Sequence[float], available: Sequence[bool]) -> dict[str, Any]:
@@ -178,42 +173,12 @@ def measure(image: torch.Tensor, spacing: Sequence[float], available: Sequence[b
     }
 
 
-def fit(studies: Sequence[Mapping[str, Any]], margin: float = 0.25) -> dict[str, Any]:
-    """Statistics of the input from complete, sound studies.
-
-    Args:
-        studies: of ``measure``, each with all four contrasts.
-        margin: of the limits, relative to the range that was seen.
-
-    Returns:
-        What ``findings`` takes: a linear discriminant ``weights`` (4 x features + 1), ``low`` and ``high`` of the
-        features by contrast, and limits of the shape and of the alignment.
-    """
-    x = np.array([[study["features"][i] for i in range(len(CONTRASTS))] for study in studies])
-    weights = _discriminant(x)
-    low, high = x.min(axis=0), x.max(axis=0)
-    room = margin * (high - low)
-    shapes = [shape for study in studies for shape in study["shape"].values()]
-    pairs = [pair for study in studies for pair in study["pairs"].values()]
-    limits = {name: (1 + margin) * max(shape[name] for shape in shapes) for name in ("filled", "ml", "shell")}
-    limits["dice"] = 1 - (1 + margin) * (1 - min(dice for dice, _ in pairs)) - 0.02
-    gain = max(gain for _, gain in pairs)  # below 0 where nothing gains
-    limits["gain"] = gain + margin * abs(gain) + 0.01
-    # each study judged by the others
-    left_out = [_discriminant(np.delete(x, k, axis=0)) for k in range(len(x))] if len(x) > 2 else [weights] * len(x)
-    odds = [label_odds(study["features"], {"weights": w})[0] for study, w in zip(studies, left_out, strict=True)]
-    limits["odds"] = max((1 + margin) * max(odds), 2.0)
-    result = {"weights": weights, "low": low - room, "high": high + room}
-    rounded = {name: [[float(f"{v:.5g}") for v in row] for row in value] for name, value in result.items()}
-    return {"studies": len(studies), **rounded, "limits": {k: float(f"{v:.4g}") for k, v in limits.items()}}
-
-
 def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[dict[str, str]]:
     """What is suspicious of a study.
 
     Args:
         measured: of ``measure``.
-        statistics: of ``fit``.
+        statistics: of ``calibration.fit``.
 
     Returns:
         ``code``, one of ``CHECKS``, and ``finding``, one sentence, of each.
@@ -226,21 +191,22 @@ def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list
     limits, given = statistics["limits"], list(measured["features"])
     for i in given:
         shape, name = measured["shape"][i], CONTRASTS[i]
-        if shape["filled"] > max(limits["filled"], 0.9):
+        if shape["filled"] > limits["filled"]:
             add("not_skull_stripped", f"{name} has no background of 0: strip the skull.")
         elif shape["ml"] > limits["ml"] or shape["shell"] > limits["shell"]:
             about = f"{shape['ml']:.0f} ml, rim {shape['shell']:.2f} times as bright as the inside"
             add("not_skull_stripped", f"{name} does not look skull-stripped ({about}): strip the skull.")
-        if measured["top"][i] <= 1.5:
+        if measured["top"][i] <= limits["top"]:
             add("normalized", f"{name} has no value above {measured['top'][i]:.3g}: give intensities as acquired.")
         features = measured["features"][i][: len(_QUANTILES) + 1]
         low, high = np.asarray(statistics["low"])[:, : len(features)], np.asarray(statistics["high"])
         if (features < low.min(axis=0)).any() or (features > high[:, : len(features)].max(axis=0)).any():
             add("unusual_intensities", f"{name} has intensities distributed as in no study of the reference.")
     for (i, j), (dice, gain) in measured["pairs"].items():
-        if dice < limits["dice"] or gain > limits["gain"]:
+        # where every small movement makes it worse, a smaller overlap is of masks that differ, not of a movement
+        if gain > limits["gain"] or (dice < limits["dice"] and gain >= 0):
             about = f"overlap {dice:.2f}, {100 * gain:.0f}% better when moved"
-            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}): register them.")
+            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}): give --register True.")
     odds, best = label_odds(measured["features"], statistics)
     if odds > limits["odds"]:
         both = [(i, label) for i, label in zip(given, best, strict=True) if i != label]
@@ -255,7 +221,7 @@ class CheckStudyd(MapTransform):
     Args:
         keys: key of the stacked contrasts on the grid on file.
         rejecting: codes of ``CHECKS`` that refuse a study.
-        statistics: of ``fit``, or a JSON file of it; ``None`` is ``configs/input_statistics.json``.
+        statistics: of ``calibration.fit``, or a JSON file of it; ``None`` is ``configs/input_statistics.json``.
 
     Raises:
         StudyError: for an unknown code; from the call, for a finding that refuses.
@@ -287,14 +253,3 @@ class CheckStudyd(MapTransform):
             if found["code"] in self.rejecting:
                 raise StudyError(f"Study {d.get('study')}: {found['finding']}")
         return d
-
-
-def measure_folder(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``measure`` of complete studies on disk, for ``fit``."""
-    load, measured = StudyCompose([LoadStudyd()]), []
-    for item in items:
-        d = load({key: item[key] for key in (*CONTRAST_KEYS, "study") if key in item})
-        if bool(d["has_contrast"].all()):
-            spacing = torch.as_tensor(d["image"].affine)[:3, :3].norm(dim=0).tolist()
-            measured.append(measure(d["image"].as_tensor(), spacing, [True] * len(CONTRASTS)))
-    return measured

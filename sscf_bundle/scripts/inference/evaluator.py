@@ -33,7 +33,6 @@ from ..networks.weights import load_weights
 from .inferer import predict
 from .preprocessing import FAILURE_KEY, FILE_BRAIN_KEY, failure_reason
 from .trust import TrustAssessor
-from .uncertainty import UncertaintyMap
 from .writer import StudyWriter
 
 #: What of an item is not needed once its prediction is on the grid on file.
@@ -61,12 +60,10 @@ class StudyEvaluator(Evaluator):
             ``StudyWriter``, or ``StudyScores`` of the evaluation, which scores what the other one writes.
         ckpt_path: ``state_dict`` to load when the run starts; ``None`` takes the network as it is.
         val_handlers: Ignite handlers.
-        amp: run the network with autocast.
-        amp_dtype: dtype of autocast.
+        amp: run the network with autocast to bfloat16.
         num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
             that is being computed. 0 writes each study before the next is computed.
         trust: judges each study.
-        uncertainty: adds a map of each missing contrast.
 
     Raises:
         ValueError: when ``num_writers`` is negative.
@@ -83,10 +80,8 @@ class StudyEvaluator(Evaluator):
         ckpt_path: str | os.PathLike[str] | None = None,
         val_handlers: Sequence | None = None,
         amp: bool = False,
-        amp_dtype: torch.dtype = torch.bfloat16,
         num_writers: int = 1,
         trust: TrustAssessor | None = None,
-        uncertainty: UncertaintyMap | None = None,
     ) -> None:
         if num_writers < 0:
             raise ValueError(f"num_writers must not be negative, got {num_writers}.")
@@ -99,8 +94,8 @@ class StudyEvaluator(Evaluator):
             decollate=False,
         )
         self.network, self.inferer, self.writer = network, inferer, writer
-        self.ckpt_path, self.amp_dtype, self.num_writers = ckpt_path, amp_dtype, num_writers
-        self.trust, self.uncertainty = trust, uncertainty
+        self.ckpt_path, self.num_writers = ckpt_path, num_writers
+        self.trust = trust
         self.weights_sha256: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.failures: list[dict[str, str]] = []
@@ -146,13 +141,10 @@ class StudyEvaluator(Evaluator):
         try:
             if FAILURE_KEY in item:
                 raise StudyError(item[FAILURE_KEY])
-            amp_dtype = self.amp_dtype if self.amp else None
             started = time.perf_counter()
-            pred = predict(item["image"], self.network, self.inferer, engine.state.device, amp_dtype)
+            pred = predict(item["image"], self.network, self.inferer, engine.state.device, self.amp)
             self.seconds[study] += time.perf_counter() - started
-            record = provenance(self.network, item.get("patient", study), self.weights_sha256)
-            record |= self._judge(item, pred, amp_dtype)
-            engine.state.output = [{**record, "seconds": self.seconds[study], "pred": pred}]
+            engine.state.output = [{**self._findings(item), "seconds": self.seconds[study], "pred": pred}]
             del pred
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -169,23 +161,24 @@ class StudyEvaluator(Evaluator):
         self._pending.append((study, done))
         return engine.state.output
 
-    def _judge(self, item: dict, pred: torch.Tensor, amp_dtype: torch.dtype | None) -> dict[str, Any]:
-        """Findings of ``trust`` and maps of ``uncertainty``, and what the checks and they took in seconds."""
-        found: dict[str, Any] = {}
+    def _findings(self, item: dict) -> dict[str, Any]:
+        """What the record tells of the making and of the trust in a study.
+
+        ``patient_in_bank`` says that the network retrieves from the patient's own slices, which makes the result better
+        than it can be for a new patient.
+        """
+        patient, in_bank = str(item.get("patient", item["study"])), False
+        if hasattr(self.network, "bank_patient"):
+            used = self.network.get_buffer("bank_patient")[self.network.get_buffer("bank_present").any(dim=1)]
+            in_bank = bool((used == stable_hash(patient)).any())
+        if in_bank:
+            logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
+        found: dict[str, Any] = {"weights_sha256": self.weights_sha256, "patient_in_bank": in_bank}
         times = {"checks": item["check_seconds"]} if "check_seconds" in item else {}
-        device = self.state.device
         if self.trust is not None:
             started = time.perf_counter()
-            found |= self.trust(item, self.network, device)
+            found |= self.trust(item, self.network, self.state.device)
             times["trust"] = time.perf_counter() - started
-        if self.uncertainty is not None:
-            started = time.perf_counter()
-            found["uncertainty"] = self.uncertainty(item, pred, self.network, self.inferer, device, amp_dtype)
-            if not found["uncertainty"] and not all(item["has_contrast"]):
-                members = ", ".join(self.uncertainty.members)
-                sentence = f"There is no map of uncertainty: {members} cannot vary this study."
-                found["warnings"] = [*found.get("warnings", ()), sentence]
-            times["uncertainty"] = time.perf_counter() - started
         return {**found, "seconds_of_checks": times} if times else found
 
     def _collect(self, remaining: int) -> None:
@@ -199,24 +192,3 @@ class StudyEvaluator(Evaluator):
                 reason = failure_reason(error, study)
                 logger.error("Study %s failed: %s", study, reason)
                 self.failures.append({"study": study, "reason": reason})
-
-
-def provenance(network: nn.Module, patient: str, weights_sha256: str | None) -> dict[str, Any]:
-    """What a written study must tell about its making.
-
-    Args:
-        network: a network; if it has a bank, the patient is looked up there.
-        patient: name of the patient.
-        weights_sha256: SHA-256 of the file of the weights.
-
-    Returns:
-        ``weights_sha256``, and ``patient_in_bank``: whether the network retrieves from the patient's own slices, which
-        makes the result better than it can be for a new patient.
-    """
-    in_bank = False
-    if hasattr(network, "bank_patient"):
-        used = network.get_buffer("bank_patient")[network.get_buffer("bank_present").any(dim=1)]
-        in_bank = bool((used == stable_hash(patient)).any())
-    if in_bank:
-        logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
-    return {"weights_sha256": weights_sha256, "patient_in_bank": in_bank}

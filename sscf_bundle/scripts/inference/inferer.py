@@ -54,16 +54,9 @@ class BrainSliceInferer(Inferer):
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Run the network over all slices with brain.
+        """B x 8 x X x Y x Z ``inputs`` by a ``network`` of slices to B x 7 x X x Y x Z float32.
 
-        Args:
-            inputs: B x 8 x X x Y x Z.
-            network: B x 8 x X x Y to B x 7 x X x Y.
-            args: ignored.
-            kwargs: ignored too.
-
-        Returns:
-            B x 7 x X x Y x Z float32, a ``MetaTensor`` if ``inputs`` is one.
+        The result is a ``MetaTensor`` if ``inputs`` is one. All other arguments are ignored.
         """
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         out = volume.new_zeros(volume.shape[0], NUM_CONTRASTS + len(TUMOR_CLASSES), *volume.shape[2:])
@@ -111,11 +104,7 @@ class BrainSliceInferer(Inferer):
 
 
 def predict(
-    image: torch.Tensor,
-    network: nn.Module,
-    inferer: Inferer,
-    device: torch.device | str,
-    amp_dtype: torch.dtype | None = None,
+    image: torch.Tensor, network: nn.Module, inferer: Inferer, device: torch.device | str, amp: bool = False
 ) -> torch.Tensor:
     """Run the network over one study.
 
@@ -124,7 +113,7 @@ def predict(
         network: on ``device``.
         inferer: how the network is called.
         device: where to compute.
-        amp_dtype: dtype of autocast; ``None`` computes in float32.
+        amp: with autocast to bfloat16; else in float32.
 
     Returns:
         7 x X x Y x Z float32: contrasts in [-1, 1], probabilities.
@@ -133,7 +122,7 @@ def predict(
         StudyError: when the prediction is not finite.
     """
     device = torch.device(device)
-    autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
     with eval_mode(network), torch.inference_mode(), autocast:
         pred = inferer(image[None].to(device, non_blocking=True), network)[0].float()
     # NaN passes through both extrema

@@ -8,7 +8,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The picture of one study on the page of a run: acquired, synthetic and uncertainty, with the outline of the mask."""
+"""The picture of one study on the page of a run: acquired and synthetic contrasts with the outline of the mask."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY
 
@@ -41,9 +42,6 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     # title, volume, what is white
     tiles = [(f"{named[key]} acquired", volume, 255.0) for key, volume, given in acquired if given]
     tiles += [(f"{named[key]} SYNTHETIC", volume, data["output_scale"][key]) for key, volume in volumes.items()]
-    for key, spread in data.get("uncertainty", {}).items():
-        volume = spread.numpy()
-        tiles.append((f"{named[key]} uncertainty", volume, float(volume.max()) or 1.0))
 
     to_ras = nib.orientations.io_orientation(affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(to_ras[:, 0])]
@@ -55,7 +53,10 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     columns, rows = np.nonzero(np.any(slices, axis=0))
     slices = [one[columns.min() : columns.max() + 1, rows.min() : rows.max() + 1] for one in slices]
     width = max(1, round(_HEIGHT * slices[0].shape[0] * sizes[0] / (slices[0].shape[1] * sizes[1])))
-    outline = None if mask is None else _outline(_tile(255.0 * (slices.pop(0) > 0), width, Image.Resampling.NEAREST))
+    outline = None
+    if mask is not None:
+        inside = _tile(255.0 * (slices.pop(0) > 0), width, Image.Resampling.NEAREST) > 0
+        outline = inside & ~binary_erosion(inside)
     panel = Image.new("RGB", (width * len(tiles), _HEIGHT + _TITLE))
     draw = ImageDraw.Draw(panel)
     for number, ((title, _, white), volume) in enumerate(zip(tiles, slices, strict=True)):
@@ -71,10 +72,3 @@ def _tile(values: np.ndarray, width: int, resampling: int) -> np.ndarray:
     """A slice in RAS as rows and columns of the panel: front at the top, right on the left."""
     pixels = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)[::-1, ::-1].T)
     return np.asarray(pixels.resize((width, _HEIGHT), resampling))
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask that touch what is outside."""
-    padded = np.pad(mask > 0, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return (mask > 0) & ~inner

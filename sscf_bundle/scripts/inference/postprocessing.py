@@ -47,21 +47,16 @@ class SelectOutputsd(MapTransform):
 
     Args:
         keys: key of the prediction, 7 x X x Y x Z.
-        has_contrast_key: key of the bool tensor of 4 that says what is available.
 
     Raises:
         StudyError: from the call, when ``"target"`` is unknown.
     """
 
-    def __init__(self, keys: KeysCollection = "pred", has_contrast_key: str = "has_contrast") -> None:
-        super().__init__(keys)
-        self.has_contrast_key = has_contrast_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         target = d.get("target")
         if target is None:
-            available = torch.as_tensor(d[self.has_contrast_key]).tolist()
+            available = torch.as_tensor(d["has_contrast"]).tolist()
             missing = [key for key, given in zip(CONTRAST_KEYS, available, strict=True) if not given]
             wanted = (*missing, MASK_KEY)
         elif target in OUTPUT_KEYS:
@@ -91,7 +86,6 @@ class FinishPredictiond(MapTransform):
         keys: key of the prediction as ``SelectOutputsd`` leaves it, on the grid on file and on any device.
         output_scale: scale of every contrast.
         mask_labels: tumor class to label value, 1 to 255.
-        brain_key: key of the mask of the brain on the same grid, 1 x X x Y x Z.
         statistics: gives each contrast a scale of its own instead, from those of the available ones, see
             ``study_scale``.
 
@@ -104,7 +98,6 @@ class FinishPredictiond(MapTransform):
         keys: KeysCollection = "pred",
         output_scale: float = 1.0,
         mask_labels: Mapping[str, int] | None = None,
-        brain_key: str = FILE_BRAIN_KEY,
         statistics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys)
@@ -117,7 +110,6 @@ class FinishPredictiond(MapTransform):
             raise ValueError(f"output_scale is of relative intensities, got {output_scale} with those of the study.")
         self.output_scale, self.statistics = output_scale, statistics
         self.values = torch.tensor([0, *(labels[name] for name in TUMOR_CLASSES)], dtype=torch.float32)
-        self.brain_key = brain_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -129,7 +121,7 @@ class FinishPredictiond(MapTransform):
                 study_scale(self.statistics, d["intensity_scale"].tolist(), key) for key in wanted[:num_contrasts]
             ]
         d["output_scale"] = dict(zip(wanted, scales, strict=False))
-        brain = torch.as_tensor(d[self.brain_key])[0].bool().cpu()
+        brain = torch.as_tensor(d[FILE_BRAIN_KEY])[0].bool().cpu()
         for key in self.key_iterator(d):
             pred = torch.as_tensor(d[key])
             # a fifth of the voxels are brain; only these are computed and leave the device

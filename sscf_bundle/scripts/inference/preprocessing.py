@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,30 +110,16 @@ class KeepAcquiredd(MapTransform):
 
 
 def inference_transforms(
-    image_size: Sequence[int] | int = 192,
-    scaling: str = "brain",
-    spacing: float | None = 1.0,
-    percentile: float = 99.5,
-    reader: str | None = None,
-    resample: bool | str | None = False,
-    register: bool = False,
-    keep_acquired: bool = False,
-    checks: bool = False,
-    rejecting_checks: Sequence[str] = (),
+    keep_acquired: bool = False, checks: bool = False, rejecting_checks: Sequence[str] = (), **options: Any
 ) -> StudyCompose:
     """The preprocessing of inference: that of training, and what only inference needs.
 
     Args:
-        image_size: see ``study_transforms``, like all of these; they must be those of the training.
-        scaling: see ``study_transforms``.
-        spacing: see ``study_transforms``.
-        percentile: see ``study_transforms``.
-        reader: see ``study_transforms``.
-        resample: see ``study_transforms``; this one is free.
-        register: likewise.
         keep_acquired: add ``"acquired"``, the contrasts on file for the panel, see ``KeepAcquiredd``.
         checks: add ``"checks"``, see ``CheckStudyd``.
         rejecting_checks: codes of findings that refuse a study.
+        options: of ``study_transforms``; all but ``reader``, ``resample`` and ``register`` must be those of the
+            training.
 
     Returns:
         An invertible composition of transforms for one datalist item. Afterwards ``image`` is the network's
@@ -141,10 +127,7 @@ def inference_transforms(
         on file.
     """
     steps = []
-    transforms = study_transforms(
-        image_size, scaling, spacing, percentile, reader=reader, resample=resample, register=register
-    )
-    for step in transforms.transforms:
+    for step in study_transforms(**options).transforms:
         steps.append(step)
         if isinstance(step, LoadStudyd):
             # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
@@ -158,14 +141,7 @@ class StudyDataset(Dataset):
     """``monai.data.Dataset`` of studies that gives a failed study as data, so that the others still come.
 
     An item that cannot be preprocessed has its datalist entries and ``"failure"``, one sentence.
-
-    Args:
-        data: datalist items.
-        transform: preprocessing of one item.
     """
-
-    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable[[Any], Any]) -> None:
-        super().__init__(data, transform)
 
     def _transform(self, index: int) -> dict[Hashable, Any]:
         try:
@@ -192,9 +168,9 @@ def list_studies(
     Args:
         dataset_dir: folder of studies, see ``find_studies``; ignored where a file or a list is given.
         flair: path of the FLAIR volume; likewise ``t1``, ``t1ce`` and ``t2``.
-        t1: see ``flair``.
-        t1ce: see ``flair``.
-        t2: see ``flair``.
+        t1: of T1.
+        t1ce: of T1ce.
+        t2: of T2.
         study: name of the single study.
         pattern: see ``find_studies``.
         output_dir: where results go; must not lie in ``dataset_dir``.
@@ -207,7 +183,9 @@ def list_studies(
     Raises:
         StudyError: when there is no study, ``output_dir`` lies in ``dataset_dir``, or ``shard`` is no part.
     """
-    part, parts = parse_shard(shard)
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if shard is None else str(shard))
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise StudyError(f'shard must be a part such as "1/4", got {shard!r}.')
     files = {key: path for key, path in zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True) if path}
     if files:
         return single_study(**files, name=None if study is None else str(study))
@@ -227,19 +205,7 @@ def list_studies(
     else:
         items = find_studies(root, pattern)
     # a mask on file is not needed, and a damaged one must not stop a study
-    return [{k: v for k, v in item.items() if k != MASK_KEY} for item in items[part - 1 :: parts]]
-
-
-def parse_shard(shard: str | None) -> tuple[int, int]:
-    """Number of a part and number of parts; ``None`` is the whole.
-
-    Raises:
-        StudyError: when it is no part, such as ``"5/4"``.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if shard is None else str(shard))
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise StudyError(f'shard must be a part such as "1/4", got {shard!r}.')
-    return int(match[1]), int(match[2])
+    return [{k: v for k, v in item.items() if k != MASK_KEY} for item in items[int(match[1]) - 1 :: int(match[2])]]
 
 
 def failure_reason(error: BaseException, study: Hashable) -> str:

@@ -12,12 +12,11 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,21 +29,29 @@ from ..networks.weights import read_state
 
 #: Key of the settings in the weights that holds what ``calibrate`` found.
 TRUST_KEY = "trust"
-#: Scores of a contrast, in the order that the calibration keeps them.
-SCORES = ("distance", "features", "consistency")
-#: Slices with brain for each one that scores are from.
-_SLICES_FOR_ONE = 45
+#: The two scores of a study, and the scores of a contrast that each is the worst of.
+OVERALL = {"out_of_distribution": ("distance", "features"), "consistency": ("consistency",)}
+SCORES = tuple(name for names in OVERALL.values() for name in names)
 _ENHANCEMENT = (
     "T1ce is synthetic: contrast enhancement cannot be inferred reliably from other contrasts, so neither its presence "
     "nor its absence in this volume means anything."
 )
 
 
-def central_slices(image: torch.Tensor, number: int) -> torch.Tensor:
-    """At most ``number`` axial slices from the middle of the brain, evenly spread: 8 x X x Y x Z to N x 8 x X x Y."""
+def central_slices(image: torch.Tensor, number: int, slices_for_one: int) -> torch.Tensor:
+    """Axial slices from the middle of the brain (30 to 70% of its height), evenly spread.
+
+    Args:
+        image: 8 x X x Y x Z network input.
+        number: of slices at most.
+        slices_for_one: slices with brain for each one that is taken; thick slices are few, and the cost of the scores
+            must stay a small part of the study's.
+
+    Returns:
+        N x 8 x X x Y, N >= 1.
+    """
     z = (image[:NUM_CONTRASTS] > -1).flatten(0, 2).any(dim=0).nonzero().flatten()
-    # thick slices are few, and the cost of the scores must stay a small part of the study's
-    number = min(number, max(1, len(z) // _SLICES_FOR_ONE))
+    number = min(number, max(1, len(z) // slices_for_one))
     places = torch.linspace(0.3, 0.7, number) if number > 1 else torch.tensor([0.5])
     chosen = z[(places * (len(z) - 1)).round().long().unique()]
     return image[..., chosen].permute(3, 0, 1, 2).contiguous()
@@ -52,21 +59,30 @@ def central_slices(image: torch.Tensor, number: int) -> torch.Tensor:
 
 @torch.no_grad()
 def study_scores(
-    slices: torch.Tensor, available: Sequence[bool], network: SSCFNet, patient: int | None = None
-) -> dict[str, dict[str, float]]:
-    """Scores of each available contrast; all grow with doubt.
+    slices: torch.Tensor,
+    available: Sequence[bool],
+    network: SSCFNet,
+    patient: int | None = None,
+    num_prototypes: int = 0,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+    """Scores of each available contrast, all of which grow with doubt, and where the missing ones come from.
 
     Args:
         slices: N x 8 x X x Y network input, on the device of the network.
         available: which contrasts there are.
         network: in evaluation mode.
-        patient: hash of a patient whose own entries of the bank are not looked at.
+        patient: hash of a patient whose own entries of the bank the scores do not look at.
+        num_prototypes: how many entries of the bank are named for each missing contrast.
 
     Returns:
-        By contrast key: ``distance``, log of the distance to the nearest key of the bank relative to the norm of the
-        own; ``features``, mean deviation of the channel statistics from those in the bank, in standard deviations; and,
-        where another contrast is there, ``consistency``, mean absolute error of the contrast synthesized from the
-        others, of a range of 1.
+        Scores by contrast key: ``distance``, ln of the distance to the nearest key of the bank relative to the norm of
+        the own, a mean over slices; ``features``, mean deviation of the channel statistics (mu and sigma of eq. 8) from
+        those in the bank, in standard deviations, each at most 20; and, where another contrast is there,
+        ``consistency``, mean absolute error in the brain of the contrast synthesized from the others, in [0, 1].
+
+        Prototypes by the key of each missing contrast, the most used first: ``entry`` (slot of the bank), ``share`` of
+        the retrievals of eq. 8 (one for each slice and available contrast) and mean ``distance`` of the keys relative
+        to the norm of the own. Empty for a network that retrieves otherwise than by the nearest key of one scale.
     """
     bank, given = network.stored_bank(), [i for i, kept in enumerate(available) if kept]
     usable = bank.present & (bank.patient != (patient or 0)).unsqueeze(1)
@@ -78,14 +94,17 @@ def study_scores(
         logits, _ = module.segment(features, bank, allowed)
         features = module.encode(slices, torch.sigmoid(logits.float()).to(slices.dtype), given)
     found: dict[str, dict[str, float]] = {}
+    relative: dict[int, torch.Tensor] = {}
     for row, i in enumerate(given):
         scores = found[CONTRAST_KEYS[i]] = {}
         entries = usable[:, i]
         if entries.any():
             key = network.retrieval_key([scale[row].unsqueeze(1) for scale in features])[:, 0]
             square = key.square().sum(dim=1)
-            nearest = (key_distances(key, bank, i)[:, entries].amin(dim=1) + square).clamp(min=1e-12)
+            distances = key_distances(key, bank, i)
+            nearest = (distances[:, entries].amin(dim=1) + square).clamp(min=1e-12)
             scores["distance"] = float((0.5 * torch.log(nearest / square.clamp(min=1e-12))).mean())
+            relative[i] = ((distances + square[:, None]).clamp(min=0) / square[:, None].clamp(min=1e-12)).sqrt()
             per_scale = [channel_statistics(scale[row].unsqueeze(1).float()) for scale in features]
             own = [torch.cat([s[part][:, 0] for s in per_scale], dim=1) for part in (0, 1)]
             deviations = [
@@ -94,26 +113,61 @@ def study_scores(
             ]
             scores["features"] = float(torch.stack([d.clamp(max=20).mean() for d in deviations]).mean())
         if len(given) > 1:
-            truth = slices[:, i]
+            target = slices[:, i]
             kept = torch.tensor([j in given and j != i for j in range(NUM_CONTRASTS)], device=slices.device)
             others = network_input(slices[:, :NUM_CONTRASTS], kept.expand(len(slices), -1))
             brain = (slices[:, :NUM_CONTRASTS] > -1).any(dim=1)
             single = network.for_scenario(kept.tolist())
             single.targets, single.target_index = [i], single.target_index.new_tensor([i])
             pred = single(others)[:, i]
-            scores["consistency"] = float((pred - truth).abs()[brain].mean() / 2)
-    return found
+            scores["consistency"] = float((pred - target).abs()[brain].mean() / 2)
+    prototypes = {}
+    if num_prototypes and network.retrieval == "nearest" and len(network.key_lengths) == 1:
+        for i in module.targets:
+            # as the network itself retrieves, the patient's own entries included
+            known = [relative[j].masked_fill(~(bank.present[:, i] & bank.present[:, j]), math.inf) for j in relative]
+            prototypes[CONTRAST_KEYS[i]] = _most_used(known, num_prototypes)
+    return found, prototypes
+
+
+def _most_used(distances: Sequence[torch.Tensor], number: int) -> list[dict[str, Any]]:
+    """The nearest entries of some queries (each N x L), counted."""
+    if not distances:
+        return []
+    nearest, entry = torch.cat(list(distances)).min(dim=1)
+    by_entry: dict[int, list[float]] = {}
+    for slot, distance in zip(entry.tolist(), nearest.tolist(), strict=True):
+        if math.isfinite(distance):
+            by_entry.setdefault(slot, []).append(distance)
+    chosen = sorted(by_entry, key=lambda slot: (-len(by_entry[slot]), slot))[:number]
+    return [
+        {
+            "entry": slot,
+            "share": round(len(by_entry[slot]) / len(entry), 3),
+            "distance": round(sum(by_entry[slot]) / len(by_entry[slot]), 3),
+        }
+        for slot in chosen
+    ]
 
 
 def place(name: str, contrast: str, number: int) -> str:
-    """Under which key the calibration keeps a score: consistency depends on how many contrasts there are."""
+    """Key under which the calibration keeps a score: consistency depends on the number of available contrasts."""
     return f"{contrast} of {number}" if name == "consistency" else contrast
 
 
 def worst(
     scores: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any], names: Sequence[str]
 ) -> float | None:
-    """Greatest of some scores in standard deviations above the mean of the calibration; ``None`` without any."""
+    """The score of a study from those of its contrasts.
+
+    Args:
+        scores: of ``study_scores``.
+        reference: of ``calibrate``, mean and standard deviation by score and ``place``.
+        names: of ``SCORES``.
+
+    Returns:
+        The greatest in standard deviations above the mean of the calibration, without bounds; ``None`` without any.
+    """
     values = [
         (value - reference[name][key][0]) / reference[name][key][1]
         for contrast, of_contrast in scores.items()
@@ -127,14 +181,24 @@ class TrustAssessor:
     """Scores and verdict of a study.
 
     Args:
-        reference: of ``calibrate``; ``None`` for weights that were never calibrated.
         number: of slices that the scores are from at most; each costs about as much as in the synthesis itself, once
             for each available contrast.
+        slices_for_one: slices with brain for each one of these.
         reject: a study is rejected from this many times the limit of review on.
+        num_prototypes: how many entries of the bank are named for each missing contrast.
+        reference: of ``calibrate``; ``None`` for weights that were never calibrated.
     """
 
-    def __init__(self, reference: Mapping[str, Any] | None = None, number: int = 3, reject: float = 2.0) -> None:
-        self.reference, self.number, self.reject = reference, number, reject
+    def __init__(
+        self,
+        number: int,
+        slices_for_one: int,
+        reject: float,
+        num_prototypes: int = 0,
+        reference: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.reference, self.reject = reference, reject
+        self.number, self.slices_for_one, self.num_prototypes = number, slices_for_one, num_prototypes
 
     def __call__(self, item: Mapping[str, Any], network: nn.Module, device: torch.device | str) -> dict[str, Any]:
         """Judge one study.
@@ -145,22 +209,26 @@ class TrustAssessor:
             device: where to compute.
 
         Returns:
-            ``scores``, ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``), ``reasons``, ``warnings``.
+            ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations),
+            ``prototypes``, ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``), ``reasons`` and
+            ``warnings``, sentences.
         """
         available = [bool(kept) for kept in item["has_contrast"]]
         scores: dict[str, Any] = {}
+        prototypes: dict[str, Any] = {}
         if isinstance(network, SSCFNet) and network.synthesis and network.with_ccp:
             patient = stable_hash(str(item.get("patient", item["study"])))
             with torch.inference_mode():
-                slices = central_slices(torch.as_tensor(item["image"]), self.number).to(device)
-                scores = {"contrasts": study_scores(slices, available, network, patient)}
+                image = torch.as_tensor(item["image"])
+                slices = central_slices(image, self.number, self.slices_for_one).to(device)
+                scores["contrasts"], prototypes = study_scores(slices, available, network, patient, self.num_prototypes)
         reasons = [found["finding"] for found in item.get("checks", ())]
         verdict = "review" if reasons else "pass"
         if self.reference is None or not scores:
             verdict = verdict if reasons else "not calibrated"
             reasons.append("There is no calibration in the weights, so no score can be judged.")
         else:
-            for name, parts in (("out_of_distribution", SCORES[:2]), ("consistency", SCORES[2:])):
+            for name, parts in OVERALL.items():
                 value = worst(scores["contrasts"], self.reference, parts)
                 limit = self.reference["limits"][name]
                 if value is None or limit is None:
@@ -169,68 +237,15 @@ class TrustAssessor:
                 if value > limit:
                     reasons.append(f"The score {name} is {value:.1f}, above the limit {limit:.1f} of the calibration.")
                     verdict = "reject" if value > self.reject * limit or verdict == "reject" else "review"
-        synthetic_t1ce = not available[CONTRASTS.index("T1ce")]
         return {
             "scores": scores,
+            "prototypes": prototypes,
             "verdict": verdict,
             "reasons": reasons,
-            "warnings": [_ENHANCEMENT] if synthetic_t1ce else [],
+            "warnings": [] if available[CONTRASTS.index("T1ce")] else [_ENHANCEMENT],
         }
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:
     """What ``calibrate`` put into a file of weights, ``None`` if nothing, for configs."""
     return read_state(path)[1].get(TRUST_KEY)
-
-
-def calibrate(
-    items: Sequence[Mapping[str, Any]], transform: Any, network: SSCFNet, number: int = 3, margin: float = 1.25
-) -> dict[str, Any]:
-    """Mean and spread of every score of some complete, sound patients, and the limits that hold for all of them.
-
-    Each patient is judged complete, and with every choice of three and of two contrasts.
-
-    Args:
-        items: of a datalist. The own entries of a patient in the bank are never looked at.
-        transform: see ``inference_transforms``.
-        network: in evaluation mode.
-        number: of slices, see ``TrustAssessor``.
-        margin: of the limits above the worst of these patients, each judged by the others.
-
-    Returns:
-        By score and contrast mean and standard deviation; ``limits``, ``patients``.
-    """
-    assessor, rows = TrustAssessor(None, number), []
-    device = next(network.parameters()).device
-    subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
-    for item in items:
-        whole = transform({k: v for k, v in item.items() if k != "seg"})
-        image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
-        for kept in map(torch.tensor, subsets):
-            shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-            patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
-        rows.append(patient)
-
-    def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
-        for scores in itertools.chain.from_iterable(chosen):
-            for contrast, of_contrast in scores.items():
-                for name, value in of_contrast.items():
-                    found[name].setdefault(place(name, contrast, len(scores)), []).append(value)
-        table: dict[str, Any] = {name: {} for name in SCORES}
-        for name, by_key in found.items():
-            for key, values in by_key.items():
-                # few patients: no spread is taken for less than 5% of the level
-                deviation = max(float(np.std(values)), 0.05 * abs(float(np.mean(values))), 1e-4)
-                table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
-        return table
-
-    reference, limits = spread(rows), {}
-    for name, parts in (("out_of_distribution", SCORES[:2]), ("consistency", SCORES[2:])):
-        left_out = []
-        for k, patient in enumerate(rows):
-            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
-            left_out += [worst(scores, others, parts) for scores in patient]
-        known = [value for value in left_out if value is not None]
-        limits[name] = float(f"{max(margin * max(known), 3.0):.4g}") if known else None
-    return {**reference, "limits": limits, "patients": len(rows)}

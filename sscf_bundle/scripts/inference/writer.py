@@ -47,7 +47,7 @@ _ABANDONED = 3600
 #: Fewest whole numbers that a contrast may be rounded to.
 _LEVELS = 100
 #: What later steps may add to an item for the record.
-_FINDINGS = ("checks", "scores", "verdict", "reasons", "warnings", "seconds_of_checks")
+_FINDINGS = ("checks", "scores", "prototypes", "verdict", "reasons", "warnings", "seconds_of_checks")
 #: What BIDS calls a contrast: entity of a contrast agent, suffix.
 _BIDS_NAMES = {"flair": ("", "FLAIR"), "t1": ("", "T1w"), "t1ce": ("_ce-gadolinium", "T1w"), "t2": ("", "T2w")}
 NAMINGS = ("study", "bids")
@@ -186,7 +186,7 @@ class StudyWriter:
         try:
             new.mkdir(parents=True)
             source = _read_header(reference)
-            dtype = np.dtype(np.float32)
+            dtype: np.dtype = np.dtype(np.float32)
             if self.output_dtype == "reference" and source is not None:
                 dtype = source.get_data_dtype().newbyteorder("=")
             for key, volume in zip(made, data["pred"].as_tensor(), strict=True):
@@ -194,23 +194,24 @@ class StudyWriter:
                 if key == MASK_KEY:
                     values = values.astype(np.uint8)
                 else:
-                    _check_dtype(dtype, data.get("output_scale", {}).get(key, 1.0), key)
+                    scale = data.get("output_scale", {}).get(key, 1.0)
+                    if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
+                        raise StudyError(
+                            f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype "
+                            "float32, or another output_scale or intensities."
+                        )
                     values = (np.rint(values) if dtype.kind in "iu" else values).astype(dtype, copy=False)
                 _save_volume(values, data["pred"].affine, source, new / files.volumes[key], is_mask=key == MASK_KEY)
                 if self.naming == "bids":
                     about = {
                         "Description": _NOTICE,
                         "SkullStripped": True,
-                        "Sources": sorted(map(_name, inputs.values())),
+                        "Sources": sorted(Path(path).name for path in inputs.values()),
                     }
                     (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
-            for key, volume in data.get("uncertainty", {}).items():
-                values = volume.numpy() * np.float32(data.get("output_scale", {}).get(key, 1.0))
-                _save_volume(values, data["pred"].affine, source, new / _doubt(files.volumes[key]), is_mask=False)
             if "acquired" in data:
                 draw_panel(new / files.panel, data)
             outputs = {key: files.volumes[key] for key in made}
-            outputs |= {f"{key}_uncertainty": _doubt(files.volumes[key]) for key in data.get("uncertainty", {})}
             record = self._record(data, inputs, outputs)
             (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
             _place(new, folder, files)
@@ -231,11 +232,9 @@ class StudyWriter:
         Raises:
             StudyError: when there are failures.
         """
-        for path in (
-            self.failures,
-            *(self.output_dir.glob("failures_*.json") if self.failures.stem == "failures" else ()),
-        ):
-            path.unlink(missing_ok=True)
+        # a whole run takes the place of its parts
+        for path in self.output_dir.glob("failures*.json" if self.failures.stem == "failures" else self.failures.name):
+            path.unlink()
         if failures:
             write_whole(self.failures, list(failures))
         if self.page:
@@ -255,7 +254,7 @@ class StudyWriter:
             "study": data["study"],
             "available": [named[key] for key in inputs],
             "synthesized": [named[key] for key in outputs if key in named],
-            "inputs": {key: _name(path) for key, path in inputs.items()},
+            "inputs": {key: Path(path).name for key, path in inputs.items()},
             "inputs_synthesized_by_others": [key for key in data.get("synthesized", ()) if key in inputs],
             "grid_of": data.get("grid"),
             "outputs": dict(outputs),
@@ -277,15 +276,6 @@ class StudyWriter:
         }
 
 
-def _name(path: str) -> str:
-    return Path(path).name
-
-
-def _doubt(volume: str) -> str:
-    """Name of the map of uncertainty of a volume."""
-    return "uncertainty".join(volume.rsplit("synthetic", 1))
-
-
 def _about(volume: str) -> str:
     """Name of the file of BIDS that describes a volume."""
     return volume.replace(".nii.gz", ".json")
@@ -299,15 +289,6 @@ def _read_header(path: str) -> nib.Nifti1Header | None:
         # another reader of MONAI took it, for example of a DICOM folder
         return None
     return source if isinstance(source, nib.Nifti1Header) else None
-
-
-def _check_dtype(dtype: np.dtype, scale: float, key: str) -> None:
-    """Refuse whole numbers that are too few for the intensities, or too small."""
-    if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
-        raise StudyError(
-            f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype float32, or another "
-            "output_scale or intensities."
-        )
 
 
 def _save_volume(
@@ -331,12 +312,7 @@ def _save_volume(
 
 def _place(new: Path, folder: Path, files: StudyFiles) -> None:
     """Bring the files of ``new`` to ``folder``, which then has those of ``files`` that ``new`` has, the record last."""
-    ours = {
-        *files.volumes.values(),
-        *map(_doubt, files.volumes.values()),
-        *(_about(name) for name in files.volumes.values()),
-        files.panel,
-    }
+    ours = {*files.volumes.values(), *(_about(name) for name in files.volumes.values()), files.panel}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.rename(folder)

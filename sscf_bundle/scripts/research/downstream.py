@@ -25,7 +25,7 @@ from torch import nn
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, StudyError, class_masks, label_map
 from ..data.cohort import Cohort
 from ..data.slices import PreparedSlices, SliceDataset
-from ..evaluation.protocols import Protocol, StudyTruth, region_dice
+from ..evaluation.protocols import Protocol, StudyTarget, region_dice
 from ..evaluation.scores import Key, StudyScores
 from ..networks.weights import read_state, with_weights
 
@@ -147,10 +147,10 @@ class DownstreamProtocol(Protocol):
             f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
         )
 
-    def start(self, truth: StudyTruth) -> None:
+    def start(self, target: StudyTarget) -> None:
         """Nothing depends on the target alone."""
 
-    def score(self, target: int, prediction: torch.Tensor) -> dict[str, dict]:
+    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, dict]:
         """No score of a single contrast."""
         return {}
 

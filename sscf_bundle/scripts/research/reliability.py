@@ -8,13 +8,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Evidence that uncertainty, scores and verdicts mean something: on patients that the network has never seen."""
+"""Evidence that scores and verdicts mean something: on patients that the network has never seen."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.inferers import Inferer
 from monai.metrics import compute_roc_auc
 from monai.transforms import Affine, RandBiasField, RandGibbsNoise, RandKSpaceSpikeNoise
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch import nn
 
-from ..contrasts import CONTRASTS, NUM_CONTRASTS, SCENARIOS, scenario_name
-from ..data.transforms import AddAvailabilityd, LoadStudyd, StudyCompose
-from ..inference.inferer import predict
+from ..contrasts import SCENARIOS, scenario_name
+from ..data.transforms import LoadStudyd, StudyCompose
 from ..inference.trust import TrustAssessor
-from ..inference.uncertainty import UncertaintyMap
 
 logger = logging.getLogger(__name__)
 
@@ -99,90 +95,46 @@ def show(loaded: Mapping[str, Any], scenario: Sequence[int], image: torch.Tensor
     return {**loaded, "image": intensities, "has_contrast": kept}
 
 
-def risk_coverage(doubt: np.ndarray, error: np.ndarray, points: int = 20) -> np.ndarray:
-    """Mean error of the share of voxels that are least in doubt, for ``points`` growing shares."""
-    ordered = np.cumsum(error[np.argsort(doubt, kind="stable")]) / np.arange(1, len(error) + 1)
-    return ordered[np.linspace(len(error) / points, len(error), points).astype(int) - 1]
-
-
 def reliability(
     items: Sequence[Mapping[str, Any]],
     preprocessing: StudyCompose,
     network: nn.Module,
-    inferer: Inferer,
     assessor: TrustAssessor,
-    scenarios: Sequence[str],
-    members: Sequence[str],
+    scenario: str,
     severities: Sequence[float],
-    slices: int,
     output_dir: str | Path,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Writes ``uncertainty.csv``, ``corruptions.csv``, ``reliability.json`` and ``reliability.png``.
+    """Writes ``corruptions.csv``, ``reliability.json`` and ``reliability.png``.
 
     Args:
         items: complete studies of patients that the network has never seen.
         preprocessing: ``inference_transforms`` with checks.
         network: on ``device``.
-        inferer: how it is called.
         assessor: gives scores and verdicts.
-        scenarios: names as ``scenario_name`` gives them; corruptions are shown in the first one.
-        members: of ``UncertaintyMap``; each is measured alone, and all together.
+        scenario: name as ``scenario_name`` gives it.
         severities: of ``corruptions``, in (0, 1].
-        slices: number of slices of a study that uncertainty is measured on.
         output_dir: made if needed.
         device: where to compute.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    named = {scenario_name(s): s for s in SCENARIOS}
-    chosen = [named[name] for name in scenarios]
+    chosen = {scenario_name(s): s for s in SCENARIOS}[scenario]
     place = next(i for i, step in enumerate(preprocessing.transforms) if isinstance(step, LoadStudyd)) + 1
     load, rest = (StudyCompose(part) for part in (preprocessing.transforms[:place], preprocessing.transforms[place:]))
-    without_planes = StudyCompose([s for s in rest.transforms if not isinstance(s, AddAvailabilityd)])
-    doubts: list[dict[str, Any]] = []
     verdicts: list[dict[str, Any]] = []
-    curves: dict[str, list[np.ndarray]] = {}
     network.eval()
     for number, item in enumerate(items):
         logger.info("reliability: study %d of %d", number + 1, len(items))
         loaded = load({k: v for k, v in item.items() if k != "seg"})
-        truth = torch.as_tensor(without_planes(show(loaded, [1] * NUM_CONTRASTS, loaded["image"]))["image"])
-        for scenario in chosen:
-            shown = rest(show(loaded, scenario, loaded["image"]))
-            image = torch.as_tensor(shown["image"]).clone()
-            if image.shape[1:] != truth.shape[1:]:
-                raise ValueError(f"Study {item['study']}: the brains of its contrasts differ too much to compare.")
-            z = (image[:NUM_CONTRASTS] > -1).flatten(0, 2).any(dim=0).nonzero().flatten()
-            keep = z[torch.linspace(0.2, 0.8, slices).mul(len(z) - 1).round().long().unique()]
-            image, real = image[..., keep], truth[..., keep]
-
-            def run(given: torch.Tensor) -> torch.Tensor:
-                return predict(given, network, inferer, device)
-
-            started = time.perf_counter()
-            pred = run(image).cpu()
-            once = time.perf_counter() - started
-            brain = (image[:NUM_CONTRASTS] > -1).any(dim=0)
-            for method in (*members, "+".join(members)):
-                started = time.perf_counter()
-                doubt = UncertaintyMap(method.split("+"), preprocessing).spread(image, pred, network, run)
-                cost = (time.perf_counter() - started) / once
-                for i in (i for i, given in enumerate(scenario) if not given):
-                    error = ((pred[i] - real[i]).abs() / 2)[brain].numpy()
-                    values = doubt[i][brain].numpy()
-                    rho = float(stats.spearmanr(values, error).statistic) if np.ptp(values) > 0 else float("nan")
-                    where = {"study": item["study"], "scenario": scenario_name(scenario), "contrast": CONTRASTS[i]}
-                    doubts.append({**where, "method": method, "spearman": rho, "mae": error.mean(), "cost": cost})
-                    curves.setdefault(method, []).append(risk_coverage(values, error) / max(error.mean(), 1e-9))
         cases: list[tuple[str, float, Callable[[torch.Tensor, float, int], torch.Tensor] | None]]
         cases = [("none", 0.0, None)]
         cases += [(name, s, change) for name, change in corruptions().items() for s in severities]
         for name, severity, change in cases:
-            seen = torch.as_tensor(loaded["image"]) * torch.tensor(chosen[0])[:, None, None, None]
+            seen = torch.as_tensor(loaded["image"]) * torch.tensor(chosen)[:, None, None, None]
             # one exchange of names needs no contrast that is missing
             image = seen if change is None else change(seen.clone(), severity, number)
-            case = rest(show(loaded, chosen[0], image))
+            case = rest(show(loaded, chosen, image))
             result = assessor(case, network, device)
             scores = result["scores"]
             every = [s for of_contrast in scores.get("contrasts", {}).values() for s in [of_contrast.get("features")]]
@@ -198,8 +150,7 @@ def reliability(
                     "verdict": result["verdict"],
                 }
             )
-    table, judged = pd.DataFrame(doubts), pd.DataFrame(verdicts)
-    table.to_csv(folder / "uncertainty.csv", index=False)
+    judged = pd.DataFrame(verdicts)
     judged.to_csv(folder / "corruptions.csv", index=False)
     sound = judged[judged["kind"] == "none"]
     rows = []
@@ -211,14 +162,11 @@ def reliability(
             row[f"auc_{score}"] = _auc(known[score].to_numpy(), (known["kind"] != "none").to_numpy())
         flagged = (bad["checks"] != "") | bad["verdict"].isin(["review", "reject"])
         rows.append({**row, "flagged": float(flagged.mean()), "checked": float((bad["checks"] != "").mean())})
-    by_method = table.groupby("method").agg({"spearman": "mean", "cost": "mean"})
     summary = {
         "patients": len(items),
-        "uncertainty": by_method.reset_index().to_dict("records"),
         "corruptions": rows,
         "sound_studies_that_pass": float((sound["verdict"] == "pass").mean()),
         "seconds_of_checks": float(judged["check_seconds"].mean()),
-        "risk_coverage": {name: np.mean(parts, axis=0).tolist() for name, parts in curves.items()},
     }
     # NaN is no JSON
     text = json.dumps(summary, indent=1).replace("NaN", "null")
@@ -236,19 +184,15 @@ def _auc(score: np.ndarray, positive: np.ndarray) -> float | None:
 
 
 def _draw(path: Path, summary: Mapping[str, Any]) -> None:
-    """Risk-coverage curves, and the area under the curve of each corruption."""
+    """The area under the curve of each corruption."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, curve in summary["risk_coverage"].items():
-        left.plot(np.linspace(1 / len(curve), 1, len(curve)), curve, label=name)
-    left.set(xlabel="coverage", ylabel="error relative to that of all voxels")
-    left.legend()
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     table = pd.DataFrame(summary["corruptions"]).pivot(
         index="kind", columns="severity", values="auc_out_of_distribution"
     )
-    table.astype(float).plot.barh(ax=right)
-    right.axvline(0.5, color="gray", linewidth=0.5)
-    right.set(xlabel="AUC, out of distribution", ylabel="", xlim=(0, 1))
+    table.astype(float).plot.barh(ax=axes)
+    axes.axvline(0.5, color="gray", linewidth=0.5)
+    axes.set(xlabel="AUC, out of distribution", ylabel="", xlim=(0, 1))
     figure.savefig(path, dpi=120)

@@ -1,0 +1,177 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What checks and verdicts are held against, measured on complete, sound studies."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..contrasts import CONTRASTS, NUM_CONTRASTS, StudyError
+from ..data.cohort import Cohort
+from ..data.transforms import LoadStudyd, StudyCompose
+from ..networks.sscf import SSCFNet, network_input
+from .checks import label_odds, measure
+from .preprocessing import FAILURE_KEY, StudyDataset
+from .trust import OVERALL, SCORES, TrustAssessor, place, worst
+
+logger = logging.getLogger(__name__)
+
+
+def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str = "validation") -> Iterator[dict]:
+    """The studies of a part of a cohort, preprocessed, one after the other.
+
+    One that cannot be read or lacks a contrast is named in the log and in ``cohort.failures``, so that
+    ``cohort.finish`` tells of it.
+
+    Args:
+        cohort: its split is read, not its slices.
+        transform: preprocessing of one study.
+        part: of the split.
+
+    Raises:
+        StudyError: at the end, if no study could be used.
+    """
+    items = [{k: v for k, v in item.items() if k != "seg"} for item in cohort.parts[part]]
+    usable = 0
+    dataset = StudyDataset(items, transform)
+    for k in range(len(items)):
+        item = dataset[k]
+        reason = item.get(FAILURE_KEY)
+        if reason is None and not bool(item["has_contrast"].all()):
+            lacking = [name for name, given in zip(CONTRASTS, item["has_contrast"], strict=True) if not given]
+            reason = f"Study {item['study']} lacks {', '.join(lacking)}: a calibration needs all four contrasts."
+        if reason is None:
+            usable += 1
+            yield item
+        else:
+            logger.error("Study %s failed: %s", item["study"], reason)
+            cohort.failures.append({"study": item["study"], "reason": reason})
+    if not usable:
+        raise StudyError(f"None of {len(items)} studies can be used: give complete studies of sound patients.")
+
+
+def measure_cohort(cohort: Cohort) -> list[dict[str, Any]]:
+    """``measure`` of the complete studies of a cohort, for ``fit``."""
+    measured = []
+    for d in complete_studies(cohort, StudyCompose([LoadStudyd()])):
+        spacing = torch.as_tensor(d["image"].affine)[:3, :3].norm(dim=0).tolist()
+        measured.append(measure(d["image"].as_tensor(), spacing, [True] * NUM_CONTRASTS))
+    return measured
+
+
+def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str, float]) -> dict[str, Any]:
+    """Limits of the checks from complete, sound studies.
+
+    Args:
+        studies: of ``checks.measure``, each with all four contrasts.
+        margin: room that limits leave beyond what was seen, as a share of its range (features) or of its extreme.
+        slack: least value of the limits ``filled`` (share of the field), ``odds`` (log odds) and ``top`` (intensity),
+            and what is added to those of ``dice`` and ``gain`` besides.
+
+    Returns:
+        What ``checks.findings`` takes: a linear discriminant ``weights`` (4 x features + 1), ``low`` and ``high`` of
+        the features by contrast, and ``limits`` of shape, alignment, names and intensities.
+    """
+    x = np.array([[study["features"][i] for i in range(NUM_CONTRASTS)] for study in studies])
+    weights = _discriminant(x)
+    low, high = x.min(axis=0), x.max(axis=0)
+    room = margin * (high - low)
+    shapes = [shape for study in studies for shape in study["shape"].values()]
+    pairs = [pair for study in studies for pair in study["pairs"].values()]
+    limits = {name: (1 + margin) * max(shape[name] for shape in shapes) for name in ("filled", "ml", "shell")}
+    limits["filled"] = max(limits["filled"], slack["filled"])
+    limits["dice"] = 1 - (1 + margin) * (1 - min(dice for dice, _ in pairs)) - slack["dice"]
+    gain = max(gain for _, gain in pairs)  # below 0 where nothing gains
+    limits["gain"] = gain + margin * abs(gain) + slack["gain"]
+    # each study judged by the others
+    left_out = [_discriminant(np.delete(x, k, axis=0)) for k in range(len(x))] if len(x) > 2 else [weights] * len(x)
+    odds = [label_odds(study["features"], {"weights": w})[0] for study, w in zip(studies, left_out, strict=True)]
+    limits["odds"] = max((1 + margin) * max(odds), slack["odds"])
+    limits["top"] = slack["top"]
+    result = {"weights": weights, "low": low - room, "high": high + room}
+    rounded = {name: [[float(f"{v:.5g}") for v in row] for row in value] for name, value in result.items()}
+    return {"studies": len(studies), **rounded, "limits": {k: float(f"{v:.4g}") for k, v in limits.items()}}
+
+
+def _discriminant(x: np.ndarray) -> np.ndarray:
+    """Weights of a linear discriminant, the constant last: studies x 4 x features to 4 x (features + 1)."""
+    means = x.mean(axis=0)
+    within = (x - means).reshape(-1, x.shape[2])
+    covariance = within.T @ within / max(len(within) - len(CONTRASTS), 1)
+    # shrunk towards its diagonal, because studies are few
+    inverse = np.linalg.inv(0.8 * covariance + 0.2 * np.diag(np.diag(covariance)) + 1e-6 * np.eye(len(covariance)))
+    return np.hstack([means @ inverse, -0.5 * np.einsum("ki,ij,kj->k", means, inverse, means)[:, None]])
+
+
+def calibrate(
+    cohort: Cohort,
+    transform: StudyCompose,
+    network: SSCFNet,
+    assessor: TrustAssessor,
+    margin: float,
+    least_limit: float,
+    least_spread: float,
+) -> dict[str, Any]:
+    """Mean and spread of every score of some complete, sound patients, and the limits that hold for all of them.
+
+    Each patient is judged complete, and with every choice of three and of two contrasts.
+
+    Args:
+        cohort: see ``complete_studies``. The own entries of a patient in the bank are never looked at.
+        transform: see ``inference_transforms``.
+        network: in evaluation mode.
+        assessor: gives the scores.
+        margin: of the limits above the worst of these patients, each judged by the others.
+        least_limit: least limit, in standard deviations.
+        least_spread: least standard deviation of a score, as a share of its mean: patients are few.
+
+    Returns:
+        By score (``SCORES``) and contrast mean and standard deviation; ``limits`` of ``OVERALL`` in standard
+        deviations, ``None`` where no patient has the score; ``patients``, their number.
+    """
+    rows = []
+    device = next(network.parameters()).device
+    subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
+    for whole in complete_studies(cohort, transform):
+        image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
+        for kept in map(torch.tensor, subsets):
+            shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
+            patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+        rows.append(patient)
+
+    def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
+        for scores in itertools.chain.from_iterable(chosen):
+            for contrast, of_contrast in scores.items():
+                for name, value in of_contrast.items():
+                    found[name].setdefault(place(name, contrast, len(scores)), []).append(value)
+        table: dict[str, Any] = {name: {} for name in SCORES}
+        for name, by_key in found.items():
+            for key, values in by_key.items():
+                deviation = max(float(np.std(values)), least_spread * abs(float(np.mean(values))), 1e-4)
+                table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
+        return table
+
+    reference, limits = spread(rows), {}
+    for name, parts in OVERALL.items():
+        left_out = []
+        for k, patient in enumerate(rows):
+            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
+            left_out += [worst(scores, others, parts) for scores in patient]
+        known = [value for value in left_out if value is not None]
+        limits[name] = float(f"{max(margin * max(known), least_limit):.4g}") if known else None
+    return {**reference, "limits": limits, "patients": len(rows)}
