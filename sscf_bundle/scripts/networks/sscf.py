@@ -170,12 +170,7 @@ class SSCFNet(ConfiguredNetwork):
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
         norm, act = _as_spec(norm), _as_spec(act)
-        self.spatial_dims, self.channels, self.bank_size, self.key_size = (
-            spatial_dims,
-            tuple(channels),
-            bank_size,
-            key_size,
-        )
+        self.spatial_dims, self.channels, self.bank_size = spatial_dims, tuple(channels), bank_size
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
         #: c', classes of W
@@ -227,9 +222,7 @@ class SSCFNet(ConfiguredNetwork):
     # ------------------------------------------------------------------------------------------------------- banks
     def new_bank(self, image_size: Sequence[int], refresh: bool = True) -> MemoryBank:
         """An empty training bank for slices of a spatial size, multiples of 16; for ``refresh`` see ``MemoryBank``."""
-        cells = 1
-        for size in image_size:
-            cells *= size // 2 ** (len(self.channels) - 1)
+        cells = math.prod(size // 2 ** (len(self.channels) - 1) for size in image_size)
         return MemoryBank(
             self.bank_size,
             NUM_CONTRASTS,
