@@ -421,21 +421,9 @@ class SSCFNet(ConfiguredNetwork):
             for j, ccp in enumerate(self.ccp):
                 mean, std, found = retrieved[min(j, len(retrieved) - 1)]
                 stop = start + features[j].shape[2]
+                mean, std = mean[..., start:stop], std[..., start:stop]
                 center, own_std = statistics[j]
-                predicted.append(
-                    ccp(
-                        features[j],
-                        center,
-                        own_std,
-                        available,
-                        target,
-                        source,
-                        active,
-                        found,
-                        mean[..., start:stop],
-                        std[..., start:stop],
-                    )
-                )
+                predicted.append(ccp(features[j], center, own_std, available, target, source, active, found, mean, std))
                 start = stop
         else:
             for f in features:

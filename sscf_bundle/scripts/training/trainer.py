@@ -183,8 +183,6 @@ class SynthesisTrainer(Trainer):
         grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
         epoch_length: batches of an epoch; None means the length of the loader.
         train_handlers: Ignite handlers; None stands for one that a config disables.
-        non_blocking: copy batches asynchronously.
-        postprocessing: applied to ``state.output``; normally None.
 
     Raises:
         ValueError: for ``accumulation_steps`` or ``reconstructions`` below 1, ``reconstructions`` without shared
@@ -219,8 +217,6 @@ class SynthesisTrainer(Trainer):
         grad_scaler: torch.amp.GradScaler | None = None,
         epoch_length: int | None = None,
         train_handlers: Sequence | None = None,
-        non_blocking: bool = True,
-        postprocessing: Callable | None = None,
     ) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
@@ -233,9 +229,7 @@ class SynthesisTrainer(Trainer):
             max_epochs=max_epochs,
             data_loader=train_data_loader,
             epoch_length=epoch_length,
-            non_blocking=non_blocking,
-            postprocessing=postprocessing,
-            handlers=None,
+            non_blocking=True,
             amp=amp,
             decollate=False,
         )
