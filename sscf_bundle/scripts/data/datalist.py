@@ -225,8 +225,7 @@ def cross_validation_splits(
         raise ValueError(
             f"folds must be at least 2 and validation_fraction in [0, 1), got {folds} and {validation_fraction}."
         )
-    known = {name for item in items for name in (item["study"], item["patient"])}
-    unknown = sorted(set(held_out) - known)
+    unknown = sorted(set(held_out) - {name for item in items for name in (item["study"], item["patient"])})
     if unknown:
         raise StudyError(
             f"The held-out part names {unknown[0]}, which is no study and no patient of the data set: correct or "
@@ -261,9 +260,9 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
         parts: result of ``split_patients``.
         path: JSON file to write; its folder is made if needed.
     """
-    target = Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, {part: [item["study"] for item in items] for part, items in parts.items()})
+    file = Path(path).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, {part: [item["study"] for item in items] for part, items in parts.items()})
 
 
 def write_whole(path: str | Path, content: Any) -> None:
@@ -293,9 +292,6 @@ def single_study(
 
     Args:
         flair: path of the FLAIR volume, ``None`` if it is missing; likewise ``t1``, ``t1ce`` and ``t2``.
-        t1: see ``flair``.
-        t1ce: see ``flair``.
-        t2: see ``flair``.
         name: name of the study; by default what the file names have in common, else the name of the folder.
 
     Returns:
@@ -373,10 +369,7 @@ def patient_of(study: str) -> str:
         ``sub-01`` for BIDS, the name without the time point for BraTS from 2023 on, without the letter for UCSF-BMSR,
         else the study's name.
     """
-    bids = _BIDS.match(study)
-    if bids:
-        return bids["patient"]
-    for expression in (_UCSF_BMSR, _BRATS_TIME_POINT):
+    for expression in (_BIDS, _UCSF_BMSR, _BRATS_TIME_POINT):
         match = expression.match(study)
         if match:
             return match[1]

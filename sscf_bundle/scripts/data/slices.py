@@ -28,9 +28,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
@@ -110,10 +110,8 @@ def prepare_slices(
                 raise
             return str(reason)
 
-    rank, processes = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, processes = dist.get_rank(), dist.get_world_size()
-    start = len(items) * rank // processes
+    rank = idist.get_rank()
+    start = len(items) * rank // idist.get_world_size()
     turned = [*items[start:], *items[:start]]
     with ThreadPoolExecutor(max(1, num_workers)) as executor:
         made = (executor.map if num_workers else map)(prepare, turned)
@@ -317,11 +315,8 @@ class EpochSampler(DistributedSampler):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if distributed else 1
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
+        num_replicas = idist.get_world_size() if num_replicas is None else num_replicas
+        rank = idist.get_rank() if rank is None else rank
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
         self.length = len(dataset)
         draws = self.length if num_samples is None else num_samples

@@ -478,19 +478,19 @@ class AddAvailabilityd(MapTransform):
 
     Args:
         keys: key of the scaled contrasts, 4 x spatial in [-1, 1].
-        has_contrast_key: key of the bool tensor of 4 that says what is available. The contrasts it rules out are set
-            to -1, so that a complete study can be shown as an incomplete one by changing this entry alone.
+
+    What is available is said by ``has_contrast`` (bool tensor of 4). The contrasts it rules out are set to -1, so that
+    a complete study can be shown as an incomplete one by changing this entry alone.
     """
 
-    def __init__(self, keys: KeysCollection = "image", has_contrast_key: str = "has_contrast") -> None:
+    def __init__(self, keys: KeysCollection = "image") -> None:
         super().__init__(keys)
-        self.has_contrast_key = has_contrast_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
-            available = torch.as_tensor(d[self.has_contrast_key], dtype=torch.bool, device=image.device)
+            available = torch.as_tensor(d["has_contrast"], dtype=torch.bool, device=image.device)
             # filled in place: taking fresh memory for a volume costs more than computing it
             planes = image.new_empty((2 * len(image), *image.shape[1:]))
             for channel, given in enumerate(available.tolist()):

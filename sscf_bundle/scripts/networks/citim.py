@@ -136,12 +136,7 @@ class CITIM(nn.Module):
             raise ValueError(f"prototype must be 'sum' or 'mean', got {prototype!r}.")
         if aggregation not in ("attention", "concat"):
             raise ValueError(f"aggregation must be 'attention' or 'concat', got {aggregation!r}.")
-        self.channels, self.num_contrasts, self.num_classes, self.bank_size = (
-            channels,
-            num_contrasts,
-            num_classes,
-            bank_size,
-        )
+        self.channels, self.num_contrasts, self.bank_size = channels, num_contrasts, bank_size
         self.mean_prototype = prototype == "mean"
         self.concat = aggregation == "concat"
         # a multiple of 4, as the groups of the default normalization ask

@@ -182,8 +182,7 @@ class MemoryBank(nn.Module):
         self.count.copy_((self.count + written).clamp(max=self.size))
         # a tensor without dimensions as an index would be read on the host
         newest = order.gather(0, (written - 1).clamp(min=0).view(1)).squeeze(0)
-        last = torch.where(written > 0, (newest + 1) % self.size, self.head)
-        self.head.copy_(last)
+        self.head.copy_(torch.where(written > 0, (newest + 1) % self.size, self.head))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, torch.Tensor]:

@@ -170,12 +170,7 @@ class SSCFNet(ConfiguredNetwork):
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
         norm, act = _as_spec(norm), _as_spec(act)
-        self.spatial_dims, self.channels, self.bank_size, self.key_size = (
-            spatial_dims,
-            tuple(channels),
-            bank_size,
-            key_size,
-        )
+        self.spatial_dims, self.channels, self.bank_size = spatial_dims, tuple(channels), bank_size
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
         #: c', classes of W
@@ -227,9 +222,7 @@ class SSCFNet(ConfiguredNetwork):
     # ------------------------------------------------------------------------------------------------------- banks
     def new_bank(self, image_size: Sequence[int], refresh: bool = True) -> MemoryBank:
         """An empty training bank for slices of a spatial size, multiples of 16; for ``refresh`` see ``MemoryBank``."""
-        cells = 1
-        for size in image_size:
-            cells *= size // 2 ** (len(self.channels) - 1)
+        cells = math.prod(size // 2 ** (len(self.channels) - 1) for size in image_size)
         return MemoryBank(
             self.bank_size,
             NUM_CONTRASTS,
@@ -428,21 +421,9 @@ class SSCFNet(ConfiguredNetwork):
             for j, ccp in enumerate(self.ccp):
                 mean, std, found = retrieved[min(j, len(retrieved) - 1)]
                 stop = start + features[j].shape[2]
+                mean, std = mean[..., start:stop], std[..., start:stop]
                 center, own_std = statistics[j]
-                predicted.append(
-                    ccp(
-                        features[j],
-                        center,
-                        own_std,
-                        available,
-                        target,
-                        source,
-                        active,
-                        found,
-                        mean[..., start:stop],
-                        std[..., start:stop],
-                    )
-                )
+                predicted.append(ccp(features[j], center, own_std, available, target, source, active, found, mean, std))
                 start = stop
         else:
             for f in features:

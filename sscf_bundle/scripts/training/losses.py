@@ -202,10 +202,10 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor, has_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """``bce`` and ``dice`` of B x 3 x spatial logits against B x 1 x spatial classes."""
-        truth = class_masks(label).to(logits.dtype)
-        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(dim=1)
+        target = class_masks(label).to(logits.dtype)
+        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(dim=1)
         # MONAI's DiceLoss reads a tensor on the host, which breaks the graph of a compiler
-        p, y = torch.sigmoid(logits).flatten(2), truth.flatten(2)
+        p, y = torch.sigmoid(logits).flatten(2), target.flatten(2)
         overlap = (2 * (p * y).sum(dim=2) + self.eps) / (p.sum(dim=2) + y.sum(dim=2) + self.eps)
         dice = 1 - overlap.mean(dim=1)
         zero = torch.zeros_like(bce)

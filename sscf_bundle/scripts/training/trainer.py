@@ -60,11 +60,7 @@ def draw_scenarios(
     table = scenario_table(ids.device)
     usable = (table.unsqueeze(0) & has_contrast.unsqueeze(1)).any(dim=2)  # B x 14
     if numbers is not None:
-        held = table.sum(dim=1)
-        allowed = torch.zeros_like(usable[:1])
-        for number in numbers:
-            allowed = allowed | (held == number)
-        usable = usable & allowed
+        usable = usable & torch.isin(table.sum(dim=1), torch.tensor(numbers, device=ids.device))
     rank = (hash_uniform(ids, seed, epoch, "scenario") * usable.sum(dim=1, keepdim=True)).to(torch.int64)
     order = usable.to(torch.int64).cumsum(dim=1) - 1
     chosen = ((order == rank) & usable).to(torch.int64).argmax(dim=1)
@@ -187,8 +183,6 @@ class SynthesisTrainer(Trainer):
         grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
         epoch_length: batches of an epoch; None means the length of the loader.
         train_handlers: Ignite handlers; None stands for one that a config disables.
-        non_blocking: copy batches asynchronously.
-        postprocessing: applied to ``state.output``; normally None.
 
     Raises:
         ValueError: for ``accumulation_steps`` or ``reconstructions`` below 1, ``reconstructions`` without shared
@@ -223,8 +217,6 @@ class SynthesisTrainer(Trainer):
         grad_scaler: torch.amp.GradScaler | None = None,
         epoch_length: int | None = None,
         train_handlers: Sequence | None = None,
-        non_blocking: bool = True,
-        postprocessing: Callable | None = None,
     ) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
@@ -237,9 +229,7 @@ class SynthesisTrainer(Trainer):
             max_epochs=max_epochs,
             data_loader=train_data_loader,
             epoch_length=epoch_length,
-            non_blocking=non_blocking,
-            postprocessing=postprocessing,
-            handlers=None,
+            non_blocking=True,
             amp=amp,
             decollate=False,
         )
@@ -361,16 +351,16 @@ class SynthesisTrainer(Trainer):
         window = position // self.accumulation_steps
         share = min(self.accumulation_steps, engine.state.epoch_length - window * self.accumulation_steps)
         last = (position + 1) % self.accumulation_steps == 0 or position + 1 == engine.state.epoch_length
-        truth = [batch[k] for k in BATCH_KEYS]
+        targets = [batch[k] for k in BATCH_KEYS]
 
         if self.discriminators is not None:
             self.discriminators.requires_grad_(False)
         with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
-            output = self.step(batch["image"], *truth, batch["scenario"])
+            output = self.step(batch["image"], *targets, batch["scenario"])
             fake_scores = self.generator_scores(output, batch)
             distances = self.perceptual_distances(output, batch)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        terms = self.loss(output, *truth[:4], fake_scores, self.draw_bank_entries(batch), distances)
+        terms = self.loss(output, *targets[:4], fake_scores, self.draw_bank_entries(batch), distances)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self.grad_scaler.scale(terms["loss"] / share).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
