@@ -175,17 +175,15 @@ def reliability(
                     where = {"study": item["study"], "scenario": scenario_name(scenario), "contrast": CONTRASTS[i]}
                     doubts.append({**where, "method": method, "spearman": rho, "mae": error.mean(), "cost": cost})
                     curves.setdefault(method, []).append(risk_coverage(values, error) / max(error.mean(), 1e-9))
-        cases: list[tuple[str, float, Callable[[torch.Tensor, float, int], torch.Tensor] | None]]
-        cases = [("none", 0.0, None)]
+        cases = [("none", 0.0, lambda image, severity, seed: image)]
         cases += [(name, s, change) for name, change in corruptions().items() for s in severities]
         for name, severity, change in cases:
             seen = torch.as_tensor(loaded["image"]) * torch.tensor(chosen[0])[:, None, None, None]
             # one exchange of names needs no contrast that is missing
-            image = seen if change is None else change(seen.clone(), severity, number)
-            case = rest(show(loaded, chosen[0], image))
+            case = rest(show(loaded, chosen[0], change(seen.clone(), severity, number)))
             result = assessor(case, network, device)
             scores = result["scores"]
-            every = [s for of_contrast in scores.get("contrasts", {}).values() for s in [of_contrast.get("features")]]
+            every = [of_contrast.get("features") for of_contrast in scores.get("contrasts", {}).values()]
             verdicts.append(
                 {
                     "study": item["study"],
