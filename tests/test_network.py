@@ -311,6 +311,20 @@ def test_decoders_get_predicted_features_of_missing_and_own_features_of_availabl
                 assert torch.equal(given[i][j][b], source[j][b, i].detach()), (i, j, b)
 
 
+def test_context_of_citim_is_added_to_the_fused_bottleneck() -> None:
+    net = tiny_step().net
+    torch.nn.init.normal_(net.citim.phi.weight)
+    seen: list[torch.Tensor] = []
+    for part in (net.fuse_bottleneck, net.citim):
+        part.register_forward_hook(lambda module, arguments, result: seen.append(result))
+    net.segmentation_decoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][-1]))
+    net.load_bank(net.compile_bank(tiny_step().bank.entries()))
+    net(random_batch(scenario_table()[:2])["image"])
+    fused, context, joined = seen
+    assert context.any()
+    torch.testing.assert_close(joined, fused + context)
+
+
 def test_the_closed_loop_is_differentiable() -> None:
     """The gradient of the synthesized images alone reaches the segmentation decoder through the soft mask."""
     step = tiny_step()
