@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import monai
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -352,11 +353,8 @@ def _tensor_bytes(tree: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------ tables
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Rows with the same keys as a Markdown table."""
-    if not rows:
-        return ""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([_text(row.get(name)) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    texts = [{name: _text(value) for name, value in row.items()} for row in rows]
+    return pd.DataFrame(texts).to_markdown(index=False, disable_numparse=True)
 
 
 def _text(value: Any) -> str:

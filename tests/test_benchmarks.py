@@ -21,7 +21,7 @@ from builders import TINY_CHANNELS
 
 from benchmarks import cli, profiling
 from benchmarks.inference import filled_network, network_case, scenario
-from benchmarks.measure import H100, Operation, PartClock, Parts, WorkCounter, markdown, work_of_batch
+from benchmarks.measure import H100, Operation, Parts, WorkCounter, work_of_batch
 from benchmarks.profiling import inference_parts, training_parts, training_work
 from benchmarks.reference import citim_against_literal
 from benchmarks.training import training_speed
@@ -42,29 +42,6 @@ def test_parts_of_training_and_inference_cover_the_network_and_the_step() -> Non
     assert set(inference_parts(**TINY)) == branches | {"rest"}
     step = {"rest of the forward pass", "losses", "backward", "discriminators", "optimizers", "moving average"}
     assert set(training_parts(**TINY_TRAINING, warmup=1)) - {"rest", "dependency loss"} == branches | step | {"bank"}
-
-
-def test_nested_parts_are_told_apart() -> None:
-    parts, seen = Parts(), []
-    parts.on_change = lambda: seen.append(parts.label)
-    outer, inner = torch.nn.Sequential(torch.nn.ReLU()), torch.nn.ReLU()
-    outer.append(inner)
-    parts.watch_module(outer, "outer")
-    parts.watch_module(inner, "inner")
-    outer(torch.zeros(1))
-    assert seen == ["rest", "outer", "inner", "outer"] and parts.label == "rest"
-
-
-def test_clock_sums_to_the_whole() -> None:
-    parts = Parts()
-    clock = PartClock(parts, torch.device("cpu"))
-    clock.start()
-    parts.enter("inner")
-    parts.leave()
-    seconds = clock.stop()
-    begin, end = clock._marks[0][1], clock._marks[-1][1]
-    assert set(seconds) == {"rest", "inner"}
-    assert sum(seconds.values()) == pytest.approx(end - begin)
 
 
 def test_counted_work_of_a_matrix_product_a_view_and_a_sum() -> None:
@@ -148,8 +125,3 @@ def test_case_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
     done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\n\nOutOfMemoryError: no room\n\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
     assert cli.run_case("training_speed", {}, 1, 60.0) == [{"failed": "OutOfMemoryError: no room"}]
-
-
-def test_markdown_table() -> None:
-    rows = [{"a": 1.23456, "b": None}, {"a": 12345.6, "b": True}]
-    assert markdown(rows) == "| a | b |\n| --- | --- |\n| 1.23 | - |\n| 12,346 | True |"

@@ -126,6 +126,15 @@ def test_decoder_reads_the_channel_statistics_of_every_scale(scale: int) -> None
     assert (decoder(features) - before).abs().max() > 1e-3
 
 
+def test_decoder_gives_every_scale_a_gradient() -> None:
+    features = [
+        torch.randn((1, width, 16 >> j, 16 >> j), generator=generator(j), requires_grad=True)
+        for j, width in enumerate(CHANNELS)
+    ]
+    Decoder(2, CHANNELS, 1)(features).square().sum().backward()
+    assert all(feature.grad is not None and feature.grad.any() for feature in features)
+
+
 def test_encoder_and_decoder_treat_each_sample_alone() -> None:
     encoder, decoder = Encoder(2, 4, CHANNELS), Decoder(2, CHANNELS, 1)
     batch = torch.randn((3, 4, 32, 32), generator=generator(5))

@@ -263,13 +263,6 @@ def test_batch_normalization_is_refused(norm: str | tuple | list) -> None:
         SSCFNet(channels=TINY_CHANNELS, norm=norm)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("norm", [("group", {"num_groups": 4}), "INSTANCE"], ids=str)
-def test_no_module_uses_statistics_of_the_batch(norm: str | tuple) -> None:
-    net = tiny_net(norm=norm)
-    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
-    assert not any(getattr(m, "track_running_stats", False) for m in net.modules())
-
-
 # ------------------------------------------------------------------------------------------------------------ branches
 def test_training_and_inference_agree_when_no_own_entry_is_masked() -> None:
     for changes in ({}, {"prototype": "mean", "aggregation": "concat"}):
@@ -316,6 +309,20 @@ def test_decoders_get_predicted_features_of_missing_and_own_features_of_availabl
             for b in range(14):
                 source = output["features"] if available[b, i] else output["predicted"]
                 assert torch.equal(given[i][j][b], source[j][b, i].detach()), (i, j, b)
+
+
+def test_context_of_citim_is_added_to_the_fused_bottleneck() -> None:
+    net = tiny_step().net
+    torch.nn.init.normal_(net.citim.phi.weight)
+    seen: list[torch.Tensor] = []
+    for part in (net.fuse_bottleneck, net.citim):
+        part.register_forward_hook(lambda module, arguments, result: seen.append(result))
+    net.segmentation_decoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][-1]))
+    net.load_bank(net.compile_bank(tiny_step().bank.entries()))
+    net(random_batch(scenario_table()[:2])["image"])
+    fused, context, joined = seen
+    assert context.any()
+    torch.testing.assert_close(joined, fused + context)
 
 
 def test_the_closed_loop_is_differentiable() -> None:
@@ -505,20 +512,6 @@ def test_scripted_network_equals_eager(aggregation: str) -> None:
         for size in ((32, 48), (64, 32)):
             image = random_batch(all_availabilities(), size, seed=8)["image"]
             torch.testing.assert_close(loaded(image), net(image), rtol=0, atol=1e-6)
-
-
-def test_state_round_trip_restores_network_and_banks() -> None:
-    step, copy = tiny_step(seed=0), tiny_step(seed=1, filled=2)
-    step.net.load_bank(step.net.compile_bank(step.bank.entries()))
-    buffer = io.BytesIO()
-    torch.save(step.state_dict(), buffer)
-    buffer.seek(0)
-    batch = random_batch(scenario_table())
-    with torch.no_grad():
-        assert not torch.equal(copy(**batch)["pred"], step(**batch)["pred"])
-        copy.load_state_dict(torch.load(buffer, weights_only=True))
-        assert torch.equal(copy(**batch)["pred"], step(**batch)["pred"])
-        assert torch.equal(copy.net(batch["image"]), step.net(batch["image"]))
 
 
 # ---------------------------------------------------------------------------------------------------- input and labels

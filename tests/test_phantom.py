@@ -164,13 +164,6 @@ def test_writing_again_touches_only_what_is_missing(cohort):
     assert all((after[name] == before[name]) == name.startswith(cohort[0].name) for name in before)
 
 
-def test_another_shape_is_written_anew(tmp_path):
-    (first,) = write_phantom_cohort(tmp_path, 1, seed=5, shape=(24, 24, 16))
-    (second,) = write_phantom_cohort(tmp_path, 1, seed=5, shape=(30, 30, 20))
-    assert first == second
-    assert nib.load(second / f"{second.name}_seg.nii.gz").shape == (30, 30, 20)
-
-
 def test_nothing_half_written_after_a_failure(tmp_path, monkeypatch):
     def fail(image, path):
         if "_t2" in str(path):

@@ -11,14 +11,13 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_same, bundle_command, config_files, run_bundle, run_python, tiny_run, train_in_process
+from builders import assert_same, bundle_command, run_bundle, run_python, tiny_run
 
 CONFIG = ["configs/train.json"]
 EPOCHS, BATCHES = 4, 4
@@ -145,43 +144,3 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
     assert f"going on after epoch {EPOCHS}" in printed and "Epoch[" not in printed
     assert newest.stat().st_mtime_ns == written
     assert_same_result(copy, unbroken)
-
-
-@pytest.mark.parametrize("remaining", [0, 1000, -1])
-def test_unreadable_newest_checkpoint_is_passed_over_with_a_warning(
-    remaining: int, copy: Path, phantom_cohort: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    newest = copy / "checkpoints" / names(EPOCHS)[0]
-    newest.write_bytes(newest.read_bytes()[:remaining])
-    for model in ("model.pt", "model_last.pt"):
-        (copy / model).unlink()
-    with caplog.at_level(logging.INFO, logger="scripts.training.checkpoint"):
-        train_in_process(config_files("train"), tiny_run(phantom_cohort, copy))
-    warnings = [
-        r.getMessage() for r in caplog.records if r.name == "scripts.training.checkpoint" and r.levelname == "WARNING"
-    ]
-    assert len(warnings) == 1 and str(newest) in warnings[0]
-    assert f"going on after epoch {EPOCHS - 1}" in caplog.text
-    if not (copy / "model.pt").is_file():
-        # the best epoch came before the interruption, and its file was taken away above
-        shutil.copy(unbroken / "model.pt", copy)
-    assert_same_result(copy, unbroken)
-
-
-def test_resume_false_on_the_command_line_starts_anew(copy: Path, tmp_path: Path, phantom_cohort: Path) -> None:
-    overrides = tiny_run(phantom_cohort, copy, resume="false", max_epochs=1)
-    status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
-    assert status == 0, printed
-    assert "going on after" not in printed
-    assert checkpoints(copy) == names(1)
-
-
-def test_other_network_than_in_the_checkpoint_is_told_in_one_sentence(
-    copy: Path, tmp_path: Path, phantom_cohort: Path
-) -> None:
-    overrides = tiny_run(phantom_cohort, copy, channels=[4, 8, 8, 8, 16])
-    status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
-    assert status == 1
-    assert "Traceback" not in printed
-    assert "does not fit the configured run" in printed.strip().splitlines()[-1]
-    assert checkpoints(copy) == names(2, 3, 4)

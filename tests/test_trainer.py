@@ -36,7 +36,6 @@ from scripts.data.slices import EpochSampler
 from scripts.evaluation.protocols import PerceptualDistance
 from scripts.networks.memory_bank import BankEntries
 from scripts.training.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
-from scripts.training.step import SSCFTrainingStep
 from scripts.training.trainer import (
     BATCH_KEYS,
     Curriculum,
@@ -582,11 +581,6 @@ def test_two_processes_hold_the_same_bank_and_weights_as_one_with_the_whole_batc
     torch.testing.assert_close(single.bank.mean[ours], one["bank"]["mean"][theirs], rtol=1e-3, atol=1e-4)
 
 
-def test_one_process_gathers_nothing() -> None:
-    entries = random_entries(tiny_step(filled=0).bank, [1, 2])
-    assert gather_entries(entries) is entries
-
-
 # ------------------------------------------------------------------------------------------------------------- parts
 def test_rate_is_full_until_the_decay_starts_and_then_falls_linearly_to_zero() -> None:
     factor = linear_decay(600, 300)
@@ -601,8 +595,3 @@ def test_copied_network_shares_nothing_and_evaluates() -> None:
     assert not copied.training and net.training
     for ours, theirs in zip(net.state_dict().values(), copied.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs) and (ours.numel() == 0 or ours.data_ptr() != theirs.data_ptr())
-
-
-def test_image_size_that_the_network_cannot_halve_four_times_is_refused() -> None:
-    with pytest.raises(ValueError, match="multiples of 16"):
-        SSCFTrainingStep(tiny_net(), (32, 40))

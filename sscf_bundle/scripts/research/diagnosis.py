@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -38,16 +39,6 @@ GROUPS = ("encoders", "segmentation_decoder", "citim", "ccp", "synthesis_decoder
 
 
 @contextmanager
-def replaced(owner: nn.Module, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Puts ``make(method)`` in the place of a method of one object."""
-    object.__setattr__(owner, name, make(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        object.__delattr__(owner, name)
-
-
-@contextmanager
 def changed(tensors: Iterable[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Gives tensors other values."""
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
@@ -60,16 +51,6 @@ def changed(tensors: Iterable[torch.Tensor], change: Callable[[torch.Tensor], to
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
-
-
-@contextmanager
-def retrieving(net: SSCFNet, mode: str) -> Iterator[None]:
-    """Another ``retrieval``."""
-    kept, net.retrieval = net.retrieval, mode
-    try:
-        yield
-    finally:
-        net.retrieval = kept
 
 
 @contextmanager
@@ -86,9 +67,10 @@ def mean_over_space(maps: torch.Tensor) -> torch.Tensor:
     return expand_dims_like(maps.flatten(2).mean(dim=2), maps).expand_as(maps)
 
 
-def after(function: Callable) -> Callable[[Callable], Callable]:
-    """Turns a method into one that gives ``function`` of its result."""
-    return lambda method: lambda *args: function(method(*args))
+def after(owner: nn.Module, name: str, function: Callable) -> AbstractContextManager:
+    """Lets a method of one object give ``function`` of its result."""
+    method = getattr(owner, name)
+    return patch.object(owner, name, lambda *args: function(method(*args)))
 
 
 def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, AbstractContextManager]:
@@ -100,16 +82,16 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
     """
     found: dict[str, AbstractContextManager] = {}
     if net.with_citim:
-        found["CITIM zero"] = replaced(net.citim, "forward", after(torch.zeros_like))
-        found["CITIM constant over space"] = replaced(net.citim, "forward", after(mean_over_space))
+        found["CITIM zero"] = after(net.citim, "forward", torch.zeros_like)
+        found["CITIM constant over space"] = after(net.citim, "forward", mean_over_space)
         found["CITIM, classes of the bank exchanged"] = changed([net.bank_value], lambda value: value.roll(1, dims=2))
     if net.two_passes:
 
         def second_pass(mask: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager:
-            def make(encode: Callable) -> Callable:
-                return lambda images, seen: encode(images, mask(seen).to(seen.dtype) if seen.any() else seen)
-
-            return replaced(net, "encode", make)
+            encode = net.encode
+            return patch.object(
+                net, "encode", lambda images, seen: encode(images, mask(seen).to(seen.dtype) if seen.any() else seen)
+            )
 
         def annotated(seen: torch.Tensor) -> torch.Tensor:
             return class_masks(label().to(seen.device))
@@ -120,16 +102,16 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         modules = [module for module in net.modules() if isinstance(module, CCP)]
         weights = [t for ccp in modules for t in (ccp.gamma_weight, ccp.gamma_bias)]
         found["CCP zero"] = changed(weights, torch.zeros_like)
-        found["retrieval random"] = retrieving(net, "random")
-        found["retrieval mean of the bank"] = retrieving(net, "mean")
-        found["AdaIN with its own statistics"] = replaced(
-            net, "prototypes", after(lambda result: (*result[:2], torch.zeros_like(result[2])))
+        found["retrieval random"] = patch.object(net, "retrieval", "random")
+        found["retrieval mean of the bank"] = patch.object(net, "retrieval", "mean")
+        found["AdaIN with its own statistics"] = after(
+            net, "prototypes", lambda result: (*result[:2], torch.zeros_like(result[2]))
         )
         found["CBAM, channel attention constant"] = all_of(
-            replaced(ccp, "channel_attention", after(lambda a: a.mean().expand_as(a))) for ccp in modules
+            after(ccp, "channel_attention", lambda a: a.mean().expand_as(a)) for ccp in modules
         )
         found["CBAM, spatial attention constant"] = all_of(
-            replaced(ccp.spatial, "forward", after(mean_over_space)) for ccp in modules
+            after(ccp.spatial, "forward", mean_over_space) for ccp in modules
         )
     return found
 

@@ -127,17 +127,15 @@ def reliability(
     for number, item in enumerate(items):
         logger.info("reliability: study %d of %d", number + 1, len(items))
         loaded = load({k: v for k, v in item.items() if k != "seg"})
-        cases: list[tuple[str, float, Callable[[torch.Tensor, float, int], torch.Tensor] | None]]
-        cases = [("none", 0.0, None)]
+        cases = [("none", 0.0, lambda image, severity, seed: image)]
         cases += [(name, s, change) for name, change in corruptions().items() for s in severities]
         for name, severity, change in cases:
             seen = torch.as_tensor(loaded["image"]) * torch.tensor(chosen)[:, None, None, None]
             # one exchange of names needs no contrast that is missing
-            image = seen if change is None else change(seen.clone(), severity, number)
-            case = rest(show(loaded, chosen, image))
+            case = rest(show(loaded, chosen, change(seen.clone(), severity, number)))
             result = assessor(case, network, device)
             scores = result["scores"]
-            every = [s for of_contrast in scores.get("contrasts", {}).values() for s in [of_contrast.get("features")]]
+            every = [of_contrast.get("features") for of_contrast in scores.get("contrasts", {}).values()]
             verdicts.append(
                 {
                     "study": item["study"],
