@@ -94,5 +94,8 @@ class ConfiguredNetwork(nn.Module):
         reason = self.refusal(decode_settings(theirs)) if theirs is not own else None
         if reason:
             errors: list[str] = args[-1]
-            errors.append(f"the weights do not fit this network: {reason}; build the network from the weights.")
+            errors.append(
+                f"the weights do not fit this network: {reason}; build the network from the weights, as inference.json "
+                "does (monai.bundle.load: workflow_type='inference')."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
