@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from scripts.networks.export import export_network
 from scripts.networks.settings import decode_settings
 from scripts.networks.sscf import SSCFNet, network_input
 from scripts.networks.weights import network_from_weights, save_weights
-
-ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,6 @@ def test_torch_export_by_the_config(weights: Path, tmp_path: Path) -> None:
     assert torch.equal(program.state_dict["bank_key"], made.bank_key)
 
 
-@pytest.mark.skipif(bool(ONNX), reason=f"not installed: {', '.join(ONNX)}")
 def test_onnx_of_any_size_is_the_network(weights: Path, tmp_path: Path) -> None:
     import onnxruntime
 

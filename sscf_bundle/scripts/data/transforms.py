@@ -270,7 +270,7 @@ class LoadStudyd(MapTransform):
             # what interpolation leaves of nothing is no brain
             other[other < 1e-4 * other.max()] = 0
             if not is_mask and not other.any():
-                raise StudyError(f"{path} and {first_path} have no place in common: give --register True.")
+                raise StudyError(f"{path} and {first_path} have no place in common: register the files of the study.")
         self._check_geometry(first, first_path, other, path)
         return other
 
@@ -279,7 +279,7 @@ class LoadStudyd(MapTransform):
         if first.shape != other.shape:
             raise StudyError(
                 f"{path} has shape {_times(other.shape)} but {first_path} has {_times(first.shape)}: register all "
-                "files of a study to one grid, give --resample True if they are registered already, or --register True."
+                "files of a study to one grid, or give --resample True if they are registered already."
             )
         upper = np.asarray(first.shape) - 1
         corners = np.asarray([[*(upper * bits), 1.0] for bits in np.ndindex(2, 2, 2)]).T
@@ -288,8 +288,7 @@ class LoadStudyd(MapTransform):
         if distance > self.tolerance:
             raise StudyError(
                 f"{path} and {first_path} have different affines (corners up to {distance:.3g} mm apart): register "
-                "all files of a study to one grid, give --resample True if they are registered already, or --register "
-                "True."
+                "all files of a study to one grid, or give --resample True if they are registered already."
             )
 
     def _internal_classes(self, mask: torch.Tensor, path: str) -> torch.Tensor:
