@@ -94,6 +94,7 @@ def _write_onnx(
     table[_aten.sort.stable] = _sort
     table[_aten.repeat_interleave.self_int] = _repeat
     table[_aten.adaptive_avg_pool2d.default] = _pool
+    table[_aten.index_add.default] = _index_add
     exported: Any = torch.onnx.export(
         program.run_decompositions(table), (example,), input_names=["image"], output_names=["pred"], verbose=False
     )
@@ -103,7 +104,7 @@ def _write_onnx(
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
 
-# ----------------------------- operations that ONNX lacks, or that torch 2.14 exports for the size of the example only
+# ------------- operations that ONNX lacks, that torch 2.14 exports for one size only, or that onnxruntime does wrong
 def _sort(values: torch.Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> Sequence:
     """Stable sort of truth values as integers."""
     size = values.shape[dim]
@@ -116,6 +117,15 @@ def _repeat(values: torch.Tensor, repeats: int, dim: int, output_size: int | Non
     shape = values.shape
     repeated = values.unsqueeze(dim + 1).expand(*shape[: dim + 1], repeats, *shape[dim + 1 :])
     return repeated.flatten(dim, dim + 1)
+
+
+def _index_add(
+    values: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *, alpha: float = 1
+) -> torch.Tensor:
+    """Sums by a matrix: ScatterND of onnxruntime, on several threads, loses sums of rows with the same index."""
+    assert dim == 0 and alpha == 1
+    chosen = torch.arange(values.shape[0], device=values.device).unsqueeze(1) == index
+    return values + (chosen.to(source.dtype) @ source.flatten(1)).reshape(values.shape)
 
 
 def _pool(maps: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
