@@ -18,7 +18,7 @@ import torch
 from builders import BUNDLE_ROOT, TINY_CHANNELS, config_files, run_bundle, run_python, tiny_run
 from monai.bundle import create_workflow
 
-from scripts.command_line import checked_settings, refuse_unknown
+from scripts.checked_settings import checked_settings, refuse_unknown
 from scripts.contrasts import StudyError
 from scripts.data.transforms import find_study_error
 from scripts.networks.sscf import SSCFNet
@@ -49,6 +49,9 @@ def weights(tmp_path: Path) -> Path:
         ("device", "nonsense", "device must be cpu, cuda or cuda:<number>, got 'nonsense'."),
         ("device", "cuda:99", "There is no device cuda:99 here"),
         ("num_workers", -1, "num_workers must be at least 0, got -1."),
+        ("num_workers", "two", "num_workers must be a whole number, got 'two'."),
+        ("amp", "perhaps", "amp must be True or False, got 'perhaps'."),
+        ("run_id", "training", "There is no setting run_id"),  # unless it is known elsewhere
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
     ],
 )
@@ -72,16 +75,17 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("train::trainer::amp_dtype", "$torch.float16"),  # an argument that the config does not give
         ("tracking_uri", "x"),  # of MONAI's tracking
         ("run_id", "training"),
+        ("output_dir", "no"),  # a folder of this name
     ],
 )
 def test_right_setting_is_taken_as_it_is(name: str, value: object) -> None:
-    assert checked_settings(config_files("train"), {name: value}) == {}
+    assert checked_settings(config_files("train"), {name: value}, ("tracking_uri", "run_id")) == {}
 
 
 def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Path) -> None:
-    given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off", "output_dir": "no"}
+    given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off"}
     expected = {"compile": False, "resume": False, "val_at_start": True, "amp": False}
-    assert {k: v for k, v in checked_settings(config_files("train"), given).items() if k != "output_dir"} == expected
+    assert checked_settings(config_files("train"), given) == expected
     workflow = create_workflow(
         config_file=config_files("inference")[0],
         workflow_type="inference",

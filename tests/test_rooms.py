@@ -20,14 +20,15 @@ import pytest
 from conftest import BUNDLE_ROOT
 
 SCRIPTS = BUNDLE_ROOT / "scripts"
-#: What each room may import besides itself; ``contrasts`` is the ground of all.
+#: What each room may import besides itself; ``contrasts`` and the settings' check are the ground.
 ALLOWED = {
     "contrasts": set(),
-    "command_line": {"contrasts", "data"},
+    "checked_settings": {"contrasts"},
+    "command_line": {"contrasts", "checked_settings", "data"},
     "networks": {"contrasts"},
     "data": {"contrasts"},
     "training": {"contrasts", "networks", "data"},
-    "inference": {"contrasts", "networks", "data"},
+    "inference": {"contrasts", "checked_settings", "networks", "data"},
     "evaluation": {"contrasts", "networks", "data", "inference"},
     "research": {"contrasts", "networks", "data", "training", "inference", "evaluation"},
     "demo": {"contrasts", "data", "evaluation", "inference"},

@@ -314,8 +314,16 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
     record = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
     assert record["verdict"] in ("review", "not calibrated") and record["warnings"] and record["settings"]["trust"]
     assert {"checks", "scores", "reasons"} <= set(record)
-    with pytest.raises(StudyError, match="no setting thrust"):
-        synthesize_study(**paths, **options, thrust=False)
+    for wrong, words in (
+        ({"thrust": False}, "no setting thrust: did you mean trust"),
+        ({"trust": "perhaps"}, "trust must be True or False"),
+        ({"amp": 1}, "amp must be True or False"),
+        ({"tracking": "mlflow"}, "no setting tracking"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            synthesize_study(**paths, **(options | wrong))
+    synthesize_study(**paths, **(options | {"amp": "no", "trust": "no"}))
+    assert json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())["settings"]["trust"] is False
     with pytest.raises(StudyError, match="There is no check skull"):
         synthesize_study(**paths, **options, rejecting_checks=["skull"])
     code = record["checks"][0]["code"]  # random values are no brain

@@ -10,35 +10,29 @@
 
 """What ``monai.bundle`` leaves to a bundle: settings that are checked, and errors of one sentence.
 
-MONAI takes any id and any value, and wraps every error in others. Each config calls ``start`` in its ``initialize``.
+MONAI wraps every error in others. Each config calls ``start`` in its ``initialize``.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from .checked_settings import checked_settings
 from .contrasts import StudyError
 from .data.transforms import find_study_error
 
 _SCRIPTS = Path(__file__).resolve().parent
-#: Least value of settings that count something.
-_LEAST = {"num_workers": 0, "num_writers": 0, "prepare_workers": 0, "sw_batch_size": 1, "batch_size": 1}
-#: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def start(output_dir: str | Path, debug: bool = False) -> None:
@@ -63,7 +57,10 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     if frame is None:  # the workflow was built by its class
         return
     workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
-    for name, value in checked_settings(files, given).items():
+    tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
+    monai_knows = {name for settings in tracking.values() for name in settings["configs"]}
+    monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters}
+    for name, value in checked_settings(files, given, monai_knows).items():
         workflow.parser[name] = value
     _track(workflow.parser)
     workflow.run = functools.partial(_run, workflow)
@@ -86,81 +83,6 @@ def _track(parser: ConfigParser) -> None:
         parser["evaluation::handlers"].extend(handler | changes for handler in validation)
     if training:
         parser.ref_resolver.reset()
-
-
-def checked_settings(files: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Holds settings against the configs that they change.
-
-    Args:
-        files: of the configs.
-        given: values by id.
-
-    Returns:
-        Those that were given as a text for a truth value, with the truth value.
-
-    Raises:
-        StudyError: for an id that neither the configs nor MONAI knows, or a value of another type than the config has.
-    """
-    parser = ConfigParser()
-    parser.read_config(files)
-    foreign = {*inspect.signature(ConfigWorkflow.__init__).parameters}
-    tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
-    foreign |= {name for settings in tracking.values() for name in settings["configs"]}
-    changed: dict[str, Any] = {}
-    for given_name, value in given.items():
-        name = given_name.lstrip("+").replace("#", "::")
-        if name not in parser:
-            if name not in foreign and not ("::" in name and name.rpartition("::")[0] in parser):
-                near = difflib.get_close_matches(name, [*parser.get(), *foreign], n=1, cutoff=0)
-                raise StudyError(f"There is no setting {given_name}: did you mean {near[0]}?")
-            continue
-        default: Any = parser[name]
-        is_text = isinstance(value, str)
-        by_expression = (isinstance(default, str) and default[:1] in "$@") or (
-            isinstance(default, Mapping) and "_target_" in default
-        )
-        if is_text and value.lower() in _TRUTH and (isinstance(default, bool) or by_expression):
-            changed[name] = value = _TRUTH[value.lower()]
-        elif value is None or (is_text and value[:1] in ("$", "@", "%")):
-            continue
-        kind: type
-        accepted: tuple[type, ...]
-        for kind, accepted, words in (
-            (bool, (bool,), "True or False"),
-            (int, (int,), "a whole number"),
-            (float, (int, float), "a number"),
-            (list, (list, tuple, dict), 'a list, for example "[1,2]"'),
-        ):
-            if isinstance(default, kind):
-                if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-                    raise StudyError(f"{given_name} must be {words}, got {value!r}.")
-                break
-        if name in _LEAST and not isinstance(value, str) and not value >= _LEAST[name]:
-            raise StudyError(f"{given_name} must be at least {_LEAST[name]}, got {value!r}.")
-        if name == "device":
-            try:
-                device = torch.device(value)
-            except (RuntimeError, TypeError) as error:
-                raise StudyError(f"device must be cpu, cuda or cuda:<number>, got {value!r}.") from error
-            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-                raise StudyError(f"There is no device {value} here: {torch.cuda.device_count()} GPUs can be used.")
-    return changed
-
-
-def refuse_unknown(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses a choice that does not exist, for configs.
-
-    Args:
-        name: of the setting.
-        given: what was chosen.
-        known: what there is.
-
-    Raises:
-        StudyError: if something was chosen that does not exist.
-    """
-    unknown = [one for one in ([given] if isinstance(given, str) else given) if one not in known]
-    if unknown:
-        raise StudyError(f"{name} has no {unknown[0]}: choose from {', '.join(known)}.")
 
 
 def _run(workflow: ConfigWorkflow) -> Any:

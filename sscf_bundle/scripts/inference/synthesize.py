@@ -18,6 +18,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from ..checked_settings import checked_settings
 from ..contrasts import StudyError
 from ..data.transforms import find_study_error
 
@@ -62,11 +63,10 @@ def synthesize_study(
     files = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2, "output_dir": output_dir}
     paths = {key: None if path is None else str(path) for key, path in files.items()}
     quiet = {"overwrite": True, "page": False, "handlers": [], "num_workers": 0, "num_writers": 0}
+    config = str(_BUNDLE_ROOT / "configs" / "inference.json")
+    settings |= checked_settings(config, settings)
     parser = ConfigParser()
-    parser.read_config(str(_BUNDLE_ROOT / "configs" / "inference.json"))
-    unknown = sorted(name for name in settings if name.split("#")[0] not in parser)
-    if unknown:
-        raise StudyError(f"configs/inference.json has no setting {unknown[0]}: correct its name.")
+    parser.read_config(config)
     parser.update({"bundle_root": str(_BUNDLE_ROOT), **quiet, **paths, **settings})
     try:
         evaluator = parser.get_parsed_content("evaluator")

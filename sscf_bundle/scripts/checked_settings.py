@@ -1,0 +1,100 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Settings held against the configs that they change: MONAI takes any id and any value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from .contrasts import StudyError
+
+#: Truth values that a config may give by an expression.
+_SWITCHES = ("amp", "quiet", "whole_studies")
+#: Least value of settings that count something.
+_LEAST = {"num_workers": 0, "num_writers": 0, "prepare_workers": 0, "sw_batch_size": 1, "batch_size": 1}
+#: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+#: What a setting of each type may be, and its words.
+_ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    list: ((list, tuple, dict), 'a list, for example "[1,2]"'),
+}
+
+
+def checked_settings(
+    files: str | Sequence[str], given: Mapping[str, Any], foreign: Collection[str] = ()
+) -> dict[str, Any]:
+    """Holds settings against the configs that they change.
+
+    Args:
+        files: of the configs.
+        given: values by id.
+        foreign: ids that no config has and that are no mistake.
+
+    Returns:
+        Those that were given as a text for a truth value, with the truth value.
+
+    Raises:
+        StudyError: for an id that nobody knows, or a value of another type than the config has.
+    """
+    parser = ConfigParser()
+    parser.read_config(files)
+    changed: dict[str, Any] = {}
+    for given_name, value in given.items():
+        name = given_name.lstrip("+").replace("#", "::")
+        if name not in parser:
+            if name not in foreign and not ("::" in name and name.rpartition("::")[0] in parser):
+                near = difflib.get_close_matches(name, [*parser.get(), *foreign], n=1, cutoff=0)
+                raise StudyError(f"There is no setting {given_name}: did you mean {near[0]}?")
+            continue
+        default: Any = parser[name]
+        wanted = bool if name in _SWITCHES else int if name in _LEAST else type(default)
+        if wanted is bool and isinstance(value, str) and value.lower() in _TRUTH:
+            changed[name] = value = _TRUTH[value.lower()]
+        if value is None or (isinstance(value, str) and value[:1] in ("$", "@", "%")):
+            continue
+        if wanted in _ACCEPTED:
+            accepted, words = _ACCEPTED[wanted]
+            if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
+                raise StudyError(f"{given_name} must be {words}, got {value!r}.")
+        if name in _LEAST and not value >= _LEAST[name]:
+            raise StudyError(f"{given_name} must be at least {_LEAST[name]}, got {value!r}.")
+        if name == "device":
+            try:
+                device = torch.device(value)
+            except (RuntimeError, TypeError) as error:
+                raise StudyError(f"device must be cpu, cuda or cuda:<number>, got {value!r}.") from error
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise StudyError(f"There is no device {value} here: {torch.cuda.device_count()} GPUs can be used.")
+    return changed
+
+
+def refuse_unknown(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses a choice that does not exist, for configs.
+
+    Args:
+        name: of the setting.
+        given: what was chosen.
+        known: what there is.
+
+    Raises:
+        StudyError: if something was chosen that does not exist.
+    """
+    unknown = [one for one in ([given] if isinstance(given, str) else given) if one not in known]
+    if unknown:
+        raise StudyError(f"{name} has no {unknown[0]}: choose from {', '.join(known)}.")
