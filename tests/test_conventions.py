@@ -77,7 +77,7 @@ def make_target(seed: int = 0) -> StudyTarget:
 
 def make_slices(*rows: int) -> StudyTarget:
     """Some slices of it, one contrast of which goes beyond what a prediction can have."""
-    target = StudyTarget(*(values[list(rows)] for values in make_target()))
+    target = StudyTarget(*(values[list(rows)] for values in make_target()[:3]))
     target.images[:, 3] *= 1.5
     return target
 
@@ -266,7 +266,7 @@ def test_slices_where_the_truth_is_constant_are_left_out() -> None:
     target = make_slices(2, 4, 5, 7, 8)
     prediction, others = make_guess(target, 1), [0, 2, 3, 4]
     protocol = PerSliceProtocol()
-    protocol.start(StudyTarget(*(values[others] for values in target)))
+    protocol.start(StudyTarget(*(values[others] for values in target[:3])))
     expected = protocol.score(1, prediction[others])["per_slice"]
     target.images[1, 1] = 0.3
     protocol.start(target)
@@ -275,6 +275,30 @@ def test_slices_where_the_truth_is_constant_are_left_out() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- robust
+def literal_steps(volume: np.ndarray, mask: np.ndarray) -> list[float]:
+    """Mean absolute difference of neighbors in the mask along each axis."""
+    steps: list[list[float]] = [[], [], []]
+    for place in np.argwhere(mask):
+        for axis in range(3):
+            other = place.copy()
+            other[axis] += 1
+            if other[axis] < mask.shape[axis] and mask[tuple(other)]:
+                steps[axis].append(abs(volume[tuple(other)] - volume[tuple(place)]))
+    return [float(np.mean(values)) for values in steps]
+
+
+def test_slices_that_jump_are_rough_and_blurred_ones_are_not() -> None:
+    target = make_target()
+    protocol = VolumeProtocol()
+    protocol.start(target)
+    volume = target.images[:, 1]
+    jumps = volume + 0.2 * (torch.arange(volume.shape[2]) % 2)
+    rough, faint, same = (
+        float(protocol.score(1, v)["volume"]["whole", "roughness"]) for v in (jumps, 0.5 * volume, volume)
+    )
+    assert rough > 1.1 and faint == pytest.approx(1, rel=1e-5) and same == pytest.approx(1, rel=1e-5)
+
+
 def test_robust_convention_is_the_literal_one() -> None:
     target = make_target()
     protocol = VolumeProtocol()
@@ -284,7 +308,13 @@ def test_robust_convention_is_the_literal_one() -> None:
         scores = protocol.score(k, prediction)["volume"]
         t, g = target.images[:, k].double().numpy(), prediction.double().numpy()
         similarity = full_ssim(g, t)
-        assert len(scores) == 6
+        assert len(scores) == 7
+        across, within = literal_steps(g, target.brain.numpy()), literal_steps(t, target.brain.numpy())
+        for axis in range(3):
+            protocol.start(target._replace(slice_axis=axis))
+            ratio = [s.pop(axis) / np.mean(s) for s in ([*across], [*within])]
+            found = protocol.score(k, prediction)["volume"]["whole", "roughness"]
+            assert float(found) == pytest.approx(ratio[0] / ratio[1], rel=1e-4)
         for region, m in (("whole", target.brain.numpy()), ("tumor", target.tumor.numpy())):
             expected = {
                 "psnr": -10 * np.log10(((g - t)[m] ** 2).mean()),
@@ -305,7 +335,7 @@ def test_brasyn_is_the_literal_one_over_the_whole_volume(room: tuple[tuple[int, 
     padding = [n for pair in reversed(room) for n in pair]
     small, k = make_target(), 3
     images = torch.nn.functional.pad(small.images, [*padding[:4], 0, 0, *padding[4:]])
-    target = StudyTarget(images, *(torch.nn.functional.pad(mask, padding) for mask in small[1:]))
+    target = StudyTarget(images, *(torch.nn.functional.pad(mask, padding) for mask in small[1:3]))
     prediction = torch.nn.functional.pad(make_guess(small, k), padding)
     protocol = BraSynProtocol()
     protocol.start(target)
@@ -349,8 +379,8 @@ def test_identical_images_have_the_best_scores(weights: Path) -> None:
     for protocol in protocols:
         protocol.start(target)
     scores = volume_scores(protocols, 2, target.images[:, 2], available=3)
-    best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0}
-    assert len(scores) == 12 + 6 + 2 + 3
+    best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0, "roughness": 1.0}
+    assert len(scores) == 12 + 7 + 2 + 3
     for key, value in scores.items():
         assert float(value) == pytest.approx(best[key[2]], abs=1e-5), key
 
@@ -380,7 +410,7 @@ def test_study_without_tumor_has_no_region_scores(weights: Path) -> None:
     scores = volume_scores(protocols, 0, make_guess(target, 0), available=3)
     finite = {key for key, value in scores.items() if bool(value.isfinite())}
     assert {key[:2] for key in finite} == {("per_slice", "whole"), ("volume", "whole")}
-    assert len(finite) == 4 + 3
+    assert len(finite) == 4 + 4
 
 
 def test_convention_is_computed_in_its_scenarios_alone() -> None:

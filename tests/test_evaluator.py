@@ -448,6 +448,19 @@ def test_scores_are_those_of_the_files_that_inference_writes(phantom_cohort: Pat
     assert scores.rows == [row for row in rows if "per_slice" not in row["protocol"]]
     assert {row["protocol"] for row in scores.rows} == {"volume", "brasyn", "brasyn_reference", "segmentation"}
 
+    # with other axes on file the slices are still those of the network
+    turn = np.array([[2, -1], [0, 1], [1, 1]])
+    turned = {key: nib.load(complete[key]).as_reoriented(turn) for key in (*CONTRAST_KEYS, "seg")}
+    for key, image in turned.items():
+        nib.save(image, tmp_path / f"turned_{key}.nii.gz")
+    item["complete"] = {**complete, **{key: str(tmp_path / f"turned_{key}.nii.gz") for key in turned}}
+    moved = [nib.orientations.apply_orientation(volume, turn).astype(np.float32) for volume in volumes.values()]
+    again = StudyScores([VolumeProtocol()])
+    again({**item, "pred": torch.from_numpy(np.stack(moved))})
+    expected = {(r["of"], r["region"], r["score"]): r["value"] for r in scores.rows if r["protocol"] == "volume"}
+    found = {(r["of"], r["region"], r["score"]): r["value"] for r in again.rows if r["protocol"] == "volume"}
+    assert found == pytest.approx(expected, rel=1e-4) and ("T1", "whole", "roughness") in found
+
     # and one of them once more, without this bundle
     real = [nib.load(complete[key]).get_fdata() for key in CONTRAST_KEYS]
     truth = np.clip(real[1] / np.percentile(real[1][real[1] > 0], 99.5), 0, 1)

@@ -47,11 +47,13 @@ class StudyTarget(NamedTuple):
             prediction. Volumes are in [0, 1]; slices may exceed 1, where the prediction cannot.
         brain: Z x H x W boolean, union of the true contrasts above background.
         tumor: Z x H x W boolean, whole tumor; all False without a mask.
+        slice_axis: axis of a volume, 0 to 2, across which the network's slices lie.
     """
 
     images: torch.Tensor
     brain: torch.Tensor
     tumor: torch.Tensor
+    slice_axis: int = 2
 
 
 def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
@@ -372,7 +374,7 @@ class VolumeProtocol(Protocol):
     1 is the 99.5th percentile of the true volume's brain, the data range is 1. PSNR is of the squared error pooled over
     the brain (union of the true contrasts above background), NMSE the sum of squared errors / the sum of squares of
     the target in it, SSIM the 3-D map (outside the volume is background) averaged over it. Region ``tumor``: the same
-    inside the whole tumor.
+    inside the whole tumor. ``roughness``, of the whole brain alone, is ``slice_roughness``.
     """
 
     name = "volume"
@@ -387,6 +389,7 @@ class VolumeProtocol(Protocol):
         self.crop = bounding_box(target.brain | target.tumor)
         self.images = target.images.transpose(0, 1)[(slice(None), *self.crop)]
         self.masks = {"whole": target.brain[self.crop], "tumor": target.tumor[self.crop]}
+        self.slice_axis = target.slice_axis
 
     def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
         """See ``Protocol``."""
@@ -399,7 +402,39 @@ class VolumeProtocol(Protocol):
             scores[region, "psnr"] = psnr(mean_error)
             scores[region, "nmse"] = mean_error / masked_average(power, mask, (0, 1, 2))
             scores[region, "ssim"] = masked_average(similarity, mask, (0, 1, 2))
+        scores["whole", "roughness"] = slice_roughness(prediction, target, self.masks["whole"], self.slice_axis)
         return {self.name: scores}
+
+
+def slice_roughness(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, slice_axis: int
+) -> torch.Tensor:
+    """How much rougher a volume is across its slices than within them, relative to the acquired one.
+
+    Slices that are synthesized one by one can jump in brightness or shape from one to the next. Roughness is the mean
+    absolute difference of neighbors across the slices over that within them, which blur and a change of contrast leave
+    as it is.
+
+    Args:
+        prediction: volume, any order of axes.
+        target: volume of the same shape.
+        mask: which voxels count; both of a pair must lie in it.
+        slice_axis: axis across which the slices lie.
+
+    Returns:
+        1 if slices fit together as in ``target``, more if they jump; NaN without a pair.
+    """
+
+    def roughness(volume: torch.Tensor) -> torch.Tensor:
+        steps = []
+        for axis in range(3):
+            size = volume.shape[axis] - 1
+            both = mask.narrow(axis, 0, size) & mask.narrow(axis, 1, size)
+            steps.append(masked_average(volume.diff(dim=axis).abs(), both, (0, 1, 2)))
+        across = steps.pop(slice_axis)
+        return across / torch.stack(steps).mean()
+
+    return roughness(prediction) / roughness(target)
 
 
 class BraSynProtocol(Protocol):

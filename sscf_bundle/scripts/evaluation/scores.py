@@ -18,6 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import torch
 
 from ..contrasts import (
@@ -161,8 +163,12 @@ class StudyScores:
 
     def _start(self, data: Mapping[str, Any], whole: bool) -> None:
         """Takes in target and label, N x K x and N x 1 x spatial: N are slices or a volume's first axis."""
+        slice_axis = 2
         if whole:
             study = self._load(data["complete"])
+            # slices are axial, whatever the order of the axes on file
+            codes = nib.orientations.aff2axcodes(np.asarray(study["image"].affine))
+            slice_axis = next(axis for axis, code in enumerate(codes) if code in "SI")
             # the first axis stands in the place of the slices
             volumes = (study[key].as_tensor().transpose(0, 1) for key in ("image", "label"))
             study = {**study, **dict(zip(("target", "label"), volumes, strict=True))}
@@ -181,7 +187,7 @@ class StudyScores:
             images = torch.where(exists, study["unclipped"].to(self.device), -1.0)[self._shown]
         for protocol in self.protocols:
             if protocol.whole == whole:
-                protocol.start(StudyTarget(((images + 1) / 2).clamp(min=0), brain, tumor))
+                protocol.start(StudyTarget(((images + 1) / 2).clamp(min=0), brain, tumor, slice_axis))
         if self._has_mask and whole == self.whole:
             present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
