@@ -84,6 +84,15 @@ def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     assert code in codes(image, statistics)
 
 
+def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None:
+    measured = measure(corruptions()["misregistration"](head(9), 2.0, 0), SPACING, ALL)
+    for registered, advice in ((False, "give --register True"), (True, "although it was registered: use another tool")):
+        found = [f["finding"] for f in findings(measured, statistics, registered) if f["code"] == "not_coregistered"]
+        assert found and all(advice in sentence for sentence in found)
+    steps = inference_transforms(checks=True, register=lambda fixed, moving: moving.affine).transforms
+    assert [step.registered for step in steps if isinstance(step, CheckStudyd)] == [True]
+
+
 def test_brain_masks_that_differ_are_no_movement(statistics: dict) -> None:
     image = head(9)
     image[1][~torch.from_numpy(ndimage.binary_erosion(image[1].numpy() > 0, iterations=4))] = 0

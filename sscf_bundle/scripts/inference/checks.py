@@ -173,12 +173,15 @@ def measure(image: torch.Tensor, spacing: Sequence[float], available: Sequence[b
     }
 
 
-def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[dict[str, str]]:
+def findings(
+    measured: Mapping[str, Any], statistics: Mapping[str, Any], registered: bool = False
+) -> list[dict[str, str]]:
     """What is suspicious of a study.
 
     Args:
         measured: of ``measure``.
         statistics: of ``calibration.fit``.
+        registered: whether the contrasts were registered here, so that it helps nobody to advise it.
 
     Returns:
         ``code``, one of ``CHECKS``, and ``finding``, one sentence, of each.
@@ -206,7 +209,8 @@ def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list
         # where every small movement makes it worse, a smaller overlap is of masks that differ, not of a movement
         if gain > limits["gain"] or (dice < limits["dice"] and gain >= 0):
             about = f"overlap {dice:.2f}, {100 * gain:.0f}% better when moved"
-            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}): give --register True.")
+            advice = "although it was registered: use another tool" if registered else "so give --register True"
+            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}), {advice}.")
     odds, best = label_odds(measured["features"], statistics)
     if odds > limits["odds"]:
         both = [(i, label) for i, label in zip(given, best, strict=True) if i != label]
@@ -222,6 +226,7 @@ class CheckStudyd(MapTransform):
         keys: key of the stacked contrasts on the grid on file.
         rejecting: codes of ``CHECKS`` that refuse a study.
         statistics: of ``calibration.fit``, or a JSON file of it; ``None`` is ``configs/input_statistics.json``.
+        registered: of ``findings``.
 
     Raises:
         StudyError: for an unknown code; from the call, for a finding that refuses.
@@ -232,12 +237,13 @@ class CheckStudyd(MapTransform):
         keys: KeysCollection = "image",
         rejecting: Sequence[str] = (),
         statistics: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        registered: bool = False,
     ) -> None:
         super().__init__(keys)
         unknown = set(rejecting) - set(CHECKS)
         if unknown:
             raise StudyError(f"There is no check {sorted(unknown)[0]}: choose from {', '.join(CHECKS)}.")
-        self.rejecting = tuple(rejecting)
+        self.rejecting, self.registered = tuple(rejecting), registered
         self.statistics: Mapping[str, Any] = (
             statistics if isinstance(statistics, Mapping) else json.loads(Path(statistics or _STATISTICS).read_text())
         )
@@ -247,7 +253,8 @@ class CheckStudyd(MapTransform):
         started = time.perf_counter()
         for key in self.key_iterator(d):
             spacing = torch.as_tensor(d[key].affine)[:3, :3].norm(dim=0).tolist()
-            d["checks"] = findings(measure(d[key].as_tensor(), spacing, d["has_contrast"].tolist()), self.statistics)
+            measured = measure(d[key].as_tensor(), spacing, d["has_contrast"].tolist())
+            d["checks"] = findings(measured, self.statistics, self.registered)
         d["check_seconds"] = time.perf_counter() - started
         for found in d["checks"]:
             if found["code"] in self.rejecting:
