@@ -27,7 +27,7 @@ from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
 from scripts.inference.calibration import fit
-from scripts.inference.checks import CHECKS, CheckStudyd, findings, measure
+from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, measure
 from scripts.inference.evaluator import StudyEvaluator
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
@@ -36,13 +36,13 @@ from scripts.inference.trust import TrustAssessor, read_reference, study_scores
 from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
-from scripts.networks.sscf import SSCFNet
+from scripts.networks.sscf import SSCFNet, network_input
 from scripts.networks.weights import network_from_weights, save_weights
 from scripts.research.reliability import corruptions
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
-SLACK = {"filled": 0.9, "dice": 0.02, "gain": 0.01, "odds": 2.0, "top": 1.5}
+SLACK = {"filled": 0.9, "dice": 0.02, "gain": 0.01, "odds": 2.0, "top": 1.5, "noise": 0.04, "blur": 100.0}
 SLICES = {"number": 3, "slices_for_one": 45}
 #: Rim, white matter and center as a share of the brightest, by contrast.
 TISSUES = ((0.2, 0.5, 0.3), (0.3, 0.9, 0.2), (0.35, 0.8, 0.25), (0.9, 0.4, 1.0))
@@ -77,11 +77,31 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("skull_left_on", "not_skull_stripped"), ("misregistration", "not_coregistered"), ("mislabelled", "mislabelled")],
+    [
+        ("skull_left_on", "not_skull_stripped"),
+        ("misregistration", "not_coregistered"),
+        ("mislabelled", "mislabelled"),
+        ("noise", "noisy"),
+        ("resolution", "blurred"),
+    ],
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
     assert code in codes(image, statistics)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_noise_is_measured_whatever_lies_below_it(share: float) -> None:
+    """White noise gives its own standard deviation on a ramp with edges; blur of white noise is 1."""
+    ramp = 500 + 4 * torch.arange(60.0)[:, None, None] + 3 * torch.arange(64.0)[:, None] + torch.zeros(60, 64, 12)
+    ramp[20:40, 20:40] += 200
+    draw = torch.Generator().manual_seed(0)
+    top = float(ramp.flatten().kthvalue(int(0.995 * ramp.numel()))[0])
+    measured = grain(ramp + share * top * torch.randn(ramp.shape, generator=draw))
+    assert measured["noise"] == pytest.approx(share, rel=0.2)
+    assert grain(100 + torch.rand(60, 64, 12))["blur"] == pytest.approx(1, rel=0.1)
+    assert grain(ramp[:, :2])["noise"] == grain(ramp[::2, ::2] * (torch.arange(32) % 2)[:, None])["noise"] == 0
+    assert grain(ramp)["noise"] < 1e-4 and grain(ramp)["blur"] == 1000
 
 
 def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None:
@@ -124,14 +144,14 @@ def test_shipped_statistics_fit_the_checks() -> None:
     check = CheckStudyd()
     weights = np.array(check.statistics["weights"])
     assert weights.shape == (4, 11) and set(check.statistics["limits"]) == {
-        *("filled", "ml", "shell", "dice", "gain", "odds", "top")
+        *("filled", "ml", "shell", "dice", "gain", "odds", "top", "noise", "blur")
     }
-    assert len(CHECKS) == 5
+    assert len(CHECKS) == 7
 
 
 # ------------------------------------------------------------------------------------------ scores, verdict and maps
-def filled_net(seed: int = 0) -> SSCFNet:
-    net = tiny_net(seed).eval()
+def filled_net(seed: int = 0, **changes: object) -> SSCFNet:
+    net = tiny_net(seed, **changes).eval()
     bank = net.new_bank((48, 48))
     bank.enqueue(random_entries(bank, range(6), seed))
     with torch.no_grad():
@@ -171,6 +191,22 @@ def test_scores_grow_with_what_the_network_does_not_know() -> None:
     assert strange["t1"]["features"] > sound["t1"]["features"]
     own = {int(p): study_scores(slices, ALL, net, patient=int(p))[0] for p in net.bank_patient.tolist()}
     assert any(scores["t1"]["distance"] > sound["t1"]["distance"] for scores in own.values())
+
+
+@pytest.mark.parametrize("mask_input", [True, False])
+def test_consistency_is_the_error_of_the_contrast_synthesized_from_the_others(mask_input: bool) -> None:
+    net, slices = filled_net(mask_input=mask_input), torch.rand(2, 8, 48, 48)
+    slices[:, 4:] = 1
+    slices[:, :4, :20] = -1
+    found, _ = study_scores(slices, ALL, net)
+    brain = (slices[:, :4] > -1).any(dim=1)
+    for i, key in enumerate(CONTRAST_KEYS):
+        without = torch.arange(NUM_CONTRASTS) != i
+        with torch.no_grad():
+            pred = net(network_input(slices[:, :4], without.expand(2, -1)))[:, i]
+        assert found[key]["consistency"] == pytest.approx(
+            float((pred - slices[:, i]).abs()[brain].mean() / 2), rel=1e-4
+        )
 
 
 def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_path: Path) -> None:

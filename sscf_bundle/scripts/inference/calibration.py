@@ -79,8 +79,8 @@ def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str,
     Args:
         studies: of ``checks.measure``, each with all four contrasts.
         margin: room that limits leave beyond what was seen, as a share of its range (features) or of its extreme.
-        slack: least value of the limits ``filled`` (share of the field), ``odds`` (log odds) and ``top`` (intensity),
-            and what is added to those of ``dice`` and ``gain`` besides.
+        slack: least value of the limits ``filled`` (share of the field), ``odds`` (log odds), ``top`` (intensity),
+            ``noise`` and ``blur``, and what is added to those of ``dice`` and ``gain`` besides.
 
     Returns:
         What ``checks.findings`` takes: a linear discriminant ``weights`` (4 x features + 1), ``low`` and ``high`` of
@@ -94,6 +94,9 @@ def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str,
     pairs = [pair for study in studies for pair in study["pairs"].values()]
     limits = {name: (1 + margin) * max(shape[name] for shape in shapes) for name in ("filled", "ml", "shell")}
     limits["filled"] = max(limits["filled"], slack["filled"])
+    for name in ("noise", "blur"):
+        worst_grain = max(grain[name] for study in studies for grain in study["grain"].values())
+        limits[name] = max((1 + margin) * worst_grain, slack[name])
     limits["dice"] = 1 - (1 + margin) * (1 - min(dice for dice, _ in pairs)) - slack["dice"]
     gain = max(gain for _, gain in pairs)  # below 0 where nothing gains
     limits["gain"] = gain + margin * abs(gain) + slack["gain"]

@@ -143,6 +143,7 @@ def reliability(
                     "severity": severity,
                     "out_of_distribution": scores.get("out_of_distribution", max(every, default=float("nan"))),
                     "consistency": scores.get("consistency", float("nan")),
+                    **case.get("grain", {}),
                     "checks": " ".join(sorted({found["code"] for found in case.get("checks", ())})),
                     "check_seconds": case.get("check_seconds", 0.0),
                     "verdict": result["verdict"],
@@ -155,7 +156,9 @@ def reliability(
     for (kind, severity), bad in judged[judged["kind"] != "none"].groupby(["kind", "severity"]):
         both = pd.concat([sound, bad])
         row = {"kind": kind, "severity": severity}
-        for score in ("out_of_distribution", "consistency"):
+        for score in ("out_of_distribution", "consistency", "noise", "blur"):
+            if score not in both:
+                continue
             known = both[both[score].notna()]
             row[f"auc_{score}"] = _auc(known[score].to_numpy(), (known["kind"] != "none").to_numpy())
         flagged = (bad["checks"] != "") | bad["verdict"].isin(["review", "reject"])
