@@ -27,7 +27,7 @@ from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
 from scripts.inference.calibration import fit
-from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, measure
+from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
 from scripts.inference.evaluator import StudyEvaluator
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
@@ -42,7 +42,16 @@ from scripts.research.reliability import corruptions
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
-SLACK = {"filled": 0.9, "dice": 0.02, "gain": 0.01, "odds": 2.0, "top": 1.5, "noise": 0.04, "blur": 100.0}
+SLACK = {
+    "filled": 0.9,
+    "dice": 0.02,
+    "gain": 0.01,
+    "odds": 2.0,
+    "top": 1.5,
+    "noise": 0.04,
+    "blur": 100.0,
+    "sides": 0.125,
+}
 SLICES = {"number": 3, "slices_for_one": 45}
 #: Rim, white matter and center as a share of the brightest, by contrast.
 TISSUES = ((0.2, 0.5, 0.3), (0.3, 0.9, 0.2), (0.35, 0.8, 0.25), (0.9, 0.4, 1.0))
@@ -64,11 +73,11 @@ def head(seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def statistics() -> dict:
-    return fit([measure(head(seed), SPACING, ALL) for seed in range(6)], margin=2.0, slack=SLACK)
+    return fit([measure(head(seed), SPACING, 0, ALL) for seed in range(6)], margin=2.0, slack=SLACK)
 
 
 def codes(image: torch.Tensor, statistics: dict) -> set[str]:
-    return {found["code"] for found in findings(measure(image, SPACING, ALL), statistics)}
+    return {found["code"] for found in findings(measure(image, SPACING, 0, ALL), statistics)}
 
 
 def test_sound_study_has_no_finding(statistics: dict) -> None:
@@ -83,6 +92,7 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
         ("mislabelled", "mislabelled"),
         ("noise", "noisy"),
         ("resolution", "blurred"),
+        ("bias_field", "uneven"),
     ],
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
@@ -104,8 +114,16 @@ def test_noise_is_measured_whatever_lies_below_it(share: float) -> None:
     assert grain(ramp)["noise"] < 1e-4 and grain(ramp)["blur"] == 1000
 
 
+def test_sides_are_compared_along_the_axis_from_left_to_right() -> None:
+    volume = np.exp(np.linspace(-0.3, 0.3, 30))[:, None, None] * np.ones((30, 20, 10))
+    assert side_slope(volume, 0) == pytest.approx(np.linspace(-0.3, 0.3, 30).std())
+    assert side_slope(volume, 1) == pytest.approx(0) and side_slope(volume[:1], 0) == 0
+    sagittal = torch.tensor([[0.0, 0, -3, 9], [2, 0, 0, 9], [0, -1, 0, 9], [0, 0, 0, 1]])
+    assert grid_of(sagittal) == ([2.0, 1.0, 3.0], 2)
+
+
 def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None:
-    measured = measure(corruptions()["misregistration"](head(9), 2.0, 0), SPACING, ALL)
+    measured = measure(corruptions()["misregistration"](head(9), 2.0, 0), SPACING, 0, ALL)
     for registered, advice in ((False, "give --register True"), (True, "although it was registered: use another tool")):
         found = [f["finding"] for f in findings(measured, statistics, registered) if f["code"] == "not_coregistered"]
         assert found and all(advice in sentence for sentence in found)
@@ -116,7 +134,7 @@ def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None
 def test_brain_masks_that_differ_are_no_movement(statistics: dict) -> None:
     image = head(9)
     image[1][~torch.from_numpy(ndimage.binary_erosion(image[1].numpy() > 0, iterations=4))] = 0
-    measured = measure(image, SPACING, ALL)
+    measured = measure(image, SPACING, 0, ALL)
     assert measured["pairs"][0, 1][0] < statistics["limits"]["dice"]
     assert "not_coregistered" not in {found["code"] for found in findings(measured, statistics)}
 
@@ -144,9 +162,9 @@ def test_shipped_statistics_fit_the_checks() -> None:
     check = CheckStudyd()
     weights = np.array(check.statistics["weights"])
     assert weights.shape == (4, 11) and set(check.statistics["limits"]) == {
-        *("filled", "ml", "shell", "dice", "gain", "odds", "top", "noise", "blur")
+        *("filled", "ml", "shell", "dice", "gain", "odds", "top", "noise", "blur", "sides")
     }
-    assert len(CHECKS) == 7
+    assert len(CHECKS) == 8
 
 
 # ------------------------------------------------------------------------------------------ scores, verdict and maps
@@ -278,7 +296,7 @@ def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() 
 def test_brain_at_the_far_edge_is_checked(statistics: dict) -> None:
     image = torch.zeros(4, 41, 41, 43)
     image[:, 5:30, 5:30, 41:] = torch.rand(25, 25, 2) * 900 + 1
-    assert measure(image, (1.0, 1.0, 1.0), ALL)["shape"][0]["ml"] > 0
+    assert measure(image, (1.0, 1.0, 1.0), 0, ALL)["shape"][0]["ml"] > 0
 
 
 def test_prototypes_are_those_that_the_network_retrieves() -> None:

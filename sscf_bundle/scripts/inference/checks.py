@@ -39,7 +39,10 @@ CHECKS = (
     "mislabelled",
     "noisy",
     "blurred",
+    "uneven",
 )
+#: What is measured of each contrast and has the same limit for all.
+QUALITY = ("noise", "blur", "sides")
 #: What is measured; the limits in ``configs/input_statistics.json`` hold for these alone. Spacing in mm of the grid for
 #: shapes, quantiles of the intensities, bins of mutual information, the movements that are tried
 #: (cells along each axis, degrees about each axis, both ways), and slices for noise and blur.
@@ -126,6 +129,26 @@ def grain(volume: torch.Tensor) -> dict[str, float]:
     return {"noise": float(second) / 0.6745 / top, "blur": blur}
 
 
+def side_slope(volume: np.ndarray, axis: int) -> float:
+    """How much the brightness of the brain changes from one side to the other.
+
+    Args:
+        volume: X x Y x Z coarse intensities, 0 outside the brain.
+        axis: of the volume that runs from left to right.
+
+    Returns:
+        Slope of ln(intensity) for each standard deviation of the place along the axis, >= 0: a brain is much the same
+        on both sides, but for a tumor. 0 where there is one place only.
+    """
+    brain = volume > 0
+    place = np.argwhere(brain)[:, axis].astype(np.float64)
+    if place.std() == 0:
+        return 0.0
+    values = volume[brain]
+    relative = np.log(values / np.median(values)).clip(-1.5, 1.5)  # a rim of partial volume must not decide
+    return abs(float(np.cov(place, relative, bias=True)[0, 1])) / float(place.std())
+
+
 def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
     """Normalized mutual information of two sets of N values, (H(a) + H(b)) / H(a, b), in [1, 2] (Studholme 1999)."""
     joint, _, _ = np.histogram2d(one, other, bins=_BINS)
@@ -190,23 +213,32 @@ def label_odds(features: Mapping[int, np.ndarray], statistics: Mapping[str, Any]
     return total(best) - total(list(features)), best
 
 
-def measure(image: torch.Tensor, spacing: Sequence[float], available: Sequence[bool]) -> dict[str, Any]:
+def grid_of(affine: torch.Tensor) -> tuple[list[float], int]:
+    """Spacing in mm, and the axis that runs from left to right, of a 4 x 4 affine to RAS."""
+    columns = torch.as_tensor(affine)[:3, :3]
+    spacing = columns.norm(dim=0)
+    return spacing.tolist(), int((columns[0] / spacing).abs().argmax())
+
+
+def measure(image: torch.Tensor, spacing: Sequence[float], sides: int, available: Sequence[bool]) -> dict[str, Any]:
     """All measurements of a study.
 
     Args:
         image: 4 x X x Y x Z intensities on file, >= 0.
         spacing: of the voxels, in mm.
+        sides: spatial axis that runs from left to right.
         available: which contrasts there are.
 
     Returns:
-        ``features``, ``shape``, ``grain`` and ``top`` by the index of a contrast, ``pairs`` (of ``alignment``) by two.
+        ``features``, ``shape``, ``quality`` (see ``QUALITY``) and ``top`` by the index of a contrast, ``pairs`` (of
+        ``alignment``) by two.
     """
     coarse = coarse_volumes(image, spacing).numpy()
     given = [i for i, kept in enumerate(available) if kept]
     return {
         "features": {i: volume_features(coarse[i]) for i in given},
         "shape": {i: shape_features(coarse[i], spacing) for i in given},
-        "grain": {i: grain(image[i]) for i in given},
+        "quality": {i: {**grain(image[i]), "sides": side_slope(coarse[i], sides)} for i in given},
         "top": {i: float(image[i].max()) for i in given},
         "pairs": {(given[0], i): alignment(coarse[given[0]], coarse[i]) for i in given[1:]},
     }
@@ -240,12 +272,16 @@ def findings(
             add("not_skull_stripped", f"{name} does not look skull-stripped ({about}): strip the skull.")
         if measured["top"][i] <= limits["top"]:
             add("normalized", f"{name} has no value above {measured['top'][i]:.3g}: give intensities as acquired.")
-        noise, blur = measured["grain"][i]["noise"], measured["grain"][i]["blur"]
+        noise, blur = measured["quality"][i]["noise"], measured["quality"][i]["blur"]
         if noise > limits["noise"]:
             about = f"standard deviation {100 * noise:.1f}% of the brightest brain"
             add("noisy", f"{name} is noisy ({about}): denoise it, or leave it out to have it synthesized.")
         if blur > limits["blur"]:
             add("blurred", f"{name} is blurred: give it as acquired, or leave it out to have it synthesized.")
+        slope = measured["quality"][i]["sides"]
+        if slope > limits["sides"]:
+            about = f"one side is {100 * math.expm1(2 * slope):.0f}% brighter"
+            add("uneven", f"{name} is uneven ({about}): correct the bias field, unless a tumor explains it.")
         features = measured["features"][i][: len(_QUANTILES) + 1]
         low, high = np.asarray(statistics["low"])[:, : len(features)], np.asarray(statistics["high"])
         if (features < low.min(axis=0)).any() or (features > high[:, : len(features)].max(axis=0)).any():
@@ -265,9 +301,9 @@ def findings(
 
 
 class CheckStudyd(MapTransform):
-    """Add ``"checks"``, the ``findings`` of a study, ``"grain"`` and ``"check_seconds"``; a study may be refused.
+    """Add ``"checks"``, the ``findings`` of a study, ``"quality"`` and ``"check_seconds"``; a study may be refused.
 
-    ``"grain"`` is the greatest noise and blur of the contrasts.
+    ``"quality"`` is the greatest noise, blur and slope from side to side of the contrasts.
 
     Args:
         keys: key of the stacked contrasts on the grid on file.
@@ -299,10 +335,9 @@ class CheckStudyd(MapTransform):
         d = dict(data)
         started = time.perf_counter()
         for key in self.key_iterator(d):
-            spacing = torch.as_tensor(d[key].affine)[:3, :3].norm(dim=0).tolist()
-            measured = measure(d[key].as_tensor(), spacing, d["has_contrast"].tolist())
+            measured = measure(d[key].as_tensor(), *grid_of(d[key].affine), d["has_contrast"].tolist())
             d["checks"] = findings(measured, self.statistics, self.registered)
-            d["grain"] = {name: max(one[name] for one in measured["grain"].values()) for name in ("noise", "blur")}
+            d["quality"] = {name: max(one[name] for one in measured["quality"].values()) for name in QUALITY}
         d["check_seconds"] = time.perf_counter() - started
         for found in d["checks"]:
             if found["code"] in self.rejecting:
