@@ -203,6 +203,24 @@ def test_two_processes_train_and_the_first_alone_writes(tmp_path: Path, phantom_
     assert not list(output_dir.rglob("tmp*"))
 
 
+def logged(text: str) -> list[int]:
+    """Numbers of the iterations that a training logged."""
+    return [int(number) for number in re.findall(r"Epoch: 1/1, Iter: (\d+)/8 -- .*loss: ", text)]
+
+
+def test_where_stderr_is_no_terminal_every_few_steps_leave_a_line(tmp_path: Path, phantom_cohort: Path) -> None:
+    at_terminal = (
+        "import runpy, sys; sys.stderr.isatty = lambda: True; runpy.run_module('monai.bundle', None, '__main__', True)"
+    )
+    # a terminal has the progress bar instead
+    for start, numbers in ((["-m", "monai.bundle"], [3, 6]), (["-c", at_terminal], [])):
+        overrides = tiny_run(phantom_cohort, tmp_path / start[0], **ONE_EPOCH, log_interval=3) | {"epoch_samples": 16}
+        command = bundle_command("training", ["configs/train.json"], overrides)
+        status, printed = run_python([*start, *command], tmp_path / "log.txt")
+        assert status == 0 and "Epoch[1] Metrics" in printed, printed
+        assert logged(printed) == numbers
+
+
 def test_broken_study_does_not_stop_the_others_but_shows_in_the_exit_status(
     trained: Path, tmp_path: Path, phantom_cohort: Path
 ) -> None:

@@ -134,7 +134,11 @@ def test_parts_make_the_whole_with_one_table(tmp_path: Path, weights: Path) -> N
 
 
 def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
-    findings = {"scores": {"ood": 0.123456, "error": {"t2": 3}}, "verdict": "review", "reasons": ["far", "dark"]}
+    findings = {
+        "scores": {"ood": 0.123456, "error": {"t2": 3}, "contrasts": {"t1": {"far": 2}}},
+        "verdict": "review",
+        "reasons": ["far", "dark"],
+    }
     for name, more in (("A1", {}), ("<b>B2", {**findings, "checks": {"skull": "left on"}, "seconds": 1.26})):
         folder = tmp_path / name
         folder.mkdir()
@@ -150,8 +154,11 @@ def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
     told = by_name["<b>B2"]
     assert (told["verdict"], told["reasons"], told["checks"]) == ("review", "far; dark", "skull: left on")
     assert (told["score ood"], told["score error t2"], told["seconds"]) == ("0.1235", "3", "1.3")
+    assert told["score contrasts t1 far"] == "2"
     assert by_name["D4"]["reasons"] == "is <damaged>" and by_name["A1"]["verdict"] == ""
     page = (tmp_path / "index.html").read_text()
+    # the page leaves out what its reasons say, and the parts of a score
+    assert "score error t2" in page and "score contrasts" not in page and "left on" not in page
     assert "&lt;b&gt;B2" in page and "<b>B2" not in page and "is &lt;damaged&gt;" in page
     assert 'src="%3Cb%3EB2/%3Cb%3EB2_panel.png"' in page and "3 studies, 1 failed" in page
     with pytest.raises(StudyError, match="There is no folder"):

@@ -27,7 +27,7 @@ from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
 from scripts.inference.calibration import fit
-from scripts.inference.checks import CHECKS, CheckStudyd, findings, measure
+from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
 from scripts.inference.evaluator import StudyEvaluator
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
@@ -36,13 +36,22 @@ from scripts.inference.trust import TrustAssessor, read_reference, study_scores
 from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
-from scripts.networks.sscf import SSCFNet
+from scripts.networks.sscf import SSCFNet, network_input
 from scripts.networks.weights import network_from_weights, save_weights
 from scripts.research.reliability import corruptions
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
-SLACK = {"filled": 0.9, "dice": 0.02, "gain": 0.01, "odds": 2.0, "top": 1.5}
+SLACK = {
+    "filled": 0.9,
+    "dice": 0.02,
+    "gain": 0.01,
+    "odds": 2.0,
+    "top": 1.5,
+    "noise": 0.04,
+    "blur": 100.0,
+    "sides": 0.125,
+}
 SLICES = {"number": 3, "slices_for_one": 45}
 #: Rim, white matter and center as a share of the brightest, by contrast.
 TISSUES = ((0.2, 0.5, 0.3), (0.3, 0.9, 0.2), (0.35, 0.8, 0.25), (0.9, 0.4, 1.0))
@@ -64,11 +73,11 @@ def head(seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def statistics() -> dict:
-    return fit([measure(head(seed), SPACING, ALL) for seed in range(6)], margin=2.0, slack=SLACK)
+    return fit([measure(head(seed), SPACING, 0, ALL) for seed in range(6)], margin=2.0, slack=SLACK)
 
 
 def codes(image: torch.Tensor, statistics: dict) -> set[str]:
-    return {found["code"] for found in findings(measure(image, SPACING, ALL), statistics)}
+    return {found["code"] for found in findings(measure(image, SPACING, 0, ALL), statistics)}
 
 
 def test_sound_study_has_no_finding(statistics: dict) -> None:
@@ -77,17 +86,55 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("skull_left_on", "not_skull_stripped"), ("misregistration", "not_coregistered"), ("mislabelled", "mislabelled")],
+    [
+        ("skull_left_on", "not_skull_stripped"),
+        ("misregistration", "not_coregistered"),
+        ("mislabelled", "mislabelled"),
+        ("noise", "noisy"),
+        ("resolution", "blurred"),
+        ("bias_field", "uneven"),
+    ],
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
     assert code in codes(image, statistics)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_noise_is_measured_whatever_lies_below_it(share: float) -> None:
+    """White noise gives its own standard deviation on a ramp with edges; blur of white noise is 1."""
+    ramp = 500 + 4 * torch.arange(60.0)[:, None, None] + 3 * torch.arange(64.0)[:, None] + torch.zeros(60, 64, 12)
+    ramp[20:40, 20:40] += 200
+    draw = torch.Generator().manual_seed(0)
+    top = float(ramp.flatten().kthvalue(int(0.995 * ramp.numel()))[0])
+    measured = grain(ramp + share * top * torch.randn(ramp.shape, generator=draw))
+    assert measured["noise"] == pytest.approx(share, rel=0.2)
+    assert grain(100 + torch.rand(60, 64, 12))["blur"] == pytest.approx(1, rel=0.1)
+    assert grain(ramp[:, :2])["noise"] == grain(ramp[::2, ::2] * (torch.arange(32) % 2)[:, None])["noise"] == 0
+    assert grain(ramp)["noise"] < 1e-4 and grain(ramp)["blur"] == 1000
+
+
+def test_sides_are_compared_along_the_axis_from_left_to_right() -> None:
+    volume = np.exp(np.linspace(-0.3, 0.3, 30))[:, None, None] * np.ones((30, 20, 10))
+    assert side_slope(volume, 0) == pytest.approx(np.linspace(-0.3, 0.3, 30).std())
+    assert side_slope(volume, 1) == pytest.approx(0) and side_slope(volume[:1], 0) == 0
+    sagittal = torch.tensor([[0.0, 0, -3, 9], [2, 0, 0, 9], [0, -1, 0, 9], [0, 0, 0, 1]])
+    assert grid_of(sagittal) == ([2.0, 1.0, 3.0], 2)
+
+
+def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None:
+    measured = measure(corruptions()["misregistration"](head(9), 2.0, 0), SPACING, 0, ALL)
+    for registered, advice in ((False, "give --register True"), (True, "although it was registered: use another tool")):
+        found = [f["finding"] for f in findings(measured, statistics, registered) if f["code"] == "not_coregistered"]
+        assert found and all(advice in sentence for sentence in found)
+    steps = inference_transforms(checks=True, register=lambda fixed, moving: moving.affine).transforms
+    assert [step.registered for step in steps if isinstance(step, CheckStudyd)] == [True]
+
+
 def test_brain_masks_that_differ_are_no_movement(statistics: dict) -> None:
     image = head(9)
     image[1][~torch.from_numpy(ndimage.binary_erosion(image[1].numpy() > 0, iterations=4))] = 0
-    measured = measure(image, SPACING, ALL)
+    measured = measure(image, SPACING, 0, ALL)
     assert measured["pairs"][0, 1][0] < statistics["limits"]["dice"]
     assert "not_coregistered" not in {found["code"] for found in findings(measured, statistics)}
 
@@ -115,14 +162,14 @@ def test_shipped_statistics_fit_the_checks() -> None:
     check = CheckStudyd()
     weights = np.array(check.statistics["weights"])
     assert weights.shape == (4, 11) and set(check.statistics["limits"]) == {
-        *("filled", "ml", "shell", "dice", "gain", "odds", "top")
+        *("filled", "ml", "shell", "dice", "gain", "odds", "top", "noise", "blur", "sides")
     }
-    assert len(CHECKS) == 5
+    assert len(CHECKS) == 8
 
 
 # ------------------------------------------------------------------------------------------ scores, verdict and maps
-def filled_net(seed: int = 0) -> SSCFNet:
-    net = tiny_net(seed).eval()
+def filled_net(seed: int = 0, **changes: object) -> SSCFNet:
+    net = tiny_net(seed, **changes).eval()
     bank = net.new_bank((48, 48))
     bank.enqueue(random_entries(bank, range(6), seed))
     with torch.no_grad():
@@ -162,6 +209,22 @@ def test_scores_grow_with_what_the_network_does_not_know() -> None:
     assert strange["t1"]["features"] > sound["t1"]["features"]
     own = {int(p): study_scores(slices, ALL, net, patient=int(p))[0] for p in net.bank_patient.tolist()}
     assert any(scores["t1"]["distance"] > sound["t1"]["distance"] for scores in own.values())
+
+
+@pytest.mark.parametrize("mask_input", [True, False])
+def test_consistency_is_the_error_of_the_contrast_synthesized_from_the_others(mask_input: bool) -> None:
+    net, slices = filled_net(mask_input=mask_input), torch.rand(2, 8, 48, 48)
+    slices[:, 4:] = 1
+    slices[:, :4, :20] = -1
+    found, _ = study_scores(slices, ALL, net)
+    brain = (slices[:, :4] > -1).any(dim=1)
+    for i, key in enumerate(CONTRAST_KEYS):
+        without = torch.arange(NUM_CONTRASTS) != i
+        with torch.no_grad():
+            pred = net(network_input(slices[:, :4], without.expand(2, -1)))[:, i]
+        assert found[key]["consistency"] == pytest.approx(
+            float((pred - slices[:, i]).abs()[brain].mean() / 2), rel=1e-4
+        )
 
 
 def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_path: Path) -> None:
@@ -233,7 +296,7 @@ def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() 
 def test_brain_at_the_far_edge_is_checked(statistics: dict) -> None:
     image = torch.zeros(4, 41, 41, 43)
     image[:, 5:30, 5:30, 41:] = torch.rand(25, 25, 2) * 900 + 1
-    assert measure(image, (1.0, 1.0, 1.0), ALL)["shape"][0]["ml"] > 0
+    assert measure(image, (1.0, 1.0, 1.0), 0, ALL)["shape"][0]["ml"] > 0
 
 
 def test_prototypes_are_those_that_the_network_retrieves() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import nibabel as nib
@@ -37,7 +37,6 @@ from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, MASK_KEY, TUMOR_CLASSES, StudyError
 from .formats import read_volume
-from .registration import registered_affine
 
 #: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
 VOXEL_SIZES = (0.05, 50.0)
@@ -102,8 +101,8 @@ class LoadStudyd(MapTransform):
         resample: take a volume on another grid to that of the reference, by the affines on file, instead of refusing
             it: True for the first contrast as the reference, or the key of a contrast, which is the reference where a
             study has it. Volumes on the same grid whose axes are flipped or in another order are always taken.
-        register: turn and shift each contrast until it lies on the reference, see ``registered_affine``, and resample
-            it there. A mask belongs to the reference and stays where it is.
+        register: lays each contrast on the reference, where it is resampled, see ``RigidRegistration``; ``None`` leaves
+            it where it is. A mask belongs to the reference and stays where it is.
 
     Raises:
         ValueError: when ``mask_values`` or ``contrast_keys`` make no sense.
@@ -123,7 +122,7 @@ class LoadStudyd(MapTransform):
         max_negative: float = 0.05,
         reader: str | None = None,
         resample: bool | str | None = False,
-        register: bool = False,
+        register: Callable[[MetaTensor, MetaTensor], np.ndarray] | None = None,
     ) -> None:
         super().__init__(contrast_keys, allow_missing_keys=True)
         if len(self.keys) != len(CONTRASTS):
@@ -172,8 +171,8 @@ class LoadStudyd(MapTransform):
                 image[channel] = first.as_tensor()
             elif key in paths:
                 volume = self._read_contrast(paths[key])
-                if self.register:
-                    volume.affine = torch.as_tensor(registered_affine(first, volume))
+                if self.register is not None:
+                    volume.affine = torch.as_tensor(self.register(first, volume))
                 image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
         d["grid"] = reference
         meta = dict(first.meta)
@@ -263,7 +262,7 @@ class LoadStudyd(MapTransform):
         if nib.aff2axcodes(other.affine.numpy()) != axcodes:
             other = cast(MetaTensor, Orientation(axcodes=axcodes, labels=None)(other[None])[0])
         same_grid = first.shape == other.shape and torch.allclose(first.affine, other.affine, atol=1e-3)
-        if (self.resample or self.register) and not same_grid:
+        if (self.resample or self.register is not None) and not same_grid:
             mode = "nearest" if is_mask else "bilinear"
             moved = ResampleToMatch(mode, padding_mode="zeros", dtype=np.float32)(other[None], first[None])
             other = cast(MetaTensor, moved[0])
@@ -508,7 +507,7 @@ def study_transforms(
     reader: str | None = None,
     clip: bool = True,
     resample: bool | str | None = False,
-    register: bool = False,
+    register: Callable[[MetaTensor, MetaTensor], np.ndarray] | None = None,
 ) -> StudyCompose:
     """The preprocessing of this bundle, the same for training, evaluation and inference.
 

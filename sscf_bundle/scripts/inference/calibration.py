@@ -24,7 +24,7 @@ from ..contrasts import CONTRASTS, NUM_CONTRASTS, StudyError
 from ..data.cohort import Cohort
 from ..data.transforms import LoadStudyd, StudyCompose
 from ..networks.sscf import SSCFNet, network_input
-from .checks import label_odds, measure
+from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import FAILURE_KEY, StudyDataset
 from .trust import OVERALL, SCORES, TrustAssessor, place, worst
 
@@ -68,8 +68,7 @@ def measure_cohort(cohort: Cohort) -> list[dict[str, Any]]:
     """``measure`` of the complete studies of a cohort, for ``fit``."""
     measured = []
     for d in complete_studies(cohort, StudyCompose([LoadStudyd()])):
-        spacing = torch.as_tensor(d["image"].affine)[:3, :3].norm(dim=0).tolist()
-        measured.append(measure(d["image"].as_tensor(), spacing, [True] * NUM_CONTRASTS))
+        measured.append(measure(d["image"].as_tensor(), *grid_of(d["image"].affine), [True] * NUM_CONTRASTS))
     return measured
 
 
@@ -79,8 +78,8 @@ def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str,
     Args:
         studies: of ``checks.measure``, each with all four contrasts.
         margin: room that limits leave beyond what was seen, as a share of its range (features) or of its extreme.
-        slack: least value of the limits ``filled`` (share of the field), ``odds`` (log odds) and ``top`` (intensity),
-            and what is added to those of ``dice`` and ``gain`` besides.
+        slack: least value of the limits ``filled`` (share of the field), ``odds`` (log odds), ``top`` (intensity),
+            ``noise``, ``blur`` and ``sides``, and what is added to those of ``dice`` and ``gain`` besides.
 
     Returns:
         What ``checks.findings`` takes: a linear discriminant ``weights`` (4 x features + 1), ``low`` and ``high`` of
@@ -94,6 +93,9 @@ def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str,
     pairs = [pair for study in studies for pair in study["pairs"].values()]
     limits = {name: (1 + margin) * max(shape[name] for shape in shapes) for name in ("filled", "ml", "shell")}
     limits["filled"] = max(limits["filled"], slack["filled"])
+    for name in QUALITY:
+        most = max(quality[name] for study in studies for quality in study["quality"].values())
+        limits[name] = max((1 + margin) * most, slack[name])
     limits["dice"] = 1 - (1 + margin) * (1 - min(dice for dice, _ in pairs)) - slack["dice"]
     gain = max(gain for _, gain in pairs)  # below 0 where nothing gains
     limits["gain"] = gain + margin * abs(gain) + slack["gain"]

@@ -31,12 +31,24 @@ from scipy import ndimage, stats
 from ..contrasts import CONTRASTS, StudyError
 
 #: Codes of the findings.
-CHECKS = ("not_skull_stripped", "not_coregistered", "normalized", "unusual_intensities", "mislabelled")
+CHECKS = (
+    "not_skull_stripped",
+    "not_coregistered",
+    "normalized",
+    "unusual_intensities",
+    "mislabelled",
+    "noisy",
+    "blurred",
+    "uneven",
+)
+#: What is measured of each contrast and has the same limit for all.
+QUALITY = ("noise", "blur", "sides")
 #: What is measured; the limits in ``configs/input_statistics.json`` hold for these alone. Spacing in mm of the grid for
-#: shapes, quantiles of the intensities, bins of mutual information, and the movements that are tried
-#: (cells along each axis, degrees about each axis, both ways).
+#: shapes, quantiles of the intensities, bins of mutual information, the movements that are tried
+#: (cells along each axis, degrees about each axis, both ways), and slices for noise and blur.
 _COARSE, _QUANTILES, _BINS = 4.0, (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98), 24
 _SHIFT, _ANGLE = 1.0, 4.0
+_GRAIN_SLICES = 8
 _STATISTICS = Path(__file__).resolve().parents[2] / "configs" / "input_statistics.json"
 
 
@@ -86,6 +98,55 @@ def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, fl
     shell = volume[rim].mean() / volume[inner].mean() if inner.any() else 0.0
     ml = head.sum() * float(np.prod(spacing)) * np.prod([max(1, round(_COARSE / float(s))) for s in spacing]) / 1000
     return {"filled": float(head.mean()), "ml": float(ml), "shell": float(shell)}
+
+
+def grain(volume: torch.Tensor) -> dict[str, float]:
+    """Noise and blur of a volume at its full resolution, from a few slices in the middle of the brain.
+
+    Args:
+        volume: X x Y x Z intensities on file, 0 outside the brain.
+
+    Returns:
+        ``noise``, robust standard deviation of the second differences along both axes (Immerkaer 1996; white noise
+        gives its own, edges and smooth tissue next to nothing) relative to the 99.5th percentile; ``blur``, how many
+        times greater first differences are: 1 for white noise, at most 1000. Both are 0 where the slices are too small.
+    """
+    z = (volume > 0).any(dim=0).any(dim=0).nonzero().flatten()
+    places = torch.linspace(0.2, 0.8, _GRAIN_SLICES) * (len(z) - 1)
+    slices = volume[..., z[places.round().long().unique()]].permute(2, 0, 1).contiguous()[:, None]
+    nothing = {"noise": 0.0, "blur": 0.0}
+    if min(slices.shape[2:]) < 3:
+        return nothing
+    inside = -F.max_pool2d(-(slices > 0).float(), 3, stride=1) > 0
+    if not inside.any():
+        return nothing
+    line = slices.new_tensor([1.0, -2.0, 1.0])
+    second = F.conv2d(slices, line.outer(line)[None, None] / 6)[inside].abs().median()
+    first = (slices[:, :, 1:-1, 1:-1] - slices[:, :, :-2, 1:-1])[inside].abs().median() / math.sqrt(2)
+    values = slices[slices > 0]
+    top = float(np.percentile(values[::4] if len(values) > 4000 else values, 99.5))
+    blur = min(float(first / second.clamp(min=1e-12)), 1000.0)
+    return {"noise": float(second) / 0.6745 / top, "blur": blur}
+
+
+def side_slope(volume: np.ndarray, axis: int) -> float:
+    """How much the brightness of the brain changes from one side to the other.
+
+    Args:
+        volume: X x Y x Z coarse intensities, 0 outside the brain.
+        axis: of the volume that runs from left to right.
+
+    Returns:
+        Slope of ln(intensity) for each standard deviation of the place along the axis, >= 0: a brain is much the same
+        on both sides, but for a tumor. 0 where there is one place only.
+    """
+    brain = volume > 0
+    place = np.argwhere(brain)[:, axis].astype(np.float64)
+    if place.std() == 0:
+        return 0.0
+    values = volume[brain]
+    relative = np.log(values / np.median(values)).clip(-1.5, 1.5)  # a rim of partial volume must not decide
+    return abs(float(np.cov(place, relative, bias=True)[0, 1])) / float(place.std())
 
 
 def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
@@ -152,33 +213,46 @@ def label_odds(features: Mapping[int, np.ndarray], statistics: Mapping[str, Any]
     return total(best) - total(list(features)), best
 
 
-def measure(image: torch.Tensor, spacing: Sequence[float], available: Sequence[bool]) -> dict[str, Any]:
+def grid_of(affine: torch.Tensor) -> tuple[list[float], int]:
+    """Spacing in mm, and the axis that runs from left to right, of a 4 x 4 affine to RAS."""
+    columns = torch.as_tensor(affine)[:3, :3]
+    spacing = columns.norm(dim=0)
+    return spacing.tolist(), int((columns[0] / spacing).abs().argmax())
+
+
+def measure(image: torch.Tensor, spacing: Sequence[float], sides: int, available: Sequence[bool]) -> dict[str, Any]:
     """All measurements of a study.
 
     Args:
         image: 4 x X x Y x Z intensities on file, >= 0.
         spacing: of the voxels, in mm.
+        sides: spatial axis that runs from left to right.
         available: which contrasts there are.
 
     Returns:
-        ``features``, ``shape`` and ``top`` by the index of a contrast, ``pairs`` (of ``alignment``) by two.
+        ``features``, ``shape``, ``quality`` (see ``QUALITY``) and ``top`` by the index of a contrast, ``pairs`` (of
+        ``alignment``) by two.
     """
     coarse = coarse_volumes(image, spacing).numpy()
     given = [i for i, kept in enumerate(available) if kept]
     return {
         "features": {i: volume_features(coarse[i]) for i in given},
         "shape": {i: shape_features(coarse[i], spacing) for i in given},
+        "quality": {i: {**grain(image[i]), "sides": side_slope(coarse[i], sides)} for i in given},
         "top": {i: float(image[i].max()) for i in given},
         "pairs": {(given[0], i): alignment(coarse[given[0]], coarse[i]) for i in given[1:]},
     }
 
 
-def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[dict[str, str]]:
+def findings(
+    measured: Mapping[str, Any], statistics: Mapping[str, Any], registered: bool = False
+) -> list[dict[str, str]]:
     """What is suspicious of a study.
 
     Args:
         measured: of ``measure``.
         statistics: of ``calibration.fit``.
+        registered: whether the contrasts were registered here, so that it helps nobody to advise it.
 
     Returns:
         ``code``, one of ``CHECKS``, and ``finding``, one sentence, of each.
@@ -198,6 +272,16 @@ def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list
             add("not_skull_stripped", f"{name} does not look skull-stripped ({about}): strip the skull.")
         if measured["top"][i] <= limits["top"]:
             add("normalized", f"{name} has no value above {measured['top'][i]:.3g}: give intensities as acquired.")
+        noise, blur = measured["quality"][i]["noise"], measured["quality"][i]["blur"]
+        if noise > limits["noise"]:
+            about = f"standard deviation {100 * noise:.1f}% of the brightest brain"
+            add("noisy", f"{name} is noisy ({about}): denoise it, or leave it out to have it synthesized.")
+        if blur > limits["blur"]:
+            add("blurred", f"{name} is blurred: give it as acquired, or leave it out to have it synthesized.")
+        slope = measured["quality"][i]["sides"]
+        if slope > limits["sides"]:
+            about = f"one side is {100 * math.expm1(2 * slope):.0f}% brighter"
+            add("uneven", f"{name} is uneven ({about}): correct the bias field, unless a tumor explains it.")
         features = measured["features"][i][: len(_QUANTILES) + 1]
         low, high = np.asarray(statistics["low"])[:, : len(features)], np.asarray(statistics["high"])
         if (features < low.min(axis=0)).any() or (features > high[:, : len(features)].max(axis=0)).any():
@@ -206,7 +290,8 @@ def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list
         # where every small movement makes it worse, a smaller overlap is of masks that differ, not of a movement
         if gain > limits["gain"] or (dice < limits["dice"] and gain >= 0):
             about = f"overlap {dice:.2f}, {100 * gain:.0f}% better when moved"
-            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}): give --register True.")
+            advice = "although it was registered: use another tool" if registered else "so give --register True"
+            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}), {advice}.")
     odds, best = label_odds(measured["features"], statistics)
     if odds > limits["odds"]:
         both = [(i, label) for i, label in zip(given, best, strict=True) if i != label]
@@ -216,12 +301,15 @@ def findings(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> list
 
 
 class CheckStudyd(MapTransform):
-    """Add ``"checks"``, the ``findings`` of a study, and ``"check_seconds"``; a study may be refused for them.
+    """Add ``"checks"``, the ``findings`` of a study, ``"quality"`` and ``"check_seconds"``; a study may be refused.
+
+    ``"quality"`` is the greatest noise, blur and slope from side to side of the contrasts.
 
     Args:
         keys: key of the stacked contrasts on the grid on file.
         rejecting: codes of ``CHECKS`` that refuse a study.
         statistics: of ``calibration.fit``, or a JSON file of it; ``None`` is ``configs/input_statistics.json``.
+        registered: of ``findings``.
 
     Raises:
         StudyError: for an unknown code; from the call, for a finding that refuses.
@@ -232,12 +320,13 @@ class CheckStudyd(MapTransform):
         keys: KeysCollection = "image",
         rejecting: Sequence[str] = (),
         statistics: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        registered: bool = False,
     ) -> None:
         super().__init__(keys)
         unknown = set(rejecting) - set(CHECKS)
         if unknown:
             raise StudyError(f"There is no check {sorted(unknown)[0]}: choose from {', '.join(CHECKS)}.")
-        self.rejecting = tuple(rejecting)
+        self.rejecting, self.registered = tuple(rejecting), registered
         self.statistics: Mapping[str, Any] = (
             statistics if isinstance(statistics, Mapping) else json.loads(Path(statistics or _STATISTICS).read_text())
         )
@@ -246,8 +335,9 @@ class CheckStudyd(MapTransform):
         d = dict(data)
         started = time.perf_counter()
         for key in self.key_iterator(d):
-            spacing = torch.as_tensor(d[key].affine)[:3, :3].norm(dim=0).tolist()
-            d["checks"] = findings(measure(d[key].as_tensor(), spacing, d["has_contrast"].tolist()), self.statistics)
+            measured = measure(d[key].as_tensor(), *grid_of(d[key].affine), d["has_contrast"].tolist())
+            d["checks"] = findings(measured, self.statistics, self.registered)
+            d["quality"] = {name: max(one[name] for one in measured["quality"].values()) for name in QUALITY}
         d["check_seconds"] = time.perf_counter() - started
         for found in d["checks"]:
             if found["code"] in self.rejecting:

@@ -126,14 +126,14 @@ def inference_transforms(
         8 x X x Y x Z input and ``brain_on_file`` (1 x X x Y x Z uint8) the union of the available brains on the grid
         on file.
     """
-    steps = []
+    steps, registered = [], options.get("register") is not None
     for step in study_transforms(**options).transforms:
         steps.append(step)
         if isinstance(step, LoadStudyd):
             # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
             steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
             steps += [KeepAcquiredd("image")] if keep_acquired else []
-            steps += [CheckStudyd("image", rejecting_checks)] if checks else []
+            steps += [CheckStudyd("image", rejecting_checks, registered=registered)] if checks else []
     return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])
 
 

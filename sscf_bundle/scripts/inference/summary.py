@@ -74,9 +74,12 @@ def write_summary(output_dir: str | os.PathLike[str]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # pictures must stay in sight: the table alone has what reasons say already, and the parts of a score
+    told = all(row.get("reasons") for row in rows if row.get("checks"))
+    shown = [name for name in columns if not (name.startswith("score contrasts ") or (name == "checks" and told))]
     page = environment.get_template("index.html.j2").render(
         rows=rows,
-        columns=[name for name in columns if any(row.get(name) not in (None, "") for row in rows)],
+        columns=[name for name in shown if any(row.get(name) not in (None, "") for row in rows)],
         runs=list(runs.values()),
         failed=len(failures),
     )

@@ -89,9 +89,11 @@ def study_scores(
     module = network.for_scenario(available)
     mask = torch.zeros_like(slices[:, : network.num_tumor_classes])
     features = module.encode(slices, mask, given)
+    brain = (slices[:, :NUM_CONTRASTS] > -1).any(dim=1)
+    # the network itself looks at all entries
+    allowed = bank.present.any(dim=1).expand(len(slices), -1)
     if network.two_passes and network.with_segmentation:
-        allowed = usable.any(dim=1).unsqueeze(0).expand(len(slices), -1)
-        logits, _ = module.segment(features, bank, allowed)
+        logits, _ = module.segment(features, bank, usable.any(dim=1).expand(len(slices), -1))
         features = module.encode(slices, torch.sigmoid(logits.float()).to(slices.dtype), given)
     found: dict[str, dict[str, float]] = {}
     relative: dict[int, torch.Tensor] = {}
@@ -113,14 +115,16 @@ def study_scores(
             ]
             scores["features"] = float(torch.stack([d.clamp(max=20).mean() for d in deviations]).mean())
         if len(given) > 1:
-            target = slices[:, i]
             kept = torch.tensor([j in given and j != i for j in range(NUM_CONTRASTS)], device=slices.device)
-            others = network_input(slices[:, :NUM_CONTRASTS], kept.expand(len(slices), -1))
-            brain = (slices[:, :NUM_CONTRASTS] > -1).any(dim=1)
             single = network.for_scenario(kept.tolist())
             single.targets, single.target_index = [i], single.target_index.new_tensor([i])
-            pred = single(others)[:, i]
-            scores["consistency"] = float((pred - target).abs()[brain].mean() / 2)
+            if network.two_passes:
+                # the mask of the first pass, and with it every feature, is another without this contrast
+                pred = single(network_input(slices[:, :NUM_CONTRASTS], kept.expand(len(slices), -1)))[:, i]
+            else:
+                others = [[f for j, f in zip(given, scale, strict=True) if j != i] for scale in features]
+                pred = single.decode(i, [scale[0] for scale in single.predict(others, bank, allowed)])[:, 0]
+            scores["consistency"] = float((pred - slices[:, i]).abs()[brain].mean() / 2)
     prototypes = {}
     if num_prototypes and network.retrieval == "nearest" and len(network.key_lengths) == 1:
         for i in module.targets:

@@ -28,6 +28,7 @@ from torch import nn
 
 from ..contrasts import SCENARIOS, scenario_name
 from ..data.transforms import LoadStudyd, StudyCompose
+from ..inference.checks import QUALITY
 from ..inference.trust import TrustAssessor
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def reliability(
                     "severity": severity,
                     "out_of_distribution": scores.get("out_of_distribution", max(every, default=float("nan"))),
                     "consistency": scores.get("consistency", float("nan")),
+                    **case.get("quality", {}),
                     "checks": " ".join(sorted({found["code"] for found in case.get("checks", ())})),
                     "check_seconds": case.get("check_seconds", 0.0),
                     "verdict": result["verdict"],
@@ -155,7 +157,9 @@ def reliability(
     for (kind, severity), bad in judged[judged["kind"] != "none"].groupby(["kind", "severity"]):
         both = pd.concat([sound, bad])
         row = {"kind": kind, "severity": severity}
-        for score in ("out_of_distribution", "consistency"):
+        for score in ("out_of_distribution", "consistency", *QUALITY):
+            if score not in both:
+                continue
             known = both[both[score].notna()]
             row[f"auc_{score}"] = _auc(known[score].to_numpy(), (known["kind"] != "none").to_numpy())
         flagged = (bad["checks"] != "") | bad["verdict"].isin(["review", "reject"])
