@@ -292,6 +292,9 @@ def single_study(
 
     Args:
         flair: path of the FLAIR volume, ``None`` if it is missing; likewise ``t1``, ``t1ce`` and ``t2``.
+        t1: see ``flair``.
+        t1ce: see ``flair``.
+        t2: see ``flair``.
         name: name of the study; by default what the file names have in common, else the name of the folder.
 
     Returns:

@@ -41,12 +41,11 @@ def holds_dicom(folder: str | os.PathLike[str], names: Sequence[str]) -> bool:
     return any(_VOLUME.match(name) is None and _is_dicom(Path(folder, name)) for name in names)
 
 
-def read_volume(path: str, reader: str | None = None) -> MetaTensor:
+def read_volume(path: str) -> MetaTensor:
     """Read a file, or the one DICOM series in a folder.
 
     Args:
         path: of the file or folder.
-        reader: name of a MONAI image reader; ``None`` chooses by the format.
 
     Returns:
         What ``monai.transforms.LoadImage`` gives, float32.
@@ -54,9 +53,10 @@ def read_volume(path: str, reader: str | None = None) -> MetaTensor:
     Raises:
         StudyError: when a folder holds several series, or slices of a series are missing.
     """
+    reader = None  # by the name of the file
     if os.path.isdir(path) and _VOLUME.match(os.path.basename(path)) is None:
         _check_series(path)
-        reader = reader or "ITKReader"
+        reader = "ITKReader"
     # readers keep state between reading and decoding, so that threads must not share one
     return LoadImage(reader=reader, image_only=True, dtype=np.float32)(path)
 

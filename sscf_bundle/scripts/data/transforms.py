@@ -35,11 +35,16 @@ from monai.transforms import (
 )
 from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, MASK_KEY, TUMOR_CLASSES, StudyError
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError
 from .formats import read_volume
 
 #: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
 VOXEL_SIZES = (0.05, 50.0)
+#: Greatest distance in mm between the corners of two volumes of one study.
+GRID_TOLERANCE = 1e-2
+#: Share of negative among the voxels other than 0 up to which negative values count as interpolation's overshoot and
+#: are set to 0; above it the volume is taken for z-scored and refused.
+MAX_NEGATIVE = 0.05
 #: Mask coding of BraTS: enhancing tumor is 4 up to 2021 and 3 from 2023 on, never both in one file.
 BRATS_MASK_VALUES = {"NET": (1,), "ED": (2,), "ET": (4, 3)}
 
@@ -80,24 +85,16 @@ class LoadStudyd(MapTransform):
     The item maps contrast keys to paths; absent keys and ``None`` mean a missing contrast. The paths stay in the item.
     Added entries (X x Y x Z is the shape on file):
 
-    - ``image_key``: 4 x X x Y x Z float32 ``MetaTensor`` in the order of ``contrast_keys``, raw intensities >= 0;
-    - ``label_key``: 1 x X x Y x Z uint8 ``MetaTensor``, 0 background, k + 1 for ``TUMOR_CLASSES[k]``, 0 without mask;
+    - ``"image"``: 4 x X x Y x Z float32 ``MetaTensor`` in the order of ``CONTRAST_KEYS``, raw intensities >= 0;
+    - ``"label"``: 1 x X x Y x Z uint8 ``MetaTensor``, 0 background, k + 1 for ``TUMOR_CLASSES[k]``, 0 without mask;
     - ``"has_contrast"``: bool tensor of 4; ``"has_mask"``: bool scalar tensor;
     - ``"grid"``: the key of the contrast whose grid this is.
 
     Args:
-        contrast_keys: keys of the four contrasts, in contrast order.
-        mask_key: key of the mask file.
-        image_key: key of the stacked contrasts.
-        label_key: key of the label map.
         mask_values: tumor class (or ``"background"``) to the value or values that mean it in a mask file. ``None`` is
             the BraTS coding: 1 is NET, 2 is ED, and 4 or 3 is ET; a file with both is refused, because 4 is then
             something else (BraTS 2024 codes resection cavities so). A binary lesion mask needs its own coding, for
             example ``{"ED": 1}``.
-        tolerance: greatest distance in mm between the corners of two volumes of one study.
-        max_negative: share of negative among the non-zero voxels up to which negative values count as interpolation
-            overshoot and are set to 0; above it the volume is taken for z-scored and refused.
-        reader: name of a MONAI image reader; ``None`` chooses by the file name.
         resample: take a volume on another grid to that of the reference, by the affines on file, instead of refusing
             it: True for the first contrast as the reference, or the key of a contrast, which is the reference where a
             study has it. Volumes on the same grid whose axes are flipped or in another order are always taken.
@@ -105,7 +102,7 @@ class LoadStudyd(MapTransform):
             it where it is. A mask belongs to the reference and stays where it is.
 
     Raises:
-        ValueError: when ``mask_values`` or ``contrast_keys`` make no sense.
+        ValueError: when ``mask_values`` or ``resample`` make no sense.
         StudyError: from the call, when there is no contrast, one file is given twice, or a file is missing, unreadable,
             damaged, not 3-D, complex, not finite, negative, empty, constant, without a sound affine in mm, of another
             shape or position than the others, or holds an unknown mask value.
@@ -113,23 +110,11 @@ class LoadStudyd(MapTransform):
 
     def __init__(
         self,
-        contrast_keys: KeysCollection = CONTRAST_KEYS,
-        mask_key: str = MASK_KEY,
-        image_key: str = "image",
-        label_key: str = "label",
         mask_values: Mapping[str, int | Sequence[int]] | None = None,
-        tolerance: float = 1e-2,
-        max_negative: float = 0.05,
-        reader: str | None = None,
         resample: bool | str | None = False,
         register: Callable[[MetaTensor, MetaTensor], np.ndarray] | None = None,
     ) -> None:
-        super().__init__(contrast_keys, allow_missing_keys=True)
-        if len(self.keys) != len(CONTRASTS):
-            raise ValueError(f"contrast_keys must name {len(CONTRASTS)} contrasts ({', '.join(CONTRASTS)}).")
-        self.mask_key = mask_key
-        self.image_key = image_key
-        self.label_key = label_key
+        super().__init__(CONTRAST_KEYS, allow_missing_keys=True)
         self.one_code_per_class = mask_values is None
         self.mask_values = {
             name: tuple(ensure_tuple(codes))
@@ -142,11 +127,8 @@ class LoadStudyd(MapTransform):
                 f"mask_values must map {', '.join(TUMOR_CLASSES)} or background to distinct values other than 0, "
                 f"got {self.mask_values}."
             )
-        if isinstance(resample, str) and resample not in self.keys:
+        if isinstance(resample, str) and resample not in CONTRAST_KEYS:
             raise ValueError(f"resample must be True, False or one of {', '.join(CONTRAST_KEYS)}, got {resample!r}.")
-        self.tolerance = tolerance
-        self.max_negative = max_negative
-        self.reader = reader
         self.resample = resample
         self.register = register
 
@@ -154,19 +136,19 @@ class LoadStudyd(MapTransform):
         d = dict(data)
         if d.get(FAILURE_KEY):
             raise StudyError(d[FAILURE_KEY])
-        paths = {str(key): str(d[key]) for key in self.keys if d.get(key)}
+        paths = {key: str(d[key]) for key in CONTRAST_KEYS if d.get(key)}
         if not paths:
             raise StudyError(
-                f"Study {d.get('study', d.get(self.mask_key, '(without name)'))} has no contrast: give at least one of "
-                f"{', '.join(map(str, self.keys))}."
+                f"Study {d.get('study', d.get(MASK_KEY, '(without name)'))} has no contrast: give at least one of "
+                f"{', '.join(CONTRAST_KEYS)}."
             )
         reference = self.resample if self.resample in paths else next(iter(paths))
         first_path = paths[reference]
         if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
             raise StudyError(f"{' and '.join(paths)} name one file twice: give each contrast its own file.")
         first = self._read_contrast(first_path)
-        image = torch.zeros((len(self.keys), *first.shape), dtype=torch.float32)
-        for channel, key in enumerate(self.keys):
+        image = torch.zeros((NUM_CONTRASTS, *first.shape), dtype=torch.float32)
+        for channel, key in enumerate(CONTRAST_KEYS):
             if key == reference:
                 image[channel] = first.as_tensor()
             elif key in paths:
@@ -176,15 +158,15 @@ class LoadStudyd(MapTransform):
                 image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
         d["grid"] = reference
         meta = dict(first.meta)
-        d[self.image_key] = MetaTensor(image, meta=meta)
-        d["has_contrast"] = torch.tensor([key in paths for key in self.keys])
+        d["image"] = MetaTensor(image, meta=meta)
+        d["has_contrast"] = torch.tensor([key in paths for key in CONTRAST_KEYS])
 
-        mask_path = d.get(self.mask_key)
+        mask_path = d.get(MASK_KEY)
         label = torch.zeros(image.shape[1:], dtype=torch.uint8)
         if mask_path:
             mask = self._on_grid(first, first_path, self._read(str(mask_path)), str(mask_path), is_mask=True)
             label = self._internal_classes(mask.as_tensor(), str(mask_path))
-        d[self.label_key] = MetaTensor(label[None], meta=dict(meta))
+        d["label"] = MetaTensor(label[None], meta=dict(meta))
         d["has_mask"] = torch.tensor(bool(mask_path))
         return d
 
@@ -195,7 +177,7 @@ class LoadStudyd(MapTransform):
         if not os.access(path, os.R_OK):
             raise StudyError(f"{path} may not be read: change its permissions or leave this file out.")
         try:
-            volume = read_volume(path, self.reader)
+            volume = read_volume(path)
         except StudyError:
             raise
         except np.linalg.LinAlgError as error:
@@ -241,7 +223,7 @@ class LoadStudyd(MapTransform):
             raise StudyError(f"{path} holds NaN or infinite values: repair or export it again.")
         # rescaling leaves a background of some -1e-7
         negative = int(torch.count_nonzero(values < -1e-4 * values.abs().max()))
-        if negative > self.max_negative * int(torch.count_nonzero(values)):
+        if negative > MAX_NEGATIVE * int(torch.count_nonzero(values)):
             raise StudyError(
                 f"{path} has negative values in {negative} voxels as a z-scored volume has: give the skull-stripped "
                 "volume before intensity normalization, with background 0."
@@ -284,7 +266,7 @@ class LoadStudyd(MapTransform):
         corners = np.asarray([[*(upper * bits), 1.0] for bits in np.ndindex(2, 2, 2)]).T
         offset = (first.affine.numpy() - other.affine.numpy()) @ corners
         distance = float(np.linalg.norm(offset[:3], axis=0).max())
-        if distance > self.tolerance:
+        if distance > GRID_TOLERANCE:
             raise StudyError(
                 f"{path} and {first_path} have different affines (corners up to {distance:.3g} mm apart): register "
                 "all files of a study to one grid, or give --resample True if they are registered already."
@@ -504,7 +486,6 @@ def study_transforms(
     spacing: float | None = 1.0,
     percentile: float = 99.5,
     mask_values: Mapping[str, int | Sequence[int]] | None = None,
-    reader: str | None = None,
     clip: bool = True,
     resample: bool | str | None = False,
     register: Callable[[MetaTensor, MetaTensor], np.ndarray] | None = None,
@@ -522,7 +503,6 @@ def study_transforms(
         spacing: spacing in x and y, in mm; a study within 1% of it is not resampled. ``None`` keeps every spacing.
         percentile: of ``ScaleBraind``.
         mask_values: of ``LoadStudyd``.
-        reader: of ``LoadStudyd``.
         resample: of ``LoadStudyd``.
         register: of ``LoadStudyd``.
         clip: of ``ScaleBraind``. The slice cache is made without, since scores need the target as it is; what it shows
@@ -559,7 +539,7 @@ def study_transforms(
         ]
     return StudyCompose(
         [
-            LoadStudyd(mask_values=mask_values, reader=reader, resample=resample, register=register),
+            LoadStudyd(mask_values=mask_values, resample=resample, register=register),
             Orientationd(grids, axcodes="RAS", labels=None),
             *resampling,
             BrainMaskd("image"),

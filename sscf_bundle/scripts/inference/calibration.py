@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..contrasts import CONTRASTS, NUM_CONTRASTS, StudyError
+from ..contrasts import CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
 from ..data.cohort import Cohort
 from ..data.transforms import LoadStudyd, StudyCompose
 from ..networks.sscf import SSCFNet, network_input
 from .checks import QUALITY, grid_of, label_odds, measure
-from .preprocessing import FAILURE_KEY, StudyDataset
+from .preprocessing import StudyDataset
 from .trust import OVERALL, SCORES, TrustAssessor, place, worst
 
 logger = logging.getLogger(__name__)

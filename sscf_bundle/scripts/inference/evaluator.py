@@ -27,11 +27,11 @@ from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
 from torch import nn
 
-from ..contrasts import StudyError
+from ..contrasts import FAILURE_KEY, StudyError
 from ..data.randomness import stable_hash
 from ..networks.weights import load_weights
 from .inferer import predict
-from .preprocessing import FAILURE_KEY, FILE_BRAIN_KEY, failure_reason
+from .preprocessing import FILE_BRAIN_KEY, failure_reason
 from .trust import TrustAssessor
 from .writer import StudyWriter
 

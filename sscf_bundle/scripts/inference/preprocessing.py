@@ -25,13 +25,11 @@ from monai.config import KeysCollection
 from monai.data import Dataset
 from monai.transforms import MapTransform
 
-from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError
 from ..data.datalist import find_studies, read_datalist, single_study
 from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
 from .checks import CheckStudyd
 
-#: Key of a dataset item that says in one sentence why the study could not be preprocessed.
-FAILURE_KEY = "failure"
 #: Key of the union of the available brains on the grid on file.
 FILE_BRAIN_KEY = "brain_on_file"
 
