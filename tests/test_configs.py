@@ -186,6 +186,14 @@ def test_training_and_inference_can_be_asked_for_by_name() -> None:
     assert read("evaluate")["evaluating"] == "%run"
 
 
+@pytest.mark.parametrize("overlay", [[], ["finetune"], ["recipe/common", "recipe/3_full_size"], ["demo_train"]])
+def test_training_leaves_the_weights_that_ship_alone(overlay: list[str]) -> None:
+    parser = combined(["train", *overlay])
+    parser["output_dir"] = "somewhere"
+    written = [parser.get_parsed_content(name) for name in ("ckpt_path", "last_ckpt_path", "ckpt_dir")]
+    assert written == ["somewhere/model.pt", "somewhere/model_last.pt", "somewhere/checkpoints"]
+
+
 def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     train, inference = read("train"), read("inference")
     arguments = {name: f"@{name}" for name in PREPROCESSING_SETTINGS}
