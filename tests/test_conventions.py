@@ -287,7 +287,7 @@ def literal_steps(volume: np.ndarray, mask: np.ndarray) -> list[float]:
     return [float(np.mean(values)) for values in steps]
 
 
-def test_slices_that_jump_are_rough_and_blurred_ones_are_not() -> None:
+def test_slices_that_jump_or_are_blurred_are_rough_and_faint_ones_are_not() -> None:
     target = make_target()
     protocol = VolumeProtocol()
     protocol.start(target)
@@ -296,6 +296,9 @@ def test_slices_that_jump_are_rough_and_blurred_ones_are_not() -> None:
     rough, faint, same = (
         float(protocol.score(1, v)["volume"]["whole", "roughness"]) for v in (jumps, 0.5 * volume, volume)
     )
+    kernel = torch.ones(1, 1, 3, 3) / 9
+    within = torch.nn.functional.conv2d(volume.permute(2, 0, 1)[:, None], kernel, padding=1)[:, 0].permute(1, 2, 0)
+    assert float(protocol.score(1, within)["volume"]["whole", "roughness"]) > 1.1
     assert rough > 1.1 and faint == pytest.approx(1, rel=1e-5) and same == pytest.approx(1, rel=1e-5)
 
 

@@ -412,8 +412,8 @@ def slice_roughness(
     """How much rougher a volume is across its slices than within them, relative to the acquired one.
 
     Slices that are synthesized one by one can jump in brightness or shape from one to the next. Roughness is the mean
-    absolute difference of neighbors across the slices over that within them, which blur and a change of contrast leave
-    as it is.
+    absolute difference of neighbors across the slices over that within them, which a change of contrast leaves as it
+    is. Blur within the slices raises it too, so that more than 1 alone does not tell jumps from blur.
 
     Args:
         prediction: volume, any order of axes.
@@ -422,7 +422,7 @@ def slice_roughness(
         slice_axis: axis across which the slices lie.
 
     Returns:
-        1 if slices fit together as in ``target``, more if they jump; NaN without a pair.
+        1 if slices fit together as in ``target``, more if they jump or are blurred; NaN without a pair.
     """
 
     def roughness(volume: torch.Tensor) -> torch.Tensor:
