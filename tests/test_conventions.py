@@ -38,7 +38,6 @@ from scripts.evaluation.protocols import (
     region_dice,
     slice_dice,
     tumor_boxes,
-    volume_scores,
 )
 
 SIZE = (14, 48, 40)
@@ -130,7 +129,7 @@ def test_boxes_hold_the_tumor_have_rounded_sides_and_lie_in_the_frame() -> None:
     tumor[0, 60:64, 0:3] = True  # in a corner
     tumor[1, 10:51, 20:24] = True  # 41 x 4
     tumor[2, 2:62, 2:47] = True  # 60 x 45, as large as the frame after rounding
-    first, size = tumor_boxes(tumor, min_box=32, box_step=16)
+    first, size = tumor_boxes(tumor, min_box=32)
     assert size.tolist() == [[32, 32], [48, 32], [64, 48]]
     assert first.tolist() == [[32, 0], [6, 6], [0, 0]]
 
@@ -377,11 +376,16 @@ def all_conventions(weights: Path) -> list:
     return [PerSliceProtocol(PerceptualDistance(weights)), VolumeProtocol(), BraSynProtocol()]
 
 
+def all_scores(protocols: list, contrast: int, prediction: torch.Tensor) -> dict[tuple[str, ...], torch.Tensor]:
+    found = [item for protocol in protocols for item in protocol.score(contrast, prediction).items()]
+    return {(name, *key): value for name, scores in found for key, value in scores.items()}
+
+
 def test_identical_images_have_the_best_scores(weights: Path) -> None:
     target, protocols = make_target(), all_conventions(weights)
     for protocol in protocols:
         protocol.start(target)
-    scores = volume_scores(protocols, 2, target.images[:, 2], available=3)
+    scores = all_scores(protocols, 2, target.images[:, 2])
     best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0, "roughness": 1.0}
     assert len(scores) == 12 + 7 + 2 + 3
     for key, value in scores.items():
@@ -410,16 +414,7 @@ def test_study_without_tumor_has_no_region_scores(weights: Path) -> None:
     protocols = all_conventions(weights)
     for protocol in protocols:
         protocol.start(target)
-    scores = volume_scores(protocols, 0, make_guess(target, 0), available=3)
+    scores = all_scores(protocols, 0, make_guess(target, 0))
     finite = {key for key, value in scores.items() if bool(value.isfinite())}
     assert {key[:2] for key in finite} == {("per_slice", "whole"), ("volume", "whole")}
     assert len(finite) == 4 + 4
-
-
-def test_convention_is_computed_in_its_scenarios_alone() -> None:
-    target = make_target()
-    protocols = [VolumeProtocol(), BraSynProtocol()]
-    for protocol in protocols:
-        protocol.start(target)
-    names = [{key[0] for key in volume_scores(protocols, 0, make_guess(target, 0), available=n)} for n in (1, 2, 3)]
-    assert names == [{"volume"}, {"volume"}, {"volume", "brasyn", "brasyn_reference"}]

@@ -197,8 +197,7 @@ def test_the_batch_size_changes_nothing_and_background_has_no_tumor(tmp_path: Pa
 
 def test_metadata_name_the_segmenter_and_the_studies_with_a_region(tmp_path: Path) -> None:
     scores = scored(tmp_path / "s.pt")
-    (protocol,) = scores.protocols
-    assert hashlib.sha256(b"weights").hexdigest() in protocol.definitions()["downstream"]
+    assert hashlib.sha256(b"weights").hexdigest() in scores.segmentation["downstream"]
     assert scores.regions == {"WT": 1, "TC": 1}
 
 

@@ -192,7 +192,7 @@ def test_nothing_scored_ends_with_a_sentence_and_no_file(tmp_path: Path) -> None
 def test_scores_that_are_none_are_refused_by_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "scores.csv"
     for text, message in (
-        (None, "run the evaluation first"),
+        (None, "evaluate this run first"),
         ("study,value\na,1\n", "has no column patient, scenario"),
         ("", "cannot be read as a table"),
     ):

@@ -56,7 +56,7 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        raise StudyError(f"There are no scores at {path}: run the evaluation first, or correct the path.")
+        raise StudyError(f"There is no scores.csv in {path.parent}: evaluate this run first, or correct its folder.")
     try:
         frame = pd.read_csv(path, dtype={"study": str, "patient": str})
     except (ValueError, OSError) as error:
@@ -282,7 +282,8 @@ class EvaluationTables:
             "studies": names,
             "patients": sorted(set(frame["patient"])),
             "studies_with_region": _total(part["regions"] for part in parts),
-            "protocols": {k: v for c in self.scores.protocols for k, v in c.definitions().items()},
+            "protocols": {k: v for c in self.scores.protocols for k, v in c.definitions.items()}
+            | {k: v for k, v in self.scores.segmentation.items() if k in set(frame["protocol"])},
             "methods": ["network", *self.scores.reference_methods],
             "lpips_sha256": None if self.lpips is None else self.lpips.fingerprint(),
             "bootstrap": {
@@ -299,8 +300,6 @@ class EvaluationTables:
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
         }
-        found = set(frame["protocol"])
-        metadata["protocols"] |= {name: text for name, text in self.scores.segmentation.items() if name in found}
         network: Any = engine.network
         if getattr(network, "uses_bank", False):
             present = network.bank_present

@@ -20,7 +20,7 @@ import hashlib
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,9 @@ from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ss
 
 #: What the windows of SSIM reach beyond their centers: that of volumes, and that of slices.
 REACH, SLICE_REACH = len(GAUSSIAN) // 2, len(UNIFORM) // 2
+
+#: Sides of boxes are multiples of this, so that boxes of many slices have one size and form one batch.
+BOX_STEP = 16
 
 #: One value, a tensor without dimensions, for each region and score; NaN where it is not defined.
 Scores = dict[tuple[str, str], torch.Tensor]
@@ -202,10 +205,8 @@ class Protocol(ABC):
         available: numbers of available contrasts of the scenarios in which the protocol is defined.
     """
 
-    #: Value of the column ``protocol``.
-    name: str
-    #: One line for the metadata of an evaluation.
-    definition: str
+    #: One line for each value of the column ``protocol``, for the metadata of an evaluation.
+    definitions: Mapping[str, str]
     #: Whether it scores whole studies on the grid on file; else slices on the network's grid.
     whole: bool = False
 
@@ -225,12 +226,8 @@ class Protocol(ABC):
             prediction: Z x H x W in [0, 1], background filled.
 
         Returns:
-            For each protocol name its scores.
+            For each name in ``definitions`` its scores.
         """
-
-    def definitions(self) -> dict[str, str]:
-        """One line for each name that ``score`` gives."""
-        return {self.name: self.definition}
 
 
 class PerSliceProtocol(Protocol):
@@ -240,33 +237,27 @@ class PerSliceProtocol(Protocol):
     frame, the prediction is clipped to [0, 1], and the data range is 1. PSNR, SSIM (``slice_ssim_map``, windows inside
     the frame), LPIPS and NMSE (sum of squared errors / sum of squares of the scaled target) are means over slices; a
     slice where the target is constant is left out. Regions, over the slices with tumor: ``tumor_box`` is the crop to
-    the bounding box of the whole tumor, each side rounded up to a multiple of ``box_step``, at least ``min_box``, moved
+    the bounding box of the whole tumor, each side rounded up to a multiple of ``BOX_STEP``, at least ``min_box``, moved
     into the frame; ``tumor`` is inside the mask (PSNR and NMSE from the errors inside, the SSIM map averaged inside,
     LPIPS of the box with everything outside the mask 0).
 
     Args:
         lpips: the perceptual distance; None leaves it out.
         min_box: smallest side of a box, in pixels; AlexNet needs 31, the window of SSIM 7.
-        box_step: sides of boxes are multiples of this, so that boxes of many slices have one size and form one batch.
         available: see ``Protocol``.
     """
 
-    name = "per_slice"
-    definition = (
-        "2-D slices, unclipped target and prediction scaled by the true slice's minimum and maximum, prediction "
-        "clipped to that range, data range 1, SSIM with the uniform window of 7 of scikit-image, mean over slices, "
-        "as the published code"
-    )
+    definitions = {
+        "per_slice": "2-D slices, unclipped target and prediction scaled by the true slice's minimum and maximum, "
+        "prediction clipped to that range, data range 1, SSIM with the uniform window of 7 of scikit-image, mean over "
+        "slices, as the published code"
+    }
 
     def __init__(
-        self,
-        lpips: PerceptualDistance | None = None,
-        min_box: int = 32,
-        box_step: int = 16,
-        available: Sequence[int] = (1, 2, 3),
+        self, lpips: PerceptualDistance | None = None, min_box: int = 32, available: Sequence[int] = (1, 2, 3)
     ) -> None:
         super().__init__(available)
-        self.lpips, self.min_box, self.box_step = lpips, min_box, box_step
+        self.lpips, self.min_box = lpips, min_box
 
     def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
@@ -274,7 +265,7 @@ class PerSliceProtocol(Protocol):
         self.raw = images
         self.images, self.valid = scale_by_slice(images, images)
         self.has_tumor = self.tumor.any(dim=(1, 2))
-        first, size = tumor_boxes(self.tumor, self.min_box, self.box_step)
+        first, size = tumor_boxes(self.tumor, self.min_box)
         self.box = _rectangles(first, size, self.tumor.shape)
         # the windows that lie in the box, by their centers
         self.inner_box = _rectangles(first + SLICE_REACH, size - 2 * SLICE_REACH, self.tumor.shape)
@@ -321,7 +312,7 @@ class PerSliceProtocol(Protocol):
                 for (members, *_), values in zip(self.crops, parts, strict=True):
                     joined[members] = values
                 per_slice[region, "lpips"] = joined, valid & self.has_tumor
-        return {self.name: {key: masked_average(value, rows, 0) for key, (value, rows) in per_slice.items()}}
+        return {"per_slice": {key: masked_average(value, rows, 0) for key, (value, rows) in per_slice.items()}}
 
     def _perceive(self, images: torch.Tensor) -> list[list[torch.Tensor]]:
         """Features of R x H x W: of whole slices, then of each batch of boxes as they are and with the tumor alone."""
@@ -334,13 +325,12 @@ class PerSliceProtocol(Protocol):
         return found
 
 
-def tumor_boxes(tumor: torch.Tensor, min_box: int, box_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tumor_boxes(tumor: torch.Tensor, min_box: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes around the tumor of slices: sides rounded up, centered on the bounding box, moved into the frame.
 
     Args:
         tumor: R x H x W boolean; the box of a slice without tumor means nothing.
         min_box: smallest side, in pixels.
-        box_step: a side is a multiple of this, or that of the frame if this is smaller.
 
     Returns:
         First pixel and side, each R x 2 int64.
@@ -351,7 +341,7 @@ def tumor_boxes(tumor: torch.Tensor, min_box: int, box_step: int) -> tuple[torch
         hit = tumor.any(dim=3 - axis).to(torch.uint8)
         start = hit.argmax(dim=1)
         stop = length - hit.flip(1).argmax(dim=1)
-        side = torch.ceil((stop - start) / box_step).long() * box_step
+        side = torch.ceil((stop - start) / BOX_STEP).long() * BOX_STEP
         side = side.clamp(min=min_box).clamp(max=length)
         size.append(side)
         first.append(((start + stop - side) // 2).clamp(min=0).minimum(length - side))
@@ -377,12 +367,11 @@ class VolumeProtocol(Protocol):
     inside the whole tumor. ``roughness``, of the whole brain alone, is ``slice_roughness``.
     """
 
-    name = "volume"
     whole = True
-    definition = (
-        "3-D study on the grid on file, 99.5th percentile of the true volume's brain = 1, data range 1, pooled over "
-        "the brain mask (union of the true contrasts) or the tumor mask"
-    )
+    definitions = {
+        "volume": "3-D study on the grid on file, 99.5th percentile of the true volume's brain = 1, data range 1, "
+        "pooled over the brain mask (union of the true contrasts) or the tumor mask"
+    }
 
     def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
@@ -403,7 +392,7 @@ class VolumeProtocol(Protocol):
             scores[region, "nmse"] = mean_error / masked_average(power, mask, (0, 1, 2))
             scores[region, "ssim"] = masked_average(similarity, mask, (0, 1, 2))
         scores["whole", "roughness"] = slice_roughness(prediction, target, self.masks["whole"], self.slice_axis)
-        return {self.name: scores}
+        return {"volume": scores}
 
 
 def slice_roughness(
@@ -452,25 +441,17 @@ class BraSynProtocol(Protocol):
         available: see ``Protocol``.
     """
 
-    name = "brasyn"
     whole = True
-    definition = (
-        "3-D on the grid on file, each volume scaled by its own 0.5th and 99.5th percentile, mean SSIM over the volume "
-        "of the images times the tumor mask (tumor) or its complement (healthy)"
-    )
-    reference_name = "brasyn_reference"
-    reference_definition = (
-        "3-D, both volumes scaled by the 0.5th and 99.5th percentile of the true brain outside the tumor, data range "
-        "1, SSIM map, MSE and PSNR inside the tumor mask"
-    )
+    definitions = {
+        "brasyn": "3-D on the grid on file, each volume scaled by its own 0.5th and 99.5th percentile, mean SSIM over "
+        "the volume of the images times the tumor mask (tumor) or its complement (healthy)",
+        "brasyn_reference": "3-D, both volumes scaled by the 0.5th and 99.5th percentile of the true brain outside the "
+        "tumor, data range 1, SSIM map, MSE and PSNR inside the tumor mask",
+    }
     fractions = (0.005, 0.995)
 
     def __init__(self, available: Sequence[int] = (3,)) -> None:
         super().__init__(available)
-
-    def definitions(self) -> dict[str, str]:
-        """See ``Protocol``."""
-        return {**super().definitions(), self.reference_name: self.reference_definition}
 
     def start(self, target: StudyTarget) -> None:
         """See ``Protocol``."""
@@ -510,7 +491,7 @@ class BraSynProtocol(Protocol):
 
         tissue = target[(target > 0) & ~self.tumor]
         if not tissue.numel():
-            return {self.name: scores}
+            return {"brasyn": scores}
         low, high = (quantile_with_background(tissue, fraction, tissue.numel()) for fraction in self.fractions)
         ours, theirs = (((image[self.around] - low) / (high - low)).clamp(0, 1) for image in (prediction, target))
         mask = self.tumor[self.around]
@@ -522,7 +503,7 @@ class BraSynProtocol(Protocol):
             ("tumor", "mse"): error,
             ("tumor", "psnr"): psnr(error),
         }
-        return {self.name: scores, self.reference_name: reference}
+        return {"brasyn": scores, "brasyn_reference": reference}
 
     def _own_scale(self, image: torch.Tensor) -> torch.Tensor:
         low, high = (quantile_with_background(image, fraction, self.voxels) for fraction in self.fractions)
@@ -536,26 +517,3 @@ class BraSynProtocol(Protocol):
         data_range = torch.maximum(ours.amax() - ours.amin(), theirs.amax() - theirs.amin())
         similarity = ssim_map(ours, theirs, 3, margin=room, data_range=data_range)
         return 1 - (1 - similarity).sum() / self.windows
-
-
-def volume_scores(
-    protocols: Sequence[Protocol], contrast: int, prediction: torch.Tensor, available: int
-) -> dict[tuple[str, str, str], torch.Tensor]:
-    """Scores of one prediction under all protocols that are defined for its scenario.
-
-    Args:
-        protocols: started with the target of the study.
-        contrast: index of the contrast.
-        prediction: Z x H x W in [0, 1], background filled.
-        available: number of available contrasts.
-
-    Returns:
-        A value for each (protocol, region, score).
-    """
-    return {
-        (name, *key): value
-        for protocol in protocols
-        if available in protocol.available
-        for name, scores in protocol.score(contrast, prediction).items()
-        for key, value in scores.items()
-    }

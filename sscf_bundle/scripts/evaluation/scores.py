@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -39,7 +40,7 @@ from ..contrasts import (
 from ..data.transforms import LoadStudyd, ScaleBraind, StudyCompose
 from ..inference.postprocessing import BRATS_MASK_LABELS
 from .metrics import fill_background
-from .protocols import Protocol, StudyTarget, region_dice, slice_dice, volume_scores
+from .protocols import Protocol, StudyTarget, region_dice, slice_dice
 
 #: Where a value belongs: contrast or region of the mask, method, protocol, region, score.
 Key = tuple[str, str, str, str, str]
@@ -54,7 +55,8 @@ class StudyScores:
     same background: outside the union of the available brains.
 
     Attributes: ``rows``, one dict for each value with the columns of ``bootstrap.COLUMNS``; ``seconds``, time of
-    scoring by study; ``regions``, number of studies with WT, TC and ET; ``failures``, studies that could not be scored.
+    scoring by study; ``regions``, number of studies with WT, TC and ET; ``failures``, studies that could not be scored;
+    ``segmentation``, what the protocols of masks are, for the metadata.
 
     Args:
         protocols: see ``protocols``.
@@ -78,16 +80,12 @@ class StudyScores:
         self._classes = torch.zeros(256, dtype=torch.uint8)
         for name, value in BRATS_MASK_LABELS.items():
             self._classes[value] = TUMOR_CLASSES.index(name) + 1
-        self.prepare()
-
-    @property
-    def segmentation(self) -> dict[str, str]:
-        """What the Dice of the network's mask is, for the metadata."""
         of = "the whole study on the grid on file" if self.whole else "the evaluated slices of a study together"
-        return {
+        self.segmentation = {
             "segmentation": f"Dice of {of}, both empty 1, one empty 0",
             "segmentation_per_slice": "Dice of each evaluated slice that has the region, mean over slices",
         }
+        self.prepare()
 
     def prepare(self) -> None:
         """Starts anew."""
@@ -146,19 +144,18 @@ class StudyScores:
             classes: N x 1 x spatial, the mask of the network; None if it has no segmentation branch.
             whole: whether this is a whole study.
         """
-        protocols = [protocol for protocol in self.protocols if protocol.whole == whole]
+        protocols = [one for one in self.protocols if one.whole == whole and sum(scenario) in one.available]
         values: dict[Key, torch.Tensor] = {}
-        for method, stack in images.items():
-            for k in range(NUM_CONTRASTS):
-                if self._exists[k] and not scenario[k]:
-                    scores = volume_scores(protocols, k, stack[:, k], sum(scenario))
-                    values |= {(CONTRASTS[k], method, *key): value for key, value in scores.items()}
+        missing = [k for k in range(NUM_CONTRASTS) if self._exists[k] and not scenario[k]]
+        for (method, stack), k, protocol in itertools.product(images.items(), missing, protocols):
+            for name, scores in protocol.score(k, stack[:, k]).items():
+                values |= {(CONTRASTS[k], method, name, *key): value for key, value in scores.items()}
         if classes is not None and self._has_mask:
             kinds = {"segmentation": region_dice} if whole == self.whole else {}
             kinds |= {} if whole else {"segmentation_per_slice": slice_dice}
-            for protocol, measure in kinds.items():
+            for name, measure in kinds.items():
                 dice = measure(classes, self._label)
-                values |= {(name, "network", protocol, "whole", "dice"): dice[k] for k, name in enumerate(REGIONS)}
+                values |= {(region, "network", name, "whole", "dice"): dice[k] for k, region in enumerate(REGIONS)}
         return values
 
     def _start(self, data: Mapping[str, Any], whole: bool) -> None:

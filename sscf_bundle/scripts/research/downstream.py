@@ -25,7 +25,7 @@ from torch import nn
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, REGIONS, StudyError, class_masks, label_map
 from ..data.cohort import Cohort
 from ..data.slices import PreparedSlices, SliceDataset
-from ..evaluation.protocols import Protocol, StudyTarget, region_dice
+from ..evaluation.protocols import region_dice
 from ..evaluation.scores import Key, StudyScores
 from ..networks.weights import read_state, with_weights
 
@@ -132,29 +132,6 @@ def load_segmenter(
     return segmenter.to(device).eval()
 
 
-class DownstreamProtocol(Protocol):
-    """Describes the rows of the downstream task in the metadata of an evaluation; it scores no single contrast."""
-
-    name = "downstream"
-
-    def __init__(self, segmenter_path: str | Path) -> None:
-        super().__init__()
-        path = Path(str(segmenter_path)).expanduser()
-        self.definition = (
-            "Dice of the evaluated slices of a study together, both empty 1, one empty 0, of a U-Net trained on real "
-            "contrasts that reads the synthesized ones in the place of the missing; method real: all four real; only "
-            f"studies with four contrasts and a mask; segmenter {path.name}, SHA-256 "
-            f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
-        )
-
-    def start(self, target: StudyTarget) -> None:
-        """Nothing depends on the target alone."""
-
-    def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, dict]:
-        """No score of a single contrast."""
-        return {}
-
-
 class DownstreamScores(StudyScores):
     """Dice of a segmenter that reads each method's contrasts in the place of the missing ones.
 
@@ -178,8 +155,15 @@ class DownstreamScores(StudyScores):
         batch_size: int = 16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__([DownstreamProtocol(segmenter_path)], reference_methods, whole=False, device=device)
+        super().__init__([], reference_methods, whole=False, device=device)
         self.segmenter, self.inferer = segmenter.eval(), BrainInferer(batch_size)
+        path = Path(segmenter_path).expanduser()
+        self.segmentation = {
+            "downstream": "Dice of the evaluated slices of a study together, both empty 1, one empty 0, of a U-Net "
+            "trained on real contrasts that reads the synthesized ones in the place of the missing; method real: all "
+            f"four real; only studies with four contrasts and a mask; segmenter {path.name}, SHA-256 "
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        }
 
     def score(
         self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool

@@ -202,10 +202,6 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
             parts = []
             for path in [paths] if isinstance(paths, str | Path) else paths:
                 folder = Path(path).expanduser()
-                if not (folder / "scores.csv").is_file():
-                    raise StudyError(
-                        f"There is no scores.csv in {folder}: evaluate this run first, or correct its folder."
-                    )
                 parts.append(read_scores(folder / "scores.csv")[COLUMNS])
                 if (folder / "metrics.json").is_file():
                     content = json.loads((folder / "metrics.json").read_text())
