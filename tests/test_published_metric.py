@@ -114,9 +114,7 @@ def literal(item: dict, size: int, count: int, scaling: str) -> dict[tuple[str, 
 
 def check(items: list[dict], folder: Path, size: int, count: int, scaling: str) -> None:
     transform = study_transforms(size, scaling=scaling, clip=False)
-    data = SliceDataset(
-        prepare_slices(items, transform, folder, progress=False), "largest_tumor", count, unclipped=True
-    )
+    data = SliceDataset(prepare_slices(items, transform, folder), "largest_tumor", count, unclipped=True)
     assert float(data[0]["target"].max()) <= 1 and (scaling == "per_slice" or float(data[0]["unclipped"].max()) > 1)
     scores = StudyScores([PerSliceProtocol()], whole=False)
     for item in SliceScenarios(data, data, list_scenarios(items, [SCENARIO])):

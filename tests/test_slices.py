@@ -40,7 +40,7 @@ def items(tmp_path):
 
 
 def prepare(items, tmp_path, transform=TRANSFORM, **kwargs):
-    return prepare_slices(items, transform, tmp_path / "cache", progress=False, **kwargs)
+    return prepare_slices(items, transform, tmp_path / "cache", **kwargs)
 
 
 def test_cache_holds_the_slices_with_brain(items, tmp_path):

@@ -86,9 +86,7 @@ class Cohort:
                 f"The {part} part of the split has no study: give more studies, other fractions or a split_file."
             )
         if part not in self._prepared:
-            self._prepared[part] = prepare_slices(
-                self.parts[part], self.transform, self.cache_dir, self.num_workers, progress=idist.get_rank() == 0
-            )
+            self._prepared[part] = prepare_slices(self.parts[part], self.transform, self.cache_dir, self.num_workers)
         dataset = SliceDataset(self._prepared[part], **options)
         known = {(f["study"], f["reason"]) for f in self.failures}
         self.failures += [f for f in dataset.failures if (f["study"], f["reason"]) not in known]

@@ -18,9 +18,9 @@ import logging
 import math
 import os
 import re
-import tempfile
+import uuid
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,25 +184,17 @@ def split_patients(
         StudyError: when ``split_file`` cannot be read, names something unknown or puts a patient into two parts.
         ValueError: when ``fractions`` are not three numbers >= 0 with a positive sum.
     """
-    ordered = sorted((dict(item) for item in items), key=lambda item: item["study"])
     if split_file is not None:
-        part_of = _read_split(ordered, Path(split_file).expanduser())
-    else:
-        patients = sorted({item["patient"] for item in ordered})
-        # with counts as ratios the rounding of partition_dataset has nothing left to decide
-        counts = _part_sizes(len(patients), fractions)
-        parts = partition_dataset(patients, ratios=counts, shuffle=True, seed=seed) if patients else [[], [], []]
-        patient_part = {patient: part for part, names in zip(PARTS, parts, strict=True) for patient in names}
-        part_of = {item["study"]: patient_part[item["patient"]] for item in ordered}
-    return {part: [item for item in ordered if part_of.get(item["study"]) == part] for part in PARTS}
+        return _parts(items, "study", _read_split(items, Path(split_file).expanduser()))
+    patients = sorted({item["patient"] for item in items})
+    # with counts as ratios the rounding of partition_dataset has nothing left to decide
+    counts = _part_sizes(len(patients), fractions)
+    parts = partition_dataset(patients, ratios=counts, shuffle=True, seed=seed) if patients else [[], [], []]
+    return _parts(items, "patient", dict(zip(PARTS, parts, strict=True)))
 
 
 def cross_validation_splits(
-    items: Sequence[Mapping[str, Any]],
-    folds: int = 5,
-    validation_fraction: float = 0.1,
-    held_out: Sequence[str] = (),
-    seed: int = 0,
+    items: Sequence[Mapping[str, Any]], folds: int = 5, validation_fraction: float = 0.1, seed: int = 0
 ) -> list[dict[str, list[dict[str, Any]]]]:
     """Splits for cross-validation by patient: every patient is tested in exactly one fold.
 
@@ -211,29 +203,20 @@ def cross_validation_splits(
         folds: number of folds, at least 2.
         validation_fraction: share of the patients who are not tested in a fold that its validation part takes, 0 to
             below 1; a share above 0 gives at least one patient.
-        held_out: names of studies or patients that stay out of every part of every fold, all studies of each patient.
         seed: decides who is in which fold and part; the order of ``items`` does not matter.
 
     Returns:
         One split for each fold, as ``split_patients`` returns it; test parts differ by at most one patient.
 
     Raises:
-        StudyError: when ``held_out`` names something unknown or fewer patients than ``folds`` are left.
+        StudyError: when there are fewer patients than ``folds``.
         ValueError: when ``folds`` is below 2 or ``validation_fraction`` outside [0, 1).
     """
     if folds < 2 or not 0 <= validation_fraction < 1:
         raise ValueError(
             f"folds must be at least 2 and validation_fraction in [0, 1), got {folds} and {validation_fraction}."
         )
-    unknown = sorted(set(held_out) - {name for item in items for name in (item["study"], item["patient"])})
-    if unknown:
-        raise StudyError(
-            f"The held-out part names {unknown[0]}, which is no study and no patient of the data set: correct or "
-            "remove it."
-        )
-    untouched = {item["patient"] for item in items if {item["study"], item["patient"]} & set(held_out)}
-    ordered = sorted((dict(item) for item in items if item["patient"] not in untouched), key=lambda item: item["study"])
-    patients = sorted({item["patient"] for item in ordered})
+    patients = sorted({item["patient"] for item in items})
     if len(patients) < folds:
         raise StudyError(f"{len(patients)} patients cannot make {folds} folds: give more patients or fewer folds.")
     tested = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed, even_divisible=False)
@@ -244,10 +227,7 @@ def cross_validation_splits(
         validation, training = partition_dataset(
             rest, ratios=[count, len(rest) - count], shuffle=True, seed=seed + fold + 1
         )
-        part_of = {
-            name: part for part, names in zip(PARTS, (training, validation, test), strict=True) for name in names
-        }
-        splits.append({part: [item for item in ordered if part_of[item["patient"]] == part] for part in PARTS})
+        splits.append(_parts(items, "patient", dict(zip(PARTS, (training, validation, test), strict=True))))
     return splits
 
 
@@ -260,25 +240,20 @@ def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os
         parts: result of ``split_patients``.
         path: JSON file to write; its folder is made if needed.
     """
-    file = Path(path).expanduser()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, {part: [item["study"] for item in items] for part, items in parts.items()})
+    write_whole(Path(path).expanduser(), {part: [item["study"] for item in items] for part, items in parts.items()})
 
 
 def write_whole(path: str | Path, content: Any) -> None:
-    """Write a text, or anything else as JSON, complete or not at all."""
+    """Write a text, or anything else as JSON, complete or not at all; the folder is made if needed."""
     path = Path(path)
-    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own: others may be writing to the same folder
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "w", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # a temporary file is readable by its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n", newline="")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def single_study(
@@ -540,8 +515,17 @@ def _part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
     return sizes
 
 
-def _read_split(items: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
-    """Part of each study that a split file names."""
+def _parts(
+    items: Sequence[Mapping[str, Any]], key: str, names: Mapping[str, Collection[str]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Items of each part, sorted by study; ``names`` gives the studies or patients (``key``) of each."""
+    part_of = {name: part for part, chosen in names.items() for name in chosen}
+    ordered = sorted(map(dict, items), key=lambda item: item["study"])
+    return {part: [item for item in ordered if part_of.get(item[key]) == part] for part in PARTS}
+
+
+def _read_split(items: Sequence[Mapping[str, Any]], path: Path) -> dict[str, list[str]]:
+    """Studies of each part of a split file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -555,28 +539,28 @@ def _read_split(items: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str
         raise StudyError(
             f"The split file {path} must hold an object with lists of names for {', '.join(PARTS)}: correct its keys."
         )
-    studies: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for item in items:
-        for name in {item["study"], item["patient"]}:
-            studies[name].append(item)
+    known = {name for item in items for name in (item["study"], item["patient"])}
+    studies: dict[str, list[str]] = {part: [] for part in PARTS}
     part_of: dict[str, str] = {}
-    part_of_patient: dict[str, str] = {}
     for part, names in content.items():
-        for name in map(str, names):
-            if name not in studies:
+        wanted = set(map(str, names))
+        if unknown := sorted(wanted - known):
+            raise StudyError(
+                f"The split file {path} names {unknown[0]}, which is no study and no patient of the data set: correct "
+                "the name or remove it."
+            )
+        for item in items:
+            if wanted.isdisjoint((item["study"], item["patient"])):
+                continue
+            patient = item["patient"]
+            if part_of.setdefault(patient, part) != part:
                 raise StudyError(
-                    f"The split file {path} names {name}, which is no study and no patient of the data set: correct "
-                    "the name or remove it."
+                    f"The split file {path} has patient {patient} in {part_of[patient]} and in {part}: keep all "
+                    "studies of a patient in one part."
                 )
-            for item in studies[name]:
-                patient = item["patient"]
-                if part_of_patient.setdefault(patient, part) != part:
-                    raise StudyError(
-                        f"The split file {path} has patient {patient} in {part_of_patient[patient]} and in {part}: "
-                        "keep all studies of a patient in one part."
-                    )
-                part_of[item["study"]] = part
-    left_out = [item["study"] for item in items if item["study"] not in part_of]
+            studies[part].append(item["study"])
+    named = set().union(*studies.values())
+    left_out = sorted(item["study"] for item in items if item["study"] not in named)
     if left_out:
         logger.warning("%d studies are in no part of %s and left out, %s first.", len(left_out), path, left_out[0])
-    return part_of
+    return studies

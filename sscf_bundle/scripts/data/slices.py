@@ -74,7 +74,6 @@ def prepare_slices(
     transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     cache_dir: str | os.PathLike[str],
     num_workers: int = 0,
-    progress: bool = True,
 ) -> PreparedSlices:
     """Run the preprocessing once for each study and keep every slice with brain on disk.
 
@@ -89,7 +88,6 @@ def prepare_slices(
             ``has_mask`` (``study_transforms``).
         cache_dir: folder of the cache; a BraTS study takes about 45 MB.
         num_workers: threads; each holds one study in memory (about 0.5 GB for BraTS). 0 works in the calling thread.
-        progress: show a progress bar (the first process only).
 
     Returns:
         The studies in the cache, and those that could not be used with one sentence each, which is also logged.
@@ -115,7 +113,7 @@ def prepare_slices(
     turned = [*items[start:], *items[:start]]
     with ThreadPoolExecutor(max(1, num_workers)) as executor:
         made = (executor.map if num_workers else map)(prepare, turned)
-        results = list(tqdm(made, "preparing slices", len(turned), unit="study", disable=not progress or rank > 0))
+        results = list(tqdm(made, "preparing slices", len(turned), unit="study", disable=rank > 0))
     results = results[len(items) - start :] + results[: len(items) - start]
 
     prepared = PreparedSlices([result for result in results if isinstance(result, CachedStudy)])

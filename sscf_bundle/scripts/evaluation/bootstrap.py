@@ -309,7 +309,6 @@ class EvaluationTables:
         if "weights" in metadata:
             metadata["sha256"] = hashlib.sha256(Path(metadata["weights"]).read_bytes()).hexdigest()
         summary = summarize(frame, self.bootstrap_samples, self.seed)
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "scores.csv", frame.to_csv(index=False))
         text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)
         write_whole(self.directory / "metrics.json", text + "\n")

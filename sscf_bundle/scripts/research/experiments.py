@@ -62,7 +62,7 @@ def write_splits(
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
         split_file: the one split to use in the place of folds, as ``split_patients`` reads it.
         validation_fraction: see ``cross_validation_splits``.
-        held_out: names of studies or patients that no fold contains, the untouched part.
+        held_out: names of studies or patients that no fold contains, the untouched part, all studies of each patient.
         seed: of the splits.
 
     Returns:
@@ -73,6 +73,12 @@ def write_splits(
     """
     directory = Path(directory).absolute()
     items = find_studies(Path(dataset_dir).expanduser(), file_pattern, patient_pattern)
+    unknown = sorted(set(held_out) - {name for item in items for name in (item["study"], item["patient"])})
+    if unknown:
+        raise StudyError(
+            f"The held-out part names {unknown[0]}, which is no study and no patient of the data set: correct or "
+            "remove it."
+        )
     untouched = {item["patient"] for item in items if {item["study"], item["patient"]} & set(held_out)}
     used = [item for item in items if item["patient"] not in untouched]
     if split_file is not None:
@@ -80,7 +86,7 @@ def write_splits(
     elif folds is None:
         splits = [split_patients(used, fractions, seed)]
     else:
-        splits = cross_validation_splits(items, folds, validation_fraction, held_out, seed)
+        splits = cross_validation_splits(used, folds, validation_fraction, seed)
     parts = {directory / f"fold_{fold}.json": split for fold, split in enumerate(splits)}
     if untouched:
         final = split_patients(used, (1 - validation_fraction, validation_fraction, 0), seed)
