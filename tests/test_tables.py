@@ -40,10 +40,11 @@ def cell(table: Table, row: str, block: str, score: str, key: str = "mean") -> f
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Two runs; the second is better by 3 dB."""
     folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate(("unet", "sscf"))}
-    return read_runs(folders, 200, min_patients=3)
+    monkeypatch.setattr("scripts.research.tables.MIN_PATIENTS", 3)
+    return read_runs(folders, 200)
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -116,13 +117,13 @@ def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -
     frame = make_scores(0)
     frame["value"] += frame["patient"].map({"Case_1": -0.1, "Case_2": 0.0, "Case_3": 0.11})
     mixed = {"a": write_scores(tmp_path / "a", make_scores(0)), "b": write_scores(tmp_path / "b", frame)}
-    remark = build_table(read_runs(mixed, 200, 3), "t", "title", "scores", reference="a").remarks["b"]
+    remark = build_table(read_runs(mixed, 200), "t", "title", "scores", reference="a").remarks["b"]
     assert re.search(r"LPIPS -0\.0225 \[-0\.\d+, \+0\.\d+\], within noise \(interval covers 0\)$", remark)
     assert "difference from unet" in table.markdown() and "unet" not in table.remarks
     # a run whose seeds lie as far apart as the two runs
     seeds = {s: write_scores(tmp_path / f"seed{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     reference = {s: write_scores(tmp_path / f"reference{s}", make_scores(0)) for s in (0, 1)}
-    noisy = read_runs({"reference": reference, "sscf": seeds}, 100, min_patients=3)
+    noisy = read_runs({"reference": reference, "sscf": seeds}, 100)
     found = noisy.difference("sscf", "reference", "per_slice", "whole", "psnr")
     assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
 
@@ -144,10 +145,11 @@ def test_best_of_a_scenario_is_marked_in_its_row(runs: Runs) -> None:
         assert sum("**" in text for text in rows[scenario]) == 2
 
 
-def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+def test_difference_is_of_the_seeds_that_both_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.research.tables.MIN_PATIENTS", 3)
     reference = {s: write_scores(tmp_path / f"r{s}", make_scores(0, 8.0 * s)) for s in (0, 1)}
     once = {1: write_scores(tmp_path / "once", make_scores(1, 11.0), seed=1)}
-    runs = read_runs({"sscf": reference, "once": once}, 50, min_patients=3)
+    runs = read_runs({"sscf": reference, "once": once}, 50)
     found = runs.difference("once", "sscf", "per_slice", "whole", "psnr")
     expected = literal_mean(make_scores(1, 11.0), "psnr") - literal_mean(make_scores(0, 8.0), "psnr")
     assert found["mean"] == pytest.approx(expected)

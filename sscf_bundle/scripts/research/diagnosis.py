@@ -53,24 +53,19 @@ def changed(tensors: Iterable[torch.Tensor], change: Callable[[torch.Tensor], to
                 tensor.copy_(value)
 
 
-@contextmanager
-def all_of(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
-    """Several contexts as one."""
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
 def mean_over_space(maps: torch.Tensor) -> torch.Tensor:
     """B x C x spatial maps of the same shape that hold their means over space."""
     return expand_dims_like(maps.flatten(2).mean(dim=2), maps).expand_as(maps)
 
 
-def after(owner: nn.Module, name: str, function: Callable) -> AbstractContextManager:
-    """Lets a method of one object give ``function`` of its result."""
-    method = getattr(owner, name)
-    return patch.object(owner, name, lambda *args: function(method(*args)))
+@contextmanager
+def after(owners: Iterable[nn.Module], name: str, function: Callable) -> Iterator[None]:
+    """Lets a method of some objects give ``function`` of its result."""
+    with ExitStack() as stack:
+        for owner in owners:
+            method = getattr(owner, name)
+            stack.enter_context(patch.object(owner, name, lambda *args, method=method: function(method(*args))))
+        yield
 
 
 def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, AbstractContextManager]:
@@ -82,8 +77,8 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
     """
     found: dict[str, AbstractContextManager] = {}
     if net.with_citim:
-        found["CITIM zero"] = after(net.citim, "forward", torch.zeros_like)
-        found["CITIM constant over space"] = after(net.citim, "forward", mean_over_space)
+        found["CITIM zero"] = after([net.citim], "forward", torch.zeros_like)
+        found["CITIM constant over space"] = after([net.citim], "forward", mean_over_space)
         found["CITIM, classes of the bank exchanged"] = changed([net.bank_value], lambda value: value.roll(1, dims=2))
     if net.two_passes:
 
@@ -105,14 +100,11 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         found["retrieval random"] = patch.object(net, "retrieval", "random")
         found["retrieval mean of the bank"] = patch.object(net, "retrieval", "mean")
         found["AdaIN with its own statistics"] = after(
-            net, "prototypes", lambda result: (*result[:2], torch.zeros_like(result[2]))
+            [net], "prototypes", lambda result: (*result[:2], torch.zeros_like(result[2]))
         )
-        found["CBAM, channel attention constant"] = all_of(
-            after(ccp, "channel_attention", lambda a: a.mean().expand_as(a)) for ccp in modules
-        )
-        found["CBAM, spatial attention constant"] = all_of(
-            after(ccp.spatial, "forward", mean_over_space) for ccp in modules
-        )
+        found["CBAM, channel attention constant"] = after(modules, "channel_attention", lambda a: a.mean().expand_as(a))
+        spatial = [ccp.spatial for ccp in modules]
+        found["CBAM, spatial attention constant"] = after(spatial, "forward", mean_over_space)
     return found
 
 

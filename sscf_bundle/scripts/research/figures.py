@@ -26,14 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from monai.bundle import ConfigParser
 from monai.metrics import PSNRMetric, SSIMMetric
-from monai.transforms.utils import generate_spatial_bounding_box
 from torch import nn
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, NUM_CONTRASTS, StudyError
 from ..data.datalist import find_studies
-from ..data.slices import SliceDataset
 from ..evaluation.metrics import MAX_PSNR, fill_background, mean_of_available, zero_filling
 from ..evaluation.panels import show_slice
+from ..evaluation.protocols import bounding_box
 from ..inference.inferer import BrainSliceInferer, predict
 from ..networks.sscf import network_input
 from ..networks.weights import with_weights
@@ -91,56 +90,43 @@ def one_missing_panel(target: torch.Tensor, label: torch.Tensor, predictions: Ma
     return figure
 
 
-def _brain(target: torch.Tensor) -> tuple[slice, slice]:
+def _brain(target: torch.Tensor) -> tuple[slice, ...]:
     """The box of what is above background in any contrast of a slice, K x H x W."""
     if not (target > -1).any():
         raise ValueError("the slice has no brain: choose another one.")
-    low, high = generate_spatial_bounding_box(target, lambda values: values > -1)
-    return slice(low[0], high[0]), slice(low[1], high[1])
+    return bounding_box((target > -1).any(dim=0))
 
 
 def _tumor_box(axis: Axes, label: torch.Tensor) -> None:
     """A red rectangle around everything that is not background, H x W."""
     if label.any():
-        (x, y), (right, top) = generate_spatial_bounding_box(label[None])
+        (x, right), (y, top) = ((side.start, side.stop) for side in bounding_box(label > 0))
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), right - x, top - y, fill=False, edgecolor="red", linewidth=1))
 
 
-def load_run(config_file: Sequence[str], part: str = "test", **overrides: Any) -> tuple[nn.Module, SliceDataset]:
-    """The network of a run with its weights, and of each study of a part the slice with the largest tumor.
+def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None) -> Figure:
+    """``one_missing_panel`` of several trained runs for the slice with the largest tumor of one test study.
 
     Args:
-        config_file: configs of the run, later ones over earlier ones, as ``monai.bundle run`` takes them.
-        part: of the split.
-        overrides: of the configs, ``ckpt_path`` and ``output_dir`` for example.
-    """
-    parser = ConfigParser()
-    parser.read_config(list(config_file))
-    parser.update(overrides)
-    network = with_weights(parser.get_parsed_content("network_def"), parser.get_parsed_content("ckpt_path"))
-    slices = parser.get_parsed_content("cohort").slices(part=part, choice="largest_tumor", count=1)
-    return network.to(parser.get_parsed_content("device")), slices
-
-
-def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None, part: str = "test") -> Figure:
-    """``one_missing_panel`` of several trained runs for the slice with the largest tumor of one study.
-
-    Args:
-        runs: for each name the ``config_file`` list and overrides that ``load_run`` takes; all with the same split and
-            preprocessing.
+        runs: for each name the ``config_file`` list, as ``monai.bundle run`` takes it, and overrides of the configs,
+            ``ckpt_path`` and ``output_dir`` for example; all with the same split and preprocessing.
         study: name; None takes the first one.
-        part: of the split.
 
     Raises:
-        StudyError: if the study is not in the part, or weights cannot be loaded.
+        StudyError: if the study is not in the test part, or weights cannot be loaded.
     """
     predictions: dict[str, torch.Tensor] = {}
     item: dict[str, torch.Tensor] = {}
     for name, settings in runs.items():
-        network, slices = load_run(part=part, **settings)
+        parser = ConfigParser()
+        parser.read_config(list(settings["config_file"]))
+        parser.update({key: value for key, value in settings.items() if key != "config_file"})
+        network = with_weights(parser.get_parsed_content("network_def"), parser.get_parsed_content("ckpt_path"))
+        network.to(parser.get_parsed_content("device"))
+        slices = parser.get_parsed_content("cohort").slices(part="test", choice="largest_tumor", count=1)
         chosen = slices.studies[0] if study is None else study
         if chosen not in slices.studies:
-            raise StudyError(f"Study {chosen} is not in the {part} part of {name}: choose one of {slices.studies}.")
+            raise StudyError(f"Study {chosen} is not in the test part of {name}: choose one of {slices.studies}.")
         study = chosen
         item = slices[slices.index[:, 0].tolist().index(slices.studies.index(chosen))]
         predictions[name] = predict_one_missing(network, item["target"])

@@ -88,14 +88,6 @@ def corruptions() -> dict[str, Callable[[torch.Tensor, float, int], torch.Tensor
     }
 
 
-def show(loaded: Mapping[str, Any], scenario: Sequence[int], image: torch.Tensor) -> dict[str, Any]:
-    """A loaded study with other intensities, and as if only the contrasts of a scenario were there."""
-    kept = torch.tensor(scenario, dtype=torch.bool)
-    intensities = loaded["image"].clone()
-    intensities[:] = torch.where(kept[:, None, None, None], torch.as_tensor(image), 0.0)
-    return {**loaded, "image": intensities, "has_contrast": kept}
-
-
 def reliability(
     items: Sequence[Mapping[str, Any]],
     preprocessing: StudyCompose,
@@ -120,7 +112,7 @@ def reliability(
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = {scenario_name(s): s for s in SCENARIOS}[scenario]
+    kept = torch.tensor({scenario_name(s): s for s in SCENARIOS}[scenario], dtype=torch.bool)
     place = next(i for i, step in enumerate(preprocessing.transforms) if isinstance(step, LoadStudyd)) + 1
     load, rest = (StudyCompose(part) for part in (preprocessing.transforms[:place], preprocessing.transforms[place:]))
     verdicts: list[dict[str, Any]] = []
@@ -131,9 +123,11 @@ def reliability(
         cases = [("none", 0.0, lambda image, severity, seed: image)]
         cases += [(name, s, change) for name, change in corruptions().items() for s in severities]
         for name, severity, change in cases:
-            seen = torch.as_tensor(loaded["image"]) * torch.tensor(chosen)[:, None, None, None]
+            image = loaded["image"].clone()
+            seen = torch.where(kept[:, None, None, None], torch.as_tensor(image), 0.0)
             # one exchange of names needs no contrast that is missing
-            case = rest(show(loaded, chosen, change(seen.clone(), severity, number)))
+            image[:] = torch.where(kept[:, None, None, None], change(seen, severity, number), 0.0)
+            case = rest({**loaded, "image": image, "has_contrast": kept})
             result = assessor(case, network, device)
             scores = result["scores"]
             every = [of_contrast.get("features") for of_contrast in scores.get("contrasts", {}).values()]

@@ -87,18 +87,12 @@ class Runs:
         frame: ``bootstrap.COLUMNS`` and ``run``, ``seed``.
         metadata: for each run those of its evaluations.
         bootstrap_samples: of every bootstrap over patients.
-        min_patients: with fewer, a difference is noise whatever its interval is.
     """
 
     def __init__(
-        self,
-        frame: pd.DataFrame,
-        metadata: Mapping[str, Sequence[Mapping[str, Any]]],
-        bootstrap_samples: int = 2000,
-        min_patients: int = MIN_PATIENTS,
+        self, frame: pd.DataFrame, metadata: Mapping[str, Sequence[Mapping[str, Any]]], bootstrap_samples: int = 2000
     ) -> None:
-        self.frame, self.metadata = frame, metadata
-        self.bootstrap_samples, self.min_patients = bootstrap_samples, min_patients
+        self.frame, self.metadata, self.bootstrap_samples = frame, metadata, bootstrap_samples
         self._rows = dict(list(frame.groupby(["run", *MEASURE], sort=False)))
         self.summary, self.difference = functools.cache(self._summary), functools.cache(self._difference)
 
@@ -146,7 +140,7 @@ class Runs:
         seeds = max(self.summary(name, "network", *measure)["all", "all"]["range"] for name in (run, reference))
         reasons = {
             f"{found['patients']} patients" if found["patients"] > 1 else "a single patient": (
-                found["patients"] < self.min_patients
+                found["patients"] < MIN_PATIENTS
             ),
             "interval covers 0": found["low"] is not None and found["low"] <= 0 <= found["high"],
             "inside the seeds' range": abs(found["mean"]) <= seeds,
@@ -179,14 +173,13 @@ def methods_of(frame: pd.DataFrame, labels: Mapping[str, str]) -> list[tuple[str
     return [*before, *networks, *after]
 
 
-def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_patients: int = MIN_PATIENTS) -> Runs:
+def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000) -> Runs:
     """Reads what evaluations wrote.
 
     Args:
         folders: for each run its folder with ``scores.csv`` and ``metrics.json``, or a list of folders whose studies
             differ (the folds of a cross-validation), or such a list or folder for each seed: ``{0: [...], 1: [...]}``.
         bootstrap_samples: of every bootstrap over patients.
-        min_patients: see ``Runs``.
 
     Raises:
         StudyError: with one sentence, if a file is missing or is no such table, a study is there twice for one seed, or
@@ -234,7 +227,7 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000, min_pat
                     f"{name} (seed {seed}) and {tested.index[0][0]} were evaluated on different studies ({other} is in "
                     f"one alone, protocol {protocol}): evaluate both on one split."
                 )
-    return Runs(frame, metadata, bootstrap_samples, min_patients)
+    return Runs(frame, metadata, bootstrap_samples)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
