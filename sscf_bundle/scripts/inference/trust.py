@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, scenario_name
 from ..data.randomness import stable_hash
 from ..networks.blocks import channel_statistics
 from ..networks.retrieval import key_distances
@@ -214,8 +214,9 @@ class TrustAssessor:
 
         Returns:
             ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations),
-            ``prototypes``, ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``), ``reasons`` and
-            ``warnings``, sentences.
+            ``prototypes``, ``expected`` (of each missing contrast, where the weights know it: median and bound of PSNR
+            and SSIM, see ``expected_scores``), ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``),
+            ``reasons`` and ``warnings``, sentences.
         """
         available = [bool(kept) for kept in item["has_contrast"]]
         scores: dict[str, Any] = {}
@@ -244,10 +245,23 @@ class TrustAssessor:
         return {
             "scores": scores,
             "prototypes": prototypes,
+            "expected": self._expected(available),
             "verdict": verdict,
             "reasons": reasons,
             "warnings": [] if available[CONTRASTS.index("T1ce")] else [_ENHANCEMENT],
         }
+
+    def _expected(self, available: Sequence[bool]) -> dict[str, Any]:
+        """What synthetic contrasts of this scenario were worth in other patients; empty where the weights tell none."""
+        known = (self.reference or {}).get("expected", {})
+        contrasts = known.get("scenarios", {}).get(scenario_name(available))
+        if contrasts is None:
+            return {}
+        named = {
+            contrast: {score: {"median": median, "at_least": bound} for score, (median, bound) in scores.items()}
+            for contrast, scores in contrasts.items()
+        }
+        return {"coverage": known["coverage"], "patients": known["patients"], "contrasts": named}
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:
