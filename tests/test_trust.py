@@ -28,12 +28,12 @@ from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
 from scripts.inference.calibration import conformal_limit, expected_scores, fit
-from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
+from scripts.inference.checks import CHECKS, CheckStudyd, doubts, findings, grain, grid_of, measure, side_slope
 from scripts.inference.evaluator import StudyEvaluator
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
 from scripts.inference.preprocessing import StudyDataset, inference_transforms
-from scripts.inference.trust import TrustAssessor, read_reference, study_scores
+from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
 from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
@@ -81,8 +81,12 @@ def codes(image: torch.Tensor, statistics: dict) -> set[str]:
     return {found["code"] for found in findings(measure(image, SPACING, 0, ALL), statistics)}
 
 
+def near(image: torch.Tensor, statistics: dict) -> dict[str, float]:
+    return doubts(measure(image, SPACING, 0, ALL), statistics)
+
+
 def test_sound_study_has_no_finding(statistics: dict) -> None:
-    assert codes(head(9), statistics) == set()
+    assert codes(head(9), statistics) == set() and max(near(head(9), statistics).values()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
-    assert code in codes(image, statistics)
+    assert code in codes(image, statistics) and near(image, statistics)[code] > 1
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
@@ -257,6 +261,10 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert TrustAssessor(**SLICES, reject=2.0)(case, net, "cpu")["verdict"] == "not calibrated"
     judged = TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")
     assert judged["verdict"] == "pass" and judged["reasons"] == [] and "T1ce is synthetic" in judged["warnings"][0]
+    ratios = [judged["scores"][name] / reference["limits"][name] for name in OVERALL]
+    assert judged["scores"]["doubt"] == max(ratios) <= 1
+    case["doubts"] = {"noisy": 1.5, "uneven": 0.1}
+    assert TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")["scores"]["doubt"] == 1.5
     case["checks"] = [{"code": "normalized", "finding": "FLAIR is normalized."}]
     assert TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")["verdict"] == "review"
     narrow = {**reference, "limits": {"out_of_distribution": -1e3, "consistency": 1e-9}}

@@ -213,7 +213,8 @@ class TrustAssessor:
             device: where to compute.
 
         Returns:
-            ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations),
+            ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations, and
+            ``doubt``, the greatest of these and of the ``doubts`` of the input, relative to their limits),
             ``prototypes``, ``expected`` (of each missing contrast, where the weights know it: median and bound of PSNR
             and SSIM, see ``expected_scores``), ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``),
             ``reasons`` and ``warnings``, sentences.
@@ -229,6 +230,7 @@ class TrustAssessor:
                 scores["contrasts"], prototypes = study_scores(slices, available, network, patient, self.num_prototypes)
         reasons = [found["finding"] for found in item.get("checks", ())]
         verdict = "review" if reasons else "pass"
+        doubt = list(item.get("doubts", {}).values())
         if self.reference is None or not scores:
             verdict = verdict if reasons else "not calibrated"
             reasons.append("There is no calibration in the weights, so no score can be judged.")
@@ -239,9 +241,12 @@ class TrustAssessor:
                 if value is None or limit is None:
                     continue
                 scores[name] = value
+                doubt.append(value / limit)
                 if value > limit:
                     reasons.append(f"The score {name} is {value:.1f}, above the limit {limit:.1f} of the calibration.")
                     verdict = "reject" if value > self.reject * limit or verdict == "reject" else "review"
+        if doubt:
+            scores["doubt"] = max(doubt)
         return {
             "scores": scores,
             "prototypes": prototypes,
