@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from builders import BUNDLE_ROOT, config_files, random_entries, tiny_net
@@ -26,13 +27,13 @@ from scipy import ndimage
 from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
-from scripts.inference.calibration import fit
-from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
+from scripts.inference.calibration import conformal_limit, expected_scores, fit
+from scripts.inference.checks import CHECKS, CheckStudyd, doubts, findings, grain, grid_of, measure, side_slope
 from scripts.inference.evaluator import StudyEvaluator
 from scripts.inference.inferer import BrainSliceInferer
 from scripts.inference.postprocessing import prediction_transforms
 from scripts.inference.preprocessing import StudyDataset, inference_transforms
-from scripts.inference.trust import TrustAssessor, read_reference, study_scores
+from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
 from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
@@ -80,8 +81,12 @@ def codes(image: torch.Tensor, statistics: dict) -> set[str]:
     return {found["code"] for found in findings(measure(image, SPACING, 0, ALL), statistics)}
 
 
+def near(image: torch.Tensor, statistics: dict) -> dict[str, float]:
+    return doubts(measure(image, SPACING, 0, ALL), statistics)
+
+
 def test_sound_study_has_no_finding(statistics: dict) -> None:
-    assert codes(head(9), statistics) == set()
+    assert codes(head(9), statistics) == set() and max(near(head(9), statistics).values()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
-    assert code in codes(image, statistics)
+    assert code in codes(image, statistics) and near(image, statistics)[code] > 1
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
@@ -256,11 +261,77 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert TrustAssessor(**SLICES, reject=2.0)(case, net, "cpu")["verdict"] == "not calibrated"
     judged = TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")
     assert judged["verdict"] == "pass" and judged["reasons"] == [] and "T1ce is synthetic" in judged["warnings"][0]
+    ratios = [judged["scores"][name] / reference["limits"][name] for name in OVERALL]
+    assert judged["scores"]["doubt"] == max(ratios) <= 1
+    case["doubts"] = {"noisy": 1.5, "uneven": 0.1}
+    assert TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")["scores"]["doubt"] == 1.5
     case["checks"] = [{"code": "normalized", "finding": "FLAIR is normalized."}]
     assert TrustAssessor(**SLICES, reject=2.0, reference=reference)(case, net, "cpu")["verdict"] == "review"
     narrow = {**reference, "limits": {"out_of_distribution": -1e3, "consistency": 1e-9}}
     judged = TrustAssessor(**SLICES, reject=1.0, reference=narrow)(case, net, "cpu")
     assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
+
+
+def test_limits_come_from_patients_that_the_network_never_saw(items: list[dict], tmp_path: Path) -> None:
+    path, split = tmp_path / "model.pt", tmp_path / "split.json"
+    save_weights(path, filled_net(), {"preprocessing": PREPROCESSING})
+    split.write_text(json.dumps({"training": [], "validation": ["p0", "p1"], "test": ["p2"]}))
+
+    def calibrated(name: str, **settings: object) -> dict:
+        paths = {"source_path": path, "calibrated_path": tmp_path / name, "output_dir": tmp_path / "out"}
+        paths |= {"dataset_dir": tmp_path / "in", "split_file": split}
+        create_workflow(
+            config_file=config_files("train", "calibrate"), workflow_type="train", logging_file=False, device="cpu",
+            run_id="calibrating", bundle_root=str(BUNDLE_ROOT), trust_least_limit=-1e6,
+            **{name: str(place) for name, place in paths.items()}, **settings,
+        ).run()  # fmt: skip
+        return read_reference(tmp_path / name)
+
+    one = calibrated("one.pt", trust_coverage=0.5)
+    assert {name: [limit] for name, limit in one["limits"].items()} == one["held_out"] and one["patients"] == 2
+    two = calibrated("two.pt", trust_coverage=0.5, trust_folds=[str(tmp_path / "one.pt")])
+    assert two["held_out"] == {name: 2 * values for name, values in one["held_out"].items()}
+    few = calibrated("few.pt", trust_coverage=0.9)
+    assert few["held_out"] == one["held_out"] and few["limits"] != one["limits"]
+    with pytest.raises(StudyError, match=r"model\.pt holds no scores of patients kept out"):
+        calibrated("three.pt", trust_folds=[str(path)])
+
+
+@pytest.mark.parametrize(("patients", "coverage"), [(9, 0.9), (15, 0.9), (19, 0.9), (30, 0.8)])
+def test_conformal_limit_covers_what_it_promises(patients: int, coverage: float) -> None:
+    values = np.random.default_rng(0).normal(size=patients + 1).tolist()
+    # each in turn is the new patient
+    covered = [values[k] <= conformal_limit(values[:k] + values[k + 1 :], coverage) for k in range(len(values))]
+    assert coverage <= np.mean(covered) < coverage + 2 / len(values)
+
+
+def test_expected_scores_are_medians_and_bounds_over_patients(tmp_path: Path) -> None:
+    def scores(name: str, patients: dict[str, float], **others: str) -> Path:
+        row = {"scenario": "FLAIR+T1+T2", "of": "T1ce", "method": "network", "protocol": "volume", "region": "whole"}
+        rows = [{"patient": p, **row, "score": "psnr", "value": v, **others} for p, v in patients.items()]
+        rows += [{**row, "region": "tumor", "value": 0} for row in rows]
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+        return tmp_path / name
+
+    first = scores("first.csv", {f"p{k}": 20.0 + k for k in range(5)})
+    second = scores("second.csv", {f"p{k}": 20.0 + k for k in range(5, 9)})
+    found = expected_scores([first, second], 0.9)
+    assert found == {"coverage": 0.9, "patients": 9, "scenarios": {"FLAIR+T1+T2": {"t1ce": {"psnr": [24.0, 20.0]}}}}
+    assessor = TrustAssessor(**SLICES, reject=2.0, reference={"expected": found, "limits": {}})
+    case = {"has_contrast": torch.tensor([1, 1, 0, 1]), "study": "a"}
+    expected = assessor(case, torch.nn.Identity(), "cpu")["expected"]
+    assert expected["contrasts"] == {"t1ce": {"psnr": {"median": 24.0, "at_least": 20.0}}}
+    assert assessor({**case, "has_contrast": torch.tensor(ALL)}, torch.nn.Identity(), "cpu")["expected"] == {}
+    with pytest.raises(StudyError, match=r"5 patients are too few for a bound that holds for 90% of all: .* 9 or more"):
+        expected_scores([first], 0.9)
+    with pytest.raises(StudyError, match="patient p0, who is in another file too"):
+        expected_scores([first, first], 0.9)
+    with pytest.raises(StudyError, match="no score of the protocol volume"):
+        expected_scores([scores("other.csv", {"p9": 1.0}, protocol="brasyn")], 0.9)
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    for file in ("bad.csv", "none.csv"):
+        with pytest.raises(StudyError, match=f"{file} is no scores.csv"):
+            expected_scores([tmp_path / file], 0.9)
 
 
 def test_record_has_checks_scores_and_verdict(items: list[dict], tmp_path: Path) -> None:

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from ..contrasts import CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
 from ..data.cohort import Cohort
 from ..data.transforms import LoadStudyd, StudyCompose
 from ..networks.sscf import SSCFNet, network_input
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
-from .trust import OVERALL, SCORES, TrustAssessor, place, worst
+from .trust import OVERALL, SCORES, TrustAssessor, place, read_reference, worst
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,62 @@ def _discriminant(x: np.ndarray) -> np.ndarray:
     return np.hstack([means @ inverse, -0.5 * np.einsum("ki,ij,kj->k", means, inverse, means)[:, None]])
 
 
+def conformal_limit(values: Sequence[float], coverage: float) -> float | None:
+    """What the value of one more patient stays below with at least this probability, if all are exchangeable.
+
+    Split conformal prediction (Vovk et al. 2005): the value of rank ``coverage`` (n + 1), rounded up, of n.
+
+    Returns:
+        ``None`` where n is too small for it.
+    """
+    rank = math.ceil(coverage * (len(values) + 1) - 1e-9)
+    return sorted(values)[rank - 1] if 0 < rank <= len(values) else None
+
+
+def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) -> dict[str, Any]:
+    """What synthetic contrasts of patients that no network had seen were worth.
+
+    Args:
+        files: ``scores.csv`` of evaluations of whole studies, each of patients kept out of the training of its network.
+        coverage: of the bound, see ``conformal_limit``.
+
+    Returns:
+        ``coverage``, ``patients`` (their number) and ``scenarios``: by scenario, key of the contrast and score (PSNR in
+        dB and SSIM of the protocol ``volume``) the median and the bound that a new patient does not fall below.
+
+    Raises:
+        StudyError: for files that are no such scores, a patient in two of them, and too few patients.
+    """
+    tables: list[pd.DataFrame] = []
+    for file in files:
+        try:
+            table = pd.read_csv(file)
+            table = table.query("method == 'network' and protocol == 'volume' and region == 'whole'")
+        except (OSError, ValueError, NameError) as error:
+            raise StudyError(f"{file} is no scores.csv of an evaluation: {error}") from error
+        twice = set(table["patient"]) & {patient for other in tables for patient in other["patient"]}
+        if twice or table.empty:
+            what = f"patient {min(twice)}, who is in another file too" if twice else "no score of the protocol volume"
+            raise StudyError(f"{file} has {what}: give one evaluation of whole studies for each patient.")
+        tables.append(table)
+    values = pd.concat(tables).query("score in ['psnr', 'ssim']")
+    values = values.groupby(["scenario", "of", "score", "patient"])["value"].mean()
+    scenarios: dict[str, Any] = {}
+    for (scenario, contrast, score), of_patients in values.groupby(level=[0, 1, 2]):
+        if contrast not in CONTRASTS:  # a target that was synthesized itself
+            continue
+        worst_value = conformal_limit((-of_patients).tolist(), coverage)
+        if worst_value is None:
+            raise StudyError(
+                f"{len(of_patients)} patients are too few for a bound that holds for {coverage:.0%} of all: give the "
+                f"scores of {math.ceil(coverage / (1 - coverage) - 1e-9)} or more."
+            )
+        entry = scenarios.setdefault(scenario, {}).setdefault(CONTRAST_KEYS[CONTRASTS.index(contrast)], {})
+        entry[score] = [float(f"{v:.4g}") for v in (of_patients.median(), -worst_value)]
+    patients = values.index.get_level_values("patient").nunique()
+    return {"coverage": coverage, "patients": patients, "scenarios": scenarios}
+
+
 def calibrate(
     cohort: Cohort,
     transform: StudyCompose,
@@ -127,33 +186,59 @@ def calibrate(
     margin: float,
     least_limit: float,
     least_spread: float,
+    coverage: float,
+    folds: Sequence[str] = (),
+    score_files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Mean and spread of every score of some complete, sound patients, and the limits that hold for all of them.
 
-    Each patient is judged complete, and with every choice of three and of two contrasts.
+    Each patient is judged complete, and with every choice of three and of two contrasts. Limits come from patients that
+    a network never saw, those of the part ``test`` and of ``folds``, by ``conformal_limit`` of the worst of each
+    patient; where they are too few, from the part ``validation`` itself, each judged by the others, with a margin.
 
     Args:
-        cohort: see ``complete_studies``. The own entries of a patient in the bank are never looked at.
+        cohort: see ``complete_studies``; mean and spread are of its part ``validation``. The own entries of a patient
+            in the bank are never looked at.
         transform: see ``inference_transforms``.
         network: in evaluation mode.
         assessor: gives the scores.
-        margin: of the limits above the worst of these patients, each judged by the others.
+        margin: of the limits above the worst of the part ``validation``.
         least_limit: least limit, in standard deviations.
         least_spread: least standard deviation of a score, as a share of its mean: patients are few.
+        coverage: share of new, sound patients that stay below a limit and above the bound of a score.
+        folds: weights that were calibrated with patients of their own in the part ``test``.
+        score_files: see ``expected_scores``; without, no score is expected.
 
     Returns:
         By score (``SCORES``) and contrast mean and standard deviation; ``limits`` of ``OVERALL`` in standard
-        deviations, ``None`` where no patient has the score; ``patients``, their number.
+        deviations, ``None`` where no patient has the score; ``patients``, their number; ``held_out``, the worst of each
+        patient that was never seen, by the names of ``OVERALL``; ``expected`` of ``expected_scores``.
+
+    Raises:
+        StudyError: for folds without such patients.
     """
-    rows = []
+    expected = {"expected": expected_scores(score_files, coverage)} if score_files else {}
+    held_out: dict[str, list[float]] = {name: [] for name in OVERALL}
+    for fold in folds:
+        found = (read_reference(fold) or {}).get("held_out") or {}
+        if not any(found.values()):
+            raise StudyError(
+                f"{fold} holds no scores of patients kept out: calibrate it with a split that has a test part."
+            )
+        for name in OVERALL:
+            held_out[name] += found[name]
     device = next(network.parameters()).device
     subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
-    for whole in complete_studies(cohort, transform):
-        image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
-        for kept in map(torch.tensor, subsets):
-            shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-            patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
-        rows.append(patient)
+
+    def judged(part: str) -> list[list[Mapping[str, Any]]]:
+        rows = []
+        for whole in complete_studies(cohort, transform, part):
+            image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
+            for kept in map(torch.tensor, subsets):
+                shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
+                patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+            rows.append(patient)
+        return rows
 
     def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
@@ -168,12 +253,22 @@ def calibrate(
                 table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
         return table
 
+    def worst_of(patient: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], name: str) -> list[float]:
+        known = [worst(scores, reference, OVERALL[name]) for scores in patient]
+        return [max(value for value in known if value is not None)] if any(v is not None for v in known) else []
+
+    rows = judged("validation")
     reference, limits = spread(rows), {}
-    for name, parts in OVERALL.items():
-        left_out = []
-        for k, patient in enumerate(rows):
-            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
-            left_out += [worst(scores, others, parts) for scores in patient]
-        known = [value for value in left_out if value is not None]
-        limits[name] = float(f"{max(margin * max(known), least_limit):.4g}") if known else None
-    return {**reference, "limits": limits, "patients": len(rows)}
+    for patient in judged("test") if cohort.parts["test"] else []:
+        for name in OVERALL:
+            held_out[name] += [float(f"{value:.4g}") for value in worst_of(patient, reference, name)]
+    for name in OVERALL:
+        limit = conformal_limit(held_out[name], coverage)
+        if limit is None:
+            left_out = []
+            for k, patient in enumerate(rows):
+                others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
+                left_out += worst_of(patient, others, name)
+            limit = margin * max(left_out) if left_out else None
+        limits[name] = None if limit is None else float(f"{max(limit, least_limit):.4g}")
+    return {**reference, "limits": limits, "patients": len(rows), "held_out": held_out, **expected}

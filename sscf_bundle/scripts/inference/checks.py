@@ -300,10 +300,27 @@ def findings(
     return found
 
 
-class CheckStudyd(MapTransform):
-    """Add ``"checks"``, the ``findings`` of a study, ``"quality"`` and ``"check_seconds"``; a study may be refused.
+def doubts(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, float]:
+    """How near a study is to those ``findings`` that have a limit.
 
-    ``"quality"`` is the greatest noise, blur and slope from side to side of the contrasts.
+    Returns:
+        By code the worst measurement relative to its limit; above 1 there is the finding.
+    """
+    limits, found = statistics["limits"], {"mislabelled": label_odds(measured["features"], statistics)[0]}
+    found["mislabelled"] /= limits["odds"]
+    shape = [shape[name] / limits[name] for shape in measured["shape"].values() for name in ("filled", "ml", "shell")]
+    found["not_skull_stripped"] = max(shape)
+    for code, name in (("noisy", "noise"), ("blurred", "blur"), ("uneven", "sides")):
+        found[code] = max(quality[name] for quality in measured["quality"].values()) / limits[name]
+    moved = [
+        max(gain / limits["gain"], (gain >= 0) * (1 - dice) / (1 - limits["dice"]), 0.0)
+        for dice, gain in measured["pairs"].values()
+    ]
+    return {**found, "not_coregistered": max(moved, default=0.0)}
+
+
+class CheckStudyd(MapTransform):
+    """Add ``"checks"``, the ``findings`` of a study, ``"doubts"`` and ``"check_seconds"``; a study may be refused.
 
     Args:
         keys: key of the stacked contrasts on the grid on file.
@@ -337,7 +354,7 @@ class CheckStudyd(MapTransform):
         for key in self.key_iterator(d):
             measured = measure(d[key].as_tensor(), *grid_of(d[key].affine), d["has_contrast"].tolist())
             d["checks"] = findings(measured, self.statistics, self.registered)
-            d["quality"] = {name: max(one[name] for one in measured["quality"].values()) for name in QUALITY}
+            d["doubts"] = doubts(measured, self.statistics)
         d["check_seconds"] = time.perf_counter() - started
         for found in d["checks"]:
             if found["code"] in self.rejecting:

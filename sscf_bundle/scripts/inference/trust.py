@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, scenario_name
 from ..data.randomness import stable_hash
 from ..networks.blocks import channel_statistics
 from ..networks.retrieval import key_distances
@@ -213,9 +213,11 @@ class TrustAssessor:
             device: where to compute.
 
         Returns:
-            ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations),
-            ``prototypes``, ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``), ``reasons`` and
-            ``warnings``, sentences.
+            ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations, and
+            ``doubt``, the greatest of these and of the ``doubts`` of the input, relative to their limits),
+            ``prototypes``, ``expected`` (of each missing contrast, where the weights know it: median and bound of PSNR
+            and SSIM, see ``expected_scores``), ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``),
+            ``reasons`` and ``warnings``, sentences.
         """
         available = [bool(kept) for kept in item["has_contrast"]]
         scores: dict[str, Any] = {}
@@ -228,6 +230,7 @@ class TrustAssessor:
                 scores["contrasts"], prototypes = study_scores(slices, available, network, patient, self.num_prototypes)
         reasons = [found["finding"] for found in item.get("checks", ())]
         verdict = "review" if reasons else "pass"
+        doubt = list(item.get("doubts", {}).values())
         if self.reference is None or not scores:
             verdict = verdict if reasons else "not calibrated"
             reasons.append("There is no calibration in the weights, so no score can be judged.")
@@ -238,16 +241,32 @@ class TrustAssessor:
                 if value is None or limit is None:
                     continue
                 scores[name] = value
+                doubt.append(value / limit)
                 if value > limit:
                     reasons.append(f"The score {name} is {value:.1f}, above the limit {limit:.1f} of the calibration.")
                     verdict = "reject" if value > self.reject * limit or verdict == "reject" else "review"
+        if doubt:
+            scores["doubt"] = max(doubt)
         return {
             "scores": scores,
             "prototypes": prototypes,
+            "expected": self._expected(available),
             "verdict": verdict,
             "reasons": reasons,
             "warnings": [] if available[CONTRASTS.index("T1ce")] else [_ENHANCEMENT],
         }
+
+    def _expected(self, available: Sequence[bool]) -> dict[str, Any]:
+        """What synthetic contrasts of this scenario were worth in other patients; empty where the weights tell none."""
+        known = (self.reference or {}).get("expected", {})
+        contrasts = known.get("scenarios", {}).get(scenario_name(available))
+        if contrasts is None:
+            return {}
+        named = {
+            contrast: {score: {"median": median, "at_least": bound} for score, (median, bound) in scores.items()}
+            for contrast, scores in contrasts.items()
+        }
+        return {"coverage": known["coverage"], "patients": known["patients"], "contrasts": named}
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:

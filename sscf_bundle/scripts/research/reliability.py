@@ -28,7 +28,6 @@ from torch import nn
 
 from ..contrasts import SCENARIOS, scenario_name
 from ..data.transforms import LoadStudyd, StudyCompose
-from ..inference.checks import QUALITY
 from ..inference.trust import TrustAssessor
 
 logger = logging.getLogger(__name__)
@@ -138,7 +137,8 @@ def reliability(
                     "severity": severity,
                     "out_of_distribution": scores.get("out_of_distribution", max(every, default=float("nan"))),
                     "consistency": scores.get("consistency", float("nan")),
-                    **case.get("quality", {}),
+                    "doubt": scores.get("doubt", float("nan")),
+                    **case.get("doubts", {}),
                     "checks": " ".join(sorted({found["code"] for found in case.get("checks", ())})),
                     "check_seconds": case.get("check_seconds", 0.0),
                     "verdict": result["verdict"],
@@ -151,9 +151,7 @@ def reliability(
     for (kind, severity), bad in judged[judged["kind"] != "none"].groupby(["kind", "severity"]):
         both = pd.concat([sound, bad])
         row = {"kind": kind, "severity": severity}
-        for score in ("out_of_distribution", "consistency", *QUALITY):
-            if score not in both:
-                continue
+        for score in ("doubt", "out_of_distribution", "consistency"):
             known = both[both[score].notna()]
             row[f"auc_{score}"] = _auc(known[score].to_numpy(), (known["kind"] != "none").to_numpy())
         flagged = (bad["checks"] != "") | bad["verdict"].isin(["review", "reject"])
@@ -185,10 +183,8 @@ def _draw(path: Path, summary: Mapping[str, Any]) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    table = pd.DataFrame(summary["corruptions"]).pivot(
-        index="kind", columns="severity", values="auc_out_of_distribution"
-    )
+    table = pd.DataFrame(summary["corruptions"]).pivot(index="kind", columns="severity", values="auc_doubt")
     table.astype(float).plot.barh(ax=axes)
     axes.axvline(0.5, color="gray", linewidth=0.5)
-    axes.set(xlabel="AUC, out of distribution", ylabel="", xlim=(0, 1))
+    axes.set(xlabel="AUC of the doubt", ylabel="", xlim=(0, 1))
     figure.savefig(path, dpi=120)
