@@ -232,14 +232,7 @@ def cross_validation_splits(
 
 
 def write_split(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> None:
-    """Write a split as a file that ``split_patients`` reads back.
-
-    The file is complete or absent: it is written under another name and renamed.
-
-    Args:
-        parts: result of ``split_patients``.
-        path: JSON file to write; its folder is made if needed.
-    """
+    """Write the result of ``split_patients`` as a JSON file that it reads back, complete or not at all."""
     write_whole(Path(path).expanduser(), {part: [item["study"] for item in items] for part, items in parts.items()})
 
 
@@ -266,10 +259,7 @@ def single_study(
     """Datalist of one study from loose files, whatever their names.
 
     Args:
-        flair: path of the FLAIR volume, ``None`` if it is missing; likewise ``t1``, ``t1ce`` and ``t2``.
-        t1: see ``flair``.
-        t1ce: see ``flair``.
-        t2: see ``flair``.
+        flair, t1, t1ce, t2: path of each volume, ``None`` where it is missing.
         name: name of the study; by default what the file names have in common, else the name of the folder.
 
     Returns:
@@ -326,8 +316,8 @@ def read_datalist(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         paths = {key: path.parent / Path(row[key]).expanduser() for key in (*CONTRAST_KEYS, MASK_KEY) if row.get(key)}
         study = row.get("study") or (_common_name(list(paths.values())) if paths else f"row {number}")
-        item = {"study": study, "patient": row.get("patient") or patient_of(study)}
-        item |= {key: str(file) for key, file in paths.items()}
+        files = {key: str(file) for key, file in paths.items()}
+        item = {"study": study, "patient": row.get("patient") or patient_of(study), **files}
         if not set(paths) & set(CONTRAST_KEYS):
             item[FAILURE_KEY] = f"Study {study} of the list {path} names no contrast: add one or remove the row."
         items.append(item)
@@ -340,12 +330,8 @@ def read_datalist(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def patient_of(study: str) -> str:
     """Patient of a study, from the study's name.
 
-    Args:
-        study: name as ``find_studies`` gives it.
-
-    Returns:
-        ``sub-01`` for BIDS, the name without the time point for BraTS from 2023 on, without the letter for UCSF-BMSR,
-        else the study's name.
+    It is ``sub-01`` for BIDS, the name without the time point for BraTS from 2023 on, without the letter for UCSF-BMSR,
+    else the study's name.
     """
     for expression in (_BIDS, _UCSF_BMSR, _BRATS_TIME_POINT):
         match = expression.match(study)

@@ -129,11 +129,7 @@ def prepare_slices(
 def describe_transform(transform: Any) -> Any:
     """Parameters of a transform as plain data, the same in every process: the part of the cache key it stands for.
 
-    Args:
-        transform: a transform, a composition of transforms or any object. Of functions only the name is seen.
-
-    Returns:
-        Nested lists and dictionaries of strings, numbers and ``None``.
+    They are nested lists and dictionaries of strings, numbers and ``None``. Of functions only the name is seen.
     """
     describe = describe_transform
     if transform is None or isinstance(transform, bool | int | float | str):

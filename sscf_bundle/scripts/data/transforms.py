@@ -239,7 +239,7 @@ class LoadStudyd(MapTransform):
     def _on_grid(
         self, first: MetaTensor, first_path: str, other: MetaTensor, path: str, is_mask: bool = False
     ) -> MetaTensor:
-        """``other`` on the grid of ``first``: axes in its order, and resampled where that is asked for."""
+        """``other`` on the grid of ``first``, axes in its order, resampled if that is asked for; else refused."""
         axcodes = nib.aff2axcodes(first.affine.numpy())
         if nib.aff2axcodes(other.affine.numpy()) != axcodes:
             other = cast(MetaTensor, Orientation(axcodes=axcodes, labels=None)(other[None])[0])
@@ -252,11 +252,6 @@ class LoadStudyd(MapTransform):
             other[other < 1e-4 * other.max()] = 0
             if not is_mask and not other.any():
                 raise StudyError(f"{path} and {first_path} have no place in common: register the files of the study.")
-        self._check_geometry(first, first_path, other, path)
-        return other
-
-    def _check_geometry(self, first: MetaTensor, first_path: str, other: MetaTensor, path: str) -> None:
-        """Refuse ``other`` if its grid is not that of ``first``."""
         if first.shape != other.shape:
             raise StudyError(
                 f"{path} has shape {_times(other.shape)} but {first_path} has {_times(first.shape)}: register all "
@@ -271,6 +266,7 @@ class LoadStudyd(MapTransform):
                 f"{path} and {first_path} have different affines (corners up to {distance:.3g} mm apart): register "
                 "all files of a study to one grid, or give --resample True if they are registered already."
             )
+        return other
 
     def _internal_classes(self, mask: torch.Tensor, path: str) -> torch.Tensor:
         """Label map of the bundle from the values on file."""

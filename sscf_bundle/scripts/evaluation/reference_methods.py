@@ -100,16 +100,13 @@ class NearestContrast:
             if given[k]:
                 images.append(target[:, k])
                 continue
-            similar = next(i for i in map(CONTRASTS.index, SIMILARITY[name]) if given[i])
-            images.append(self._match(target[:, similar], self.histograms[k].to(target.device)))
+            image = target[:, next(i for i in map(CONTRASTS.index, SIMILARITY[name]) if given[i])]
+            reference = self.histograms[k].to(target.device)
+            if reference.any():
+                table = matching_table(brain_histogram(image), reference).to(image)
+                image = torch.where(image > -1, table[_levels(image)], image)
+            images.append(image)
         return torch.stack(images, dim=1)
-
-    @staticmethod
-    def _match(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        if not reference.any():
-            return image
-        table = matching_table(brain_histogram(image), reference).to(image)
-        return torch.where(image > -1, table[_levels(image)], image)
 
 
 def _levels(images: torch.Tensor) -> torch.Tensor:

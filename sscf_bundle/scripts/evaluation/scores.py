@@ -120,13 +120,18 @@ class StudyScores:
         known = torch.where(available[..., None, None], self._slices, -1.0)
         methods = {name: fill(known, available)[self._shown] for name, fill in self.reference_methods.items()}
         known, available = known[self._shown], available[self._shown]
-        if whole:
-            images, classes = self._on_file(data)
+        images, classes, pred = {}, None, torch.as_tensor(data["pred"]).to(self.device)
+        if whole:  # the volumes as they are written
+            images["network"] = torch.zeros_like(self._target)
+            for key, volume in zip(data["output_keys"], pred, strict=True):
+                if key != MASK_KEY:
+                    images["network"][:, CONTRAST_KEYS.index(key)] = volume
+                elif data["segmented"]:
+                    classes = self._classes.to(self.device)[volume.long()].unsqueeze(1)
         else:
-            pred = torch.as_tensor(data["pred"]).to(self.device).movedim(-1, 0)
+            pred = pred.movedim(-1, 0)
             methods = {"network": pred[:, :NUM_CONTRASTS], **methods}
-            segmented = bool(pred[:, NUM_CONTRASTS:].any())
-            images, classes = {}, label_map(pred[:, NUM_CONTRASTS:]) if segmented else None
+            classes = label_map(pred[:, NUM_CONTRASTS:]) if pred[:, NUM_CONTRASTS:].any() else None
         for name, values in methods.items():
             images[name] = ((fill_background(values, known, available) + 1) / 2).clamp(0, 1)
         self._append(data, scenario, self.score(scenario, images, classes, whole))
@@ -188,16 +193,6 @@ class StudyScores:
         if self._has_mask and whole == self.whole:
             present = region_masks(class_masks(self._label)).transpose(0, 1).flatten(1).any(dim=1).tolist()
             self.regions.update(name for name, found in zip(REGIONS, present, strict=True) if found)
-
-    def _on_file(self, data: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The volumes as they are written: images of the network, and classes, if it has a segmentation branch."""
-        images, classes = torch.zeros_like(self._target), None
-        for key, volume in zip(data["output_keys"], torch.as_tensor(data["pred"]).to(self.device), strict=True):
-            if key != MASK_KEY:
-                images[:, CONTRAST_KEYS.index(key)] = volume
-            elif data["segmented"]:
-                classes = self._classes.to(self.device)[volume.long()].unsqueeze(1)
-        return {"network": images}, classes
 
     def _append(
         self, data: Mapping[str, Any], scenario: Sequence[int], values: Mapping[Key, torch.Tensor | float]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from monai.metrics import compute_roc_auc
 from monai.transforms import Affine, RandBiasField, RandGibbsNoise, RandKSpaceSpikeNoise
 from scipy import ndimage
@@ -153,7 +154,9 @@ def reliability(
         row = {"kind": kind, "severity": severity}
         for score in ("doubt", "out_of_distribution", "consistency"):
             known = both[both[score].notna()]
-            row[f"auc_{score}"] = _auc(known[score].to_numpy(), (known["kind"] != "none").to_numpy())
+            spoiled = torch.from_numpy((known["kind"] != "none").to_numpy(np.int64))
+            area: Any = compute_roc_auc(torch.from_numpy(known[score].to_numpy()), spoiled)
+            row[f"auc_{score}"] = float(area)
         flagged = (bad["checks"] != "") | bad["verdict"].isin(["review", "reject"])
         rows.append({**row, "flagged": float(flagged.mean()), "checked": float((bad["checks"] != "").mean())})
     summary = {
@@ -169,18 +172,8 @@ def reliability(
     logger.info("reliability written to %s", folder)
 
 
-def _auc(score: np.ndarray, positive: np.ndarray) -> float | None:
-    """Area under the curve of ROC; None where one side is empty."""
-    if positive.all() or not positive.any():
-        return None
-    area: Any = compute_roc_auc(torch.from_numpy(score), torch.from_numpy(positive.astype(np.int64)))
-    return float(area)
-
-
 def _draw(path: Path, summary: Mapping[str, Any]) -> None:
     """The area under the curve of each corruption."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     table = pd.DataFrame(summary["corruptions"]).pivot(index="kind", columns="severity", values="auc_doubt")
