@@ -63,7 +63,7 @@ def ssim_map(
     prediction: torch.Tensor,
     target: torch.Tensor,
     spatial_dims: int,
-    margin: int | Sequence[int] = 0,
+    margin: int = 0,
     data_range: torch.Tensor | float = 1.0,
     window: Sequence[float] = GAUSSIAN,
     unbiased: bool = False,
@@ -75,7 +75,7 @@ def ssim_map(
         target: the same shape.
         spatial_dims: 2 or 3.
         margin: background (0) added on every side; half a window gives a value for every pixel, 0 one for each window
-            in the image. A sequence is for each side, in the order of ``torch.nn.functional.pad``.
+            in the image.
         data_range: of the intensities.
         window: weights along one axis.
         unbiased: variances are those of a sample.
@@ -83,8 +83,7 @@ def ssim_map(
     Returns:
         The map, every spatial side longer by what was added less what the window reaches.
     """
-    padding = [margin] * (2 * spatial_dims) if isinstance(margin, int) else list(margin)
-    prediction, target = (F.pad(image, padding) for image in (prediction, target))
+    prediction, target = (F.pad(image, [margin] * (2 * spatial_dims)) for image in (prediction, target))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_g, mean_t, squares, product = (
         window_mean(image, spatial_dims, window)

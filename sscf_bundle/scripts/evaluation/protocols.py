@@ -458,23 +458,13 @@ class BraSynProtocol(Protocol):
         self.has_tumor = bool(target.tumor.any())
         if not self.has_tumor:
             return
-        shape = tuple(target.tumor.shape)
-        self.voxels = math.prod(shape)
-        self.windows = math.prod(n - 2 * REACH for n in shape)
-        self.crop = bounding_box(target.brain | target.tumor)
+        self.voxels = target.tumor.numel()
+        self.windows = math.prod(n - 2 * REACH for n in target.tumor.shape)
+        # with the background in every window that sees anything else
+        self.crop = bounding_box(target.brain | target.tumor, 2 * REACH)
         self.images = target.images.transpose(0, 1)[(slice(None), *self.crop)]
         self.tumor = target.tumor[self.crop]
-        self.inner = bounding_box(self.tumor)
-        # background between these boxes and the border of the volume, as far as a window that sees the box reaches
-        self.room: list[int] = []
-        self.inner_room: list[int] = []
-        for axis in (2, 1, 0):  # the order of padding
-            start, inner = self.crop[axis].start, self.inner[axis]
-            for room, first, stop in (
-                (self.room, start, start + self.tumor.shape[axis]),
-                (self.inner_room, start + inner.start, start + inner.stop),
-            ):
-                room += [min(2 * REACH, first), min(2 * REACH, shape[axis] - stop)]
+        self.inner = bounding_box(self.tumor, 2 * REACH)
         # what the windows of tumor voxels reach
         self.around = bounding_box(self.tumor, REACH)
 
@@ -484,10 +474,8 @@ class BraSynProtocol(Protocol):
             return {}
         target, prediction = self.images[contrast], prediction[self.crop]
         ours, theirs = (self._own_scale(image) for image in (prediction, target))
-        scores: Scores = {("healthy", "ssim"): self._cuboid_ssim(ours, theirs, ~self.tumor, self.room)}
-        scores["tumor", "ssim"] = self._cuboid_ssim(
-            ours[self.inner], theirs[self.inner], self.tumor[self.inner], self.inner_room
-        )
+        scores: Scores = {("healthy", "ssim"): self._cuboid_ssim(ours, theirs, ~self.tumor)}
+        scores["tumor", "ssim"] = self._cuboid_ssim(ours[self.inner], theirs[self.inner], self.tumor[self.inner])
 
         tissue = target[(target > 0) & ~self.tumor]
         if not tissue.numel():
@@ -509,11 +497,9 @@ class BraSynProtocol(Protocol):
         low, high = (quantile_with_background(image, fraction, self.voxels) for fraction in self.fractions)
         return torch.where(high > low, ((image - low) / (high - low)).clamp(0, 1), 0.0)
 
-    def _cuboid_ssim(
-        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, room: list[int]
-    ) -> torch.Tensor:
+    def _cuboid_ssim(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean over the windows of the volume, of which those that see nothing but zeros have an SSIM of 1."""
         ours, theirs = ours * mask, theirs * mask
         data_range = torch.maximum(ours.amax() - ours.amin(), theirs.amax() - theirs.amin())
-        similarity = ssim_map(ours, theirs, 3, margin=room, data_range=data_range)
+        similarity = ssim_map(ours, theirs, 3, data_range=data_range)
         return 1 - (1 - similarity).sum() / self.windows
