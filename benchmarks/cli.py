@@ -109,7 +109,8 @@ def run_case(name: str, case: dict[str, Any], threads: int, timeout: float) -> l
     Returns:
         Its rows; one row with ``failed`` where it did not end well.
     """
-    command = [sys.executable, str(Path(__file__).parent), "--case", json.dumps({"name": name, **case})]
+    case_text = json.dumps({"name": name, **case})
+    command = [sys.executable, str(Path(__file__).parent), "--threads", str(threads), "--case", case_text]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
@@ -128,28 +129,18 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, list[tuple[dict[st
     Returns:
         Tables: a title, the name of a case, and for each process the columns that say what it is and its arguments.
     """
-    common = {"device": options.device, "image_size": options.image_size, "threads": options.threads}
+    common = {"device": options.device, "image_size": options.image_size}
     tables = []
-    center = {
-        "width": options.widths[0],
-        "batch_size": options.batches[0],
-        "dtype": options.dtypes[0],
-        "compiled": options.compile[0],
-        "channels_last": options.channels_last[0],
-        "bank_size": options.bank_sizes[0],
+    lists = {
+        "width": options.widths,
+        "batch_size": options.batches,
+        "dtype": options.dtypes,
+        "compiled": options.compile,
+        "channels_last": options.channels_last,
+        "bank_size": options.bank_sizes,
     }
-    lists = (
-        options.widths,
-        options.batches,
-        options.dtypes,
-        options.compile,
-        options.channels_last,
-        options.bank_sizes,
-    )
-    varied = [
-        center,
-        *({**center, key: value} for key, values in zip(center, lists, strict=True) for value in values[1:]),
-    ]
+    center = {key: values[0] for key, values in lists.items()}
+    varied = [center, *({**center, key: value} for key, values in lists.items() for value in values[1:])]
     first = {key: center[key] for key in ("width", "dtype", "bank_size")}
     timed = {"min_time": options.min_time}
     if "training" in options.parts:
@@ -157,14 +148,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, list[tuple[dict[st
         cases = [(case, {**common, **repeated, **case}) for case in varied]
         tables.append(("Training iteration", "training_speed", cases))
     if "inference" in options.parts:
-        formats = [
-            {**first, "compiled": compiled, "channels_last": last}
-            for compiled, last in [
-                (options.compile[0], options.channels_last[0]),
-                *((value, options.channels_last[0]) for value in options.compile[1:]),
-                *((options.compile[0], value) for value in options.channels_last[1:]),
-            ]
-        ]
+        usual = {**first, "compiled": center["compiled"], "channels_last": center["channels_last"]}
+        formats = [usual, *({**usual, key: v} for key in ("compiled", "channels_last") for v in lists[key][1:])]
         sizes = {"batches": options.slices, "missing": options.missing}
         cases = [(case, {**common, **timed, **sizes, **case}) for case in formats]
         tables.append(("Inference of slices", "network_speed", cases))
@@ -183,13 +168,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, list[tuple[dict[st
         ]
         tables.append(("CITIM against its literal form", "citim_against_literal", cases))
         full = {**wide, "bank_size": options.literal_sizes[-1]}
-        tables.append(
-            (
-                "Bank against a bank of whole feature maps",
-                "bank_against_full_maps",
-                [(full, {**common, **timed, **full})],
-            )
-        )
+        title = "Bank against a bank of whole feature maps"
+        tables.append((title, "bank_against_full_maps", [(full, {**common, **timed, **full})]))
     if "profile" in options.parts:
         sized = {**first, "batch_size": center["batch_size"]}
         arguments = {**common, **sized, "warmup": options.warmup}
@@ -203,11 +183,10 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, list[tuple[dict[st
             "dtype": "bfloat16",
             "bank_size": center["bank_size"],
             "image_size": options.image_size,
-            "threads": options.threads,
         }
         tables.append(("Counted work of a training iteration", "training_work", [({}, counted)]))
         steps = {"width": "small", "batch_size": 8, "dtype": "bfloat16", "image_sizes": options.step_sizes}
-        tables.append(("Counted work of trainings", "step_work", [({}, {**steps, "threads": options.threads})]))
+        tables.append(("Counted work of trainings", "step_work", [({}, steps)]))
         tables.append(("Counted work of inference", "inference_work", [({}, counted)]))
     return tables
 
@@ -237,11 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 1 if a case failed.
     """
     options = parse(arguments)
+    torch.set_num_threads(options.threads)
     if options.case:
         case = json.loads(options.case)
         print("\n" + json.dumps(CASES[case.pop("name")](**case)))
         return 0
-    torch.set_num_threads(options.threads)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"facts": facts(torch.device(options.device)), "options": vars(options), "tables": {}}

@@ -86,7 +86,6 @@ def network_speed(
     bank_size: int = 300,
     image_size: int = 192,
     min_time: float = 0.5,
-    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Slices per second of the plain U-Net, of ``SSCFNet.forward`` and of ``SSCFNet.for_scenario``.
 
@@ -94,8 +93,6 @@ def network_speed(
         One row for each network and batch: ``network``, ``batch``, ``missing``, ``slices_per_second``,
         ``of_u_net`` (the share of the plain U-Net's speed).
     """
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     net = filled_network(where, width, bank_size)
     networks: list[tuple[str, int, torch.nn.Module]] = [
@@ -134,15 +131,12 @@ def bank_size_ratio(
     sizes: Sequence[int] = (10, 1000),
     image_size: int = 192,
     min_time: float = 0.5,
-    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Time of ``SSCFNet.forward`` by bank size, relative to the first one.
 
     Returns:
         One row for each size: ``bank_size``, ``batch``, ``milliseconds``, ``relative``.
     """
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     rows: list[dict[str, Any]] = []
     image = network_case(batch, image_size, 2, where)
@@ -184,7 +178,6 @@ def study_speed(
     image_size: int = 192,
     shape: Sequence[int] = (240, 240, 155),
     phantoms: str | None = None,
-    threads: int | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Seconds for a phantom study without FLAIR and T1ce, from files to written NIfTI, as ``inference.json`` does it.
@@ -197,7 +190,6 @@ def study_speed(
         image_size: of the network.
         shape: voxels of a study.
         phantoms: folder that keeps the phantom cohort between runs; None makes it anew.
-        threads: of torch.
         overrides: of other ids of the config.
 
     Returns:
@@ -206,8 +198,6 @@ def study_speed(
     """
     if studies < 2:
         raise ValueError(f"the first study only warms up, so at least 2 are needed, got {studies}.")
-    if threads:
-        torch.set_num_threads(threads)
     logging.getLogger("scripts").setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
         root = Path(folder)

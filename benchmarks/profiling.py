@@ -68,7 +68,7 @@ def watch_trainer(parts: Parts, trainer: SynthesisTrainer) -> None:
         (IterationEvents.LOSS_COMPLETED, "backward"),
         (IterationEvents.BACKWARD_COMPLETED, "discriminators"),
     ):
-        trainer.add_event_handler(event, partial(_begin, parts, label))
+        trainer.add_event_handler(event, partial(parts.become, label))
     parts.watch_method(trainer.loss, "sampled_ctdl", "dependency loss")
     parts.watch_method(trainer.optimizer, "step", "optimizers")
     if trainer.discriminators is not None:
@@ -79,29 +79,18 @@ def watch_trainer(parts: Parts, trainer: SynthesisTrainer) -> None:
         parts.watch_method(trainer.bank, "enqueue", "bank")
 
 
-def _start(counter: WorkCounter) -> None:
-    counter.__enter__()
-
-
-def _begin(parts: Parts, label: str) -> None:
-    parts.become(label)
-
-
-def training_parts(device: str = "cpu", warmup: int = 2, threads: int | None = None, **case: Any) -> dict[str, float]:
+def training_parts(device: str = "cpu", warmup: int = 2, **case: Any) -> dict[str, float]:
     """Seconds of each part of one training iteration.
 
     Args:
         device: where to train.
         warmup: iterations before the measured one.
-        threads: of torch.
         case: of ``build_trainer``.
     """
-    if threads:
-        torch.set_num_threads(threads)
     trainer, _ = build_trainer(device, iterations=warmup + 1, **case)
     parts = Parts()
     clock = PartClock(parts, torch.device(device))
-    trainer.add_event_handler(Events.ITERATION_STARTED(once=warmup + 1), lambda: clock.start())
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=warmup + 1), clock.start)
     watch_trainer(parts, trainer)
     seconds: dict[str, float] = {}
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=warmup + 1), lambda: seconds.update(clock.stop()))
@@ -117,11 +106,8 @@ def inference_parts(
     bank_size: int = 300,
     image_size: int = 192,
     warmup: int = 2,
-    threads: int | None = None,
 ) -> dict[str, float]:
     """Seconds of each part of one call of ``SSCFNet.for_scenario`` with two contrasts missing."""
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     net = filled_network(where, width, bank_size).for_scenario(scenario(MISSING))
     image = network_case(batch_size, image_size, MISSING, where)
@@ -140,19 +126,14 @@ def inference_parts(
 COUNTED_BATCHES = (2, 4)
 
 
-def training_work(
-    batch_size: int, threads: int | None = None, sizes: Sequence[int] = COUNTED_BATCHES, **case: Any
-) -> dict[str, Work]:
+def training_work(batch_size: int, sizes: Sequence[int] = COUNTED_BATCHES, **case: Any) -> dict[str, Work]:
     """Work of each part of one training iteration.
 
     Args:
         batch_size: slices in a batch.
-        threads: of torch.
         sizes: of the batches that are run, even.
         case: of ``build_trainer``.
     """
-    if threads:
-        torch.set_num_threads(threads)
     counted = []
     for size in sizes:
         trainer, _ = build_trainer("cpu", iterations=2, batch_size=size, **case)
@@ -160,7 +141,7 @@ def training_work(
         watch_trainer(parts, trainer)
         counter = WorkCounter(parts)
         # the first iteration makes the state of the optimizers, and the end of the epoch is no part of an iteration
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), partial(_start, counter))
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), counter.__enter__)
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), partial(counter.__exit__, None, None, None))
         # half of the samples lack a contrast, as on average, so that the work is affine in the size of the batch
         half = torch.tensor([[True, True, False, False], [False, False, True, True]]).repeat(size // 2, 1)
@@ -186,19 +167,18 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def step_work(image_sizes: Sequence[int], batch_size: int, threads: int | None = None, **case: Any) -> list[dict]:
+def step_work(image_sizes: Sequence[int], batch_size: int, **case: Any) -> list[dict]:
     """Work of one iteration of each of ``STEPS``, a row for each and size.
 
     Args:
         image_sizes: height and width of a slice.
         batch_size: slices in a batch.
-        threads: of torch.
         case: of ``build_trainer``.
     """
     rows = []
     for size in image_sizes:
         for name, changes in STEPS.items():
-            work = training_work(batch_size, threads, image_size=size, **{**case, **changes})
+            work = training_work(batch_size, image_size=size, **{**case, **changes})
             total = Work(*map(sum, zip(*work.values(), strict=True)))
             row = {"step": name, "image_size": size, "GFLOP/sample": total.flops / 1e9 / batch_size}
             rows.append({**row, "MB/sample": total.traffic / 1e6 / batch_size, "kernels": total.kernels})
@@ -206,16 +186,9 @@ def step_work(image_sizes: Sequence[int], batch_size: int, threads: int | None =
 
 
 def inference_work(
-    width: str = "base",
-    batch_size: int = 16,
-    dtype: str = "bfloat16",
-    bank_size: int = 300,
-    image_size: int = 192,
-    threads: int | None = None,
+    width: str = "base", batch_size: int = 16, dtype: str = "bfloat16", bank_size: int = 300, image_size: int = 192
 ) -> dict[str, Work]:
     """Work of each part of one call of ``SSCFNet.for_scenario`` with two contrasts missing."""
-    if threads:
-        torch.set_num_threads(threads)
     device = torch.device("cpu")
     net = filled_network(device, width, bank_size).for_scenario(scenario(MISSING))
     parts = Parts()

@@ -76,7 +76,6 @@ def citim_against_literal(
     aggregation: str = "attention",
     image_size: int = 192,
     min_time: float = 0.5,
-    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Time and difference of the factorized CITIM and of the literal one, in float32 without TF32.
 
@@ -85,8 +84,6 @@ def citim_against_literal(
         (``CITIM.fold``: once for a frozen bank, in training once for each step), ``difference`` (largest, as a part of
         the largest literal value).
     """
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -140,7 +137,6 @@ def bank_against_full_maps(
     batch: int = 1,
     image_size: int = 192,
     min_time: float = 0.5,
-    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Memory of an entry and time of a retrieval, for this bank and for one of whole feature maps in float32.
 
@@ -152,8 +148,6 @@ def bank_against_full_maps(
         Two rows: ``bank``, ``entry_mb``, ``bank_mb`` (of L entries), ``retrieval_ms`` (entries l* of all pairs of a
         batch with two contrasts missing, and mu and sigma at five scales).
     """
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     channels = PRESETS[width] if isinstance(width, str) else tuple(width)
     sides = [image_size // 2**j for j in range(5)]

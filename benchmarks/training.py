@@ -143,7 +143,7 @@ def build_trainer(
 
 
 def training_speed(
-    device: str = "cpu", warmup: int = 2, repeats: int = 3, block: int = 1, threads: int | None = None, **case: Any
+    device: str = "cpu", warmup: int = 2, repeats: int = 3, block: int = 1, **case: Any
 ) -> dict[str, Any]:
     """Samples per second and peak memory of whole training iterations.
 
@@ -152,15 +152,12 @@ def training_speed(
         warmup: iterations before the first timed one.
         repeats: timed blocks, of which the median counts.
         block: iterations of a block; a GPU is waited for only between blocks.
-        threads: of torch.
         case: of ``build_trainer``.
 
     Returns:
         ``samples_per_second``, ``milliseconds`` (of an iteration), ``peak_gib``, ``first_seconds`` (of the first
         iteration, where compilation happens).
     """
-    if threads:
-        torch.set_num_threads(threads)
     where = torch.device(device)
     memory = PeakMemory(where)
     trainer, _ = build_trainer(device, iterations=warmup + repeats * block, **case)
