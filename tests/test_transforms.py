@@ -270,7 +270,7 @@ def test_scale_brain_against_a_loop(study):
 
 def test_scale_slice_against_a_loop(study):
     study["t2"] = None
-    out = ScaleSliced()(LoadStudyd()(study))["image"]
+    out = ScaleSliced("image")(LoadStudyd()(study))["image"]
     for channel, key in enumerate(CONTRAST_KEYS):
         raw = np.zeros(SHAPE) if study[key] is None else nib.load(study[key]).get_fdata()
         for z in range(SHAPE[2]):
@@ -282,7 +282,7 @@ def test_scale_slice_against_a_loop(study):
 def test_scaling_leaves_its_input_alone(study):
     loaded = LoadStudyd()(study)
     before = loaded["image"].clone()
-    ScaleBraind()(loaded), ScaleSliced()(loaded), BrainMaskd()(loaded)
+    ScaleBraind()(loaded), ScaleSliced("image")(loaded), BrainMaskd()(loaded)
     assert torch.equal(loaded["image"], before)
 
 
@@ -394,7 +394,7 @@ def test_availability_planes_and_slice_inference(study):
     transform = study_transforms(32)
     out = transform(study)
     out["has_contrast"] = torch.tensor([True, False, True, False])
-    shown = AddAvailabilityd()(out)
+    shown = AddAvailabilityd("image")(out)
     image = shown["image"]
     assert image.shape == (8, 32, 32, 6)
     assert torch.equal(image[[0, 2]], out["image"][[0, 2]]) and (image[[1, 3]] == -1).all()

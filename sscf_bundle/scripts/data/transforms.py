@@ -371,9 +371,6 @@ class ScaleSliced(MapTransform):
     A constant slice, and so every slice of a missing contrast, becomes -1.
     """
 
-    def __init__(self, keys: KeysCollection = "image") -> None:
-        super().__init__(keys)
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
@@ -450,17 +447,11 @@ class CropBraind(CropForegroundd):
 
 
 class AddAvailabilityd(MapTransform):
-    """Append the four planes of 0/1 availability: 4 channels become the 8 of the network's input.
-
-    Args:
-        keys: key of the scaled contrasts, 4 x spatial in [-1, 1].
+    """Append the four planes of 0/1 availability: 4 channels, scaled to [-1, 1], become the 8 of the network's input.
 
     What is available is said by ``has_contrast`` (bool tensor of 4). The contrasts it rules out are set to -1, so that
     a complete study can be shown as an incomplete one by changing this entry alone.
     """
-
-    def __init__(self, keys: KeysCollection = "image") -> None:
-        super().__init__(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

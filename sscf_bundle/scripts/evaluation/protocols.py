@@ -123,12 +123,7 @@ def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 def slice_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Dice of WT, TC and ET of each slice, averaged over the slices that have the region, as the published code does.
 
-    Args:
-        prediction: Z x 1 x spatial classes.
-        label: Z x 1 x spatial classes.
-
-    Returns:
-        3 values, in the order of ``REGIONS``; NaN without a slice that has the region.
+    Shapes as in ``region_dice``; NaN without a slice that has the region.
     """
     each = torch.stack([region_dice(ours[None], theirs[None]) for ours, theirs in zip(prediction, label, strict=True)])
     return masked_average(each, region_masks(class_masks(label)).flatten(2).any(dim=2), 0)

@@ -280,20 +280,13 @@ class Experiments:
                 raise StudyError(f"seeds gives none for {name}: name it or a set that has it.")
         return {name: sorted(found[name]) for name in self.names}
 
-    def _layers(self, *layers: Mapping[str, Any] | Sequence[str]) -> list[Mapping[str, Any]]:
-        """Contents of configs, given by their names, and overrides of single ids."""
-        folder = Path(self.bundle_root) / "configs"
-        nested = (
-            [one] if isinstance(one, Mapping) else [_read(folder / f"{name}.json") for name in one] for one in layers
-        )
-        return [layer for part in nested for layer in part]
-
     def _config(self, *layers: Mapping[str, Any] | Sequence[str]) -> ConfigParser:
-        """The same as one config, the later over the earlier."""
-        parser = ConfigParser()
-        for layer in self._layers(*layers):
-            for key, value in layer.items():
-                merge_kv(parser, key, value)  # "+" adds to a list
+        """Configs, given by their names, and overrides of single ids as one config, the later over the earlier."""
+        parser, folder = ConfigParser(), Path(self.bundle_root) / "configs"
+        for layer in layers:
+            for part in [layer] if isinstance(layer, Mapping) else [_read(folder / f"{name}.json") for name in layer]:
+                for key, value in part.items():
+                    merge_kv(parser, key, value)  # "+" adds to a list
         return parser
 
     def directory(self, name: str, seed: int, fold: int) -> Path:
@@ -380,10 +373,11 @@ class Experiments:
         """Experiments that ask for a larger bank than there are training slices, with the reason."""
         reasons = {}
         for name in self.names:
-            own = self._layers(self.experiments[name].configs, self.experiments[name].overrides)
-            size = [layer["bank_size"] for layer in own if "bank_size" in layer][-1:]
-            if size and size[0] > training_slices:
-                reasons[name] = f"n/a: {training_slices} training slices cannot fill a bank of {size[0]}"
+            one, folder = self.experiments[name], Path(self.bundle_root) / "configs"
+            own = [*(_read(folder / f"{config}.json") for config in one.configs), one.overrides]
+            sizes = [layer["bank_size"] for layer in own if "bank_size" in layer]
+            if sizes and sizes[-1] > training_slices:
+                reasons[name] = f"n/a: {training_slices} training slices cannot fill a bank of {sizes[-1]}"
         return reasons
 
     # ---------------------------------------------------------------------------------------------------------- run

@@ -116,12 +116,7 @@ class Runs:
     def _difference(self, run: str, reference: str, *measure: str) -> dict[str, Any] | None:
         """Paired difference of the mean over scenarios between the networks of a run and of the reference.
 
-        Where the two do not have the same seeds, it is of those that both have.
-
-        Args:
-            run: name.
-            reference: name of the other run.
-            measure: protocol, region and score.
+        Where the two do not have the same seeds, it is of those that both have. ``measure`` is protocol, region, score.
 
         Returns:
             The entry of ``paired_differences`` for ``all``, with ``noise``: why the difference may be none (too few
@@ -349,11 +344,7 @@ def recorded(metadata: Sequence[Mapping[str, Any]], key: str, length: int | None
 def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame) -> str:
     """What every caption says: cohort, part, patients, protocol, seeds, scaling, scored slices, weights.
 
-    Args:
-        runs: scores.
-        names: of the runs that a table shows.
-        protocol: of its numbers; its definition is taken from the metadata.
-        rows: that its numbers were computed from.
+    ``names`` are the runs that a table shows, ``rows`` the scores that its numbers were computed from.
     """
     metadata = [one for name in names for one in runs.metadata[name]]
     cohort, part, seed = (", ".join(recorded(metadata, key)) or "not recorded" for key in ("cohort", "part", "seed"))
@@ -393,7 +384,7 @@ def protocol_differences(
 
     Args:
         metadata: of the evaluations, all runs, folds and seeds.
-        patients: evaluated.
+        patients: how many were evaluated.
         protocol: ``cohort``, ``studies``, ``fractions``, and ``metadata`` that must be as they are there.
     """
     differences = []
@@ -488,14 +479,7 @@ def build_table(
 
 
 def paper_table(name: str, values: Mapping[str, Any], entry: str, differences: Sequence[str]) -> Table:
-    """The published values of one table.
-
-    Args:
-        name: stem of its files.
-        values: content of ``paper_values.json``.
-        entry: key of its ``tables``.
-        differences: of our protocol from that of the paper, see ``protocol_differences``.
-    """
+    """The published ``values`` of one table (``entry``), with the ``differences`` of our protocol from the paper's."""
     one = values["tables"][entry]
     columns = pd.MultiIndex.from_product([one["blocks"], one["scores"]], names=["block", "score"])
     wide = pd.DataFrame.from_dict(one["rows"], orient="index", columns=columns).rename_axis("row")
