@@ -42,8 +42,7 @@ class Cohort:
         seed: of the split.
         split_file: a split to use instead. Where it is None and ``output_dir`` holds a split of an earlier start of
             this run, that one is used, so that a resumed run never moves a patient.
-        pattern: file names, see ``find_studies``.
-        patient_pattern: see ``find_studies``.
+        pattern, patient_pattern: see ``find_studies``.
         num_workers: threads for preparing.
     """
 

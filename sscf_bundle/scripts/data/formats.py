@@ -42,13 +42,7 @@ def holds_dicom(folder: str | os.PathLike[str], names: Sequence[str]) -> bool:
 
 
 def read_volume(path: str) -> MetaTensor:
-    """Read a file, or the one DICOM series in a folder.
-
-    Args:
-        path: of the file or folder.
-
-    Returns:
-        What ``monai.transforms.LoadImage`` gives, float32.
+    """Read a file, or the one DICOM series in a folder, as ``monai.transforms.LoadImage`` does, float32.
 
     Raises:
         StudyError: when a folder holds several series, or slices of a series are missing.

@@ -199,9 +199,7 @@ class SliceDataset(Dataset):
 
     Args:
         prepared: result of ``prepare_slices``.
-        choice: see ``select_slices``.
-        count: see ``select_slices``.
-        min_brain: see ``select_slices``.
+        choice, count, min_brain: see ``select_slices``.
         tumor_weight: weight of a slice with tumor under the choice ``"brain"``, where others have 1.
         unclipped: items also have ``unclipped``, the contrasts as they were cached.
 
@@ -293,8 +291,7 @@ class EpochSampler(DistributedSampler):
         weights: draw weight of each item, for drawing with replacement. ``None`` or equal weights draw without
             replacement: permutations, one after the other until there are enough.
         seed: seed of the run.
-        num_replicas: number of processes; ``None`` asks ``torch.distributed``, 1 if that is not initialized.
-        rank: number of this process; ``None`` likewise, else 0.
+        num_replicas, rank: number of processes, and of this one; ``None`` asks ``torch.distributed``.
 
     Raises:
         ValueError: when ``weights`` has another length than ``dataset`` or ``num_samples`` is not positive.

@@ -323,8 +323,6 @@ class BrainMaskd(MapTransform):
 class ScaleBraind(MapTransform):
     """Scale each contrast by a percentile of its brain: divide, clip to [0, 1], map to [-1, 1].
 
-    Without ``clip`` what is brighter than the percentile exceeds 1.
-
     Background and missing contrasts become -1. The percentiles are kept in ``scale_key`` (float32 tensor of 4, raw
     intensity that became 1; 0 where the contrast is missing), so that a contrast can be given its intensities back.
 
@@ -332,7 +330,7 @@ class ScaleBraind(MapTransform):
         keys: key of the stacked contrasts, 4 x X x Y x Z with intensities >= 0.
         percentile: percentile of the voxels > 0, in (0, 100].
         scale_key: key of the percentiles.
-        clip: see above.
+        clip: else what is brighter than the percentile exceeds 1.
     """
 
     def __init__(
@@ -489,9 +487,7 @@ def study_transforms(
         scaling: ``"brain"`` (``ScaleBraind``) or ``"per_slice"`` (``ScaleSliced``).
         spacing: spacing in x and y, in mm; a study within 1% of it is not resampled. ``None`` keeps every spacing.
         percentile: of ``ScaleBraind``.
-        mask_values: of ``LoadStudyd``.
-        resample: of ``LoadStudyd``.
-        register: of ``LoadStudyd``.
+        mask_values, resample, register: of ``LoadStudyd``.
         clip: of ``ScaleBraind``. The slice cache is made without, since scores need the target as it is; what it shows
             to networks is clipped.
 

@@ -88,12 +88,9 @@ def group_masks(scenario: np.ndarray, of: np.ndarray) -> dict[tuple[str, str], n
 
 
 class GroupMeans:
-    """Means over studies, then targets, then scenarios of some patients; what is missing is left out.
+    """Means over studies, then targets, then scenarios of some patients, of rows with ``COLUMNS`` of one measure.
 
-    Attributes: ``masks``, see ``group_masks``, of the cells (scenario and target); ``patients``, their number.
-
-    Args:
-        frame: rows with ``COLUMNS`` of one measure.
+    What is missing is left out. ``masks``: ``group_masks`` of the cells (scenario and target); ``patients``: how many.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:

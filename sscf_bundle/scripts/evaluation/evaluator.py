@@ -154,13 +154,10 @@ def list_scenarios(
 
 
 class StudySlices(Dataset):
-    """Studies of a dataset of slices, each as one stack of its slices in z order.
+    """Studies of a ``SliceDataset``, each as one stack of its slices in z order.
 
     An item has ``target`` (Z x K x H x W in [-1, 1]), ``unclipped`` where the slices do, ``label`` (Z x 1 x H x W),
     ``has_contrast`` (K) and ``has_mask``.
-
-    Args:
-        slices: a ``SliceDataset``.
     """
 
     def __init__(self, slices: SliceDataset) -> None:

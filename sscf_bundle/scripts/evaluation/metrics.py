@@ -102,11 +102,7 @@ def slice_ssim_map(prediction: torch.Tensor, target: torch.Tensor, margin: int =
 
 
 def scale_by_slice(images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images scaled so that each slice of the target is from 0 to 1.
-
-    Args:
-        images: ... x H x W.
-        target: ... x H x W.
+    """Images (... x H x W) scaled so that each slice of the target, of the same shape, is from 0 to 1.
 
     Returns:
         The scaled images; and, of shape ``...``, where the target is not constant.

@@ -108,12 +108,7 @@ def quantile_with_background(values: torch.Tensor, fraction: float, total: int) 
 def region_dice(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Dice of WT, TC and ET over all given slices together; both empty = 1, one empty = 0.
 
-    Args:
-        prediction: Z x 1 x spatial classes.
-        label: Z x 1 x spatial classes.
-
-    Returns:
-        3 values, in the order of ``REGIONS``.
+    Takes Z x 1 x spatial classes and gives 3 values, in the order of ``REGIONS``.
     """
     ours, theirs = (region_masks(class_masks(c)).transpose(0, 1).flatten(1) for c in (prediction, label))
     both = ours.sum(1) + theirs.sum(1)

@@ -193,12 +193,7 @@ def diagnose(
 ) -> None:
     """Writes ``diagnosis.md`` with the tables of ``effects`` and ``gradient_shares``, and each as a CSV file.
 
-    Args:
-        evaluator: see ``effects``.
-        trainer: see ``gradient_shares``.
-        loader: of the training batches.
-        number: how many of them ``gradient_shares`` gets.
-        output_dir: made if it does not exist.
+    ``gradient_shares`` gets the first ``number`` batches of the training loader.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,7 @@ def build_segmenter(spatial_dims: int, channels: Sequence[int]) -> BasicUNet:
 def complete_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
     """Slices of the studies of one part of the split that have all four contrasts and a mask.
 
-    Args:
-        data: the cohort.
-        part: ``training``, ``validation`` or ``test``; a ``StudyError`` if it has no complete study.
-        options: of ``SliceDataset``.
+    ``options`` are those of ``SliceDataset``. A ``StudyError`` if the part has no complete study.
     """
     dataset = data.slices(part, **options)
     complete = [s for s in dataset._cached if all(s.info["has_contrast"]) and s.info["has_mask"]]

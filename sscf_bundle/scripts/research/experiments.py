@@ -56,8 +56,7 @@ def write_splits(
         directory: gets ``fold_<f>.json``, and ``untouched.json``, a split with the untouched part as its test part for
             the one final run.
         dataset_dir: folder of the studies.
-        file_pattern: see ``find_studies``.
-        patient_pattern: see ``find_studies``.
+        file_pattern, patient_pattern: see ``find_studies``.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
         split_file: the one split to use in the place of folds, as ``split_patients`` reads it.

@@ -177,7 +177,7 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000) -> Runs
         bootstrap_samples: of every bootstrap over patients.
 
     Raises:
-        StudyError: with one sentence, if a file is missing or is no such table, a study is there twice for one seed, or
+        StudyError: if a file is missing or is no such table, a study is there twice for one seed, or
             the runs were evaluated on different studies.
     """
     if not folders:
