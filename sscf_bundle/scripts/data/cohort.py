@@ -119,20 +119,16 @@ def cohort_slices(data: Cohort, part: str, **options: Any) -> SliceDataset:
     return data.slices(part, **options)
 
 
-def intensity_statistics(data: Cohort, part: str = "training") -> dict[str, Any] | None:
-    """How the intensities of the contrasts of a cohort are related, for ``intensities`` of inference.
-
-    Args:
-        data: the cohort.
-        part: of its split.
+def intensity_statistics(data: Cohort) -> dict[str, Any] | None:
+    """How the intensities of the contrasts of the training part are related, for ``intensities`` of inference.
 
     Returns:
         ``log_ratios``: row b, column a: median over the studies of ln(scale of b / scale of a), where the scale is the
         percentile of ``ScaleBraind``; ``spread``: 1.48 times the median distance from that; ``studies``: how many.
         ``None`` stands where no study has both. ``None`` instead of all where the scaling knows no scale of a study.
     """
-    data.slices(part)
-    infos = [study.info for study in data._prepared[part].studies]
+    data.slices("training")
+    infos = [study.info for study in data._prepared["training"].studies]
     if not all("intensity_scale" in info for info in infos):
         return None
     scales = np.array([info["intensity_scale"] for info in infos])

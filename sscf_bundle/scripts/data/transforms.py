@@ -413,27 +413,16 @@ class CropBraind(CropForegroundd):
     brain, and resampling back reads that at the brain's border.
 
     Args:
-        keys: keys to crop, C x X x Y x Z.
-        source_key: key of the brain mask.
-        size: size in x and y, multiples of ``divisor``; a wider brain gets the next multiple.
+        keys: keys to crop, C x X x Y x Z; the mask is ``brain``.
+        size: size in x and y, multiples of 16; a wider brain gets the next multiple.
         pad_value: what is outside the volume, one value or one for each key.
-        divisor: the network takes slices whose sides are multiples of this.
-        allow_missing_keys: skip keys that the item lacks.
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        source_key: str = "brain",
-        size: Sequence[int] | int = 192,
-        pad_value: Sequence[float] | float = 0,
-        divisor: int = 16,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, size: Sequence[int] | int = 192, pad_value: Sequence[float] | float = 0
     ) -> None:
-        super().__init__(
-            keys, source_key, start_coord_key=None, end_coord_key=None, allow_missing_keys=allow_missing_keys
-        )
-        self.cropper = AxialBrainCrop(size, divisor)
+        super().__init__(keys, "brain", start_coord_key=None, end_coord_key=None)
+        self.cropper = AxialBrainCrop(size)
         self.pad_value = ensure_tuple_rep(pad_value, len(self.keys))
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:

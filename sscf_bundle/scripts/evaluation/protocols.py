@@ -234,7 +234,6 @@ class PerSliceProtocol(Protocol):
     Args:
         lpips: the perceptual distance; None leaves it out.
         min_box: smallest side of a box, in pixels; AlexNet needs 31, the window of SSIM 7.
-        available: see ``Protocol``.
     """
 
     definitions = {
@@ -243,10 +242,8 @@ class PerSliceProtocol(Protocol):
         "slices, as the published code"
     }
 
-    def __init__(
-        self, lpips: PerceptualDistance | None = None, min_box: int = 32, available: Sequence[int] = (1, 2, 3)
-    ) -> None:
-        super().__init__(available)
+    def __init__(self, lpips: PerceptualDistance | None = None, min_box: int = 32) -> None:
+        super().__init__()
         self.lpips, self.min_box = lpips, min_box
 
     def start(self, target: StudyTarget) -> None:

@@ -163,7 +163,7 @@ def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title
 
 
 def compare_study(
-    target: Mapping[str, str], result: Mapping[str, str | Path], path: str | Path, scale: float = 1.0, caption: str = ""
+    target: Mapping[str, str], result: Mapping[str, str | Path], path: str | Path, caption: str = ""
 ) -> dict[str, float]:
     """Draws a filled-in study beside the complete one and scores it, with the reference methods of the same input.
 
@@ -174,7 +174,6 @@ def compare_study(
         target: datalist item of the complete study, with a path for each contrast (and ``seg``).
         result: path of each synthesized contrast by its key (and ``seg``), as ``synthesize_study`` returns.
         path: PNG file to write.
-        scale: ``output_scale`` of the inference.
         caption: put below the mask.
 
     Returns:
@@ -193,7 +192,7 @@ def compare_study(
     real = torch.stack([scaled(load(target[key])) for key in CONTRAST_KEYS], dim=1)
     missing = [key in result for key in CONTRAST_KEYS]
     made = [
-        load(result[key]) / scale * 2 - 1 if gone else real[:, k]
+        load(result[key]) * 2 - 1 if gone else real[:, k]
         for k, (key, gone) in enumerate(zip(CONTRAST_KEYS, missing, strict=True))
     ]
     kept = (real > -1).flatten(1).any(dim=1)
