@@ -31,7 +31,6 @@ from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
 from scripts.networks.sscf import network_input
 from scripts.networks.weights import save_weights
 from scripts.research.figures import (
-    compare_study,
     demo_figure,
     difference_plot,
     one_missing_panel,
@@ -135,8 +134,9 @@ def test_perfect_copy_of_a_study_has_the_largest_scores(tmp_path: Path) -> None:
     for key in ("flair", "t1", "t1ce", "t2"):  # as BraTS has it, from left to right and back to front
         volume = np.asarray(nib.load(target[key]).dataobj)
         nib.save(nib.Nifti1Image(volume, np.diag((-1, -1, 1, 1))), target[key])
-    result = {key: write_result(target, tmp_path / "out", key) for key in ("flair", "t2")}
-    scores = compare_study(target, result, tmp_path / "study.png")
+    for key in ("flair", "t2"):
+        write_result(target, tmp_path / "out" / "Case_1", key)
+    scores = demo_figure("Case_1", tmp_path, tmp_path / "out", tmp_path / "study.png")
     reference_methods = ("", "mean_of_available_", "zero_filling_")
     assert set(scores) == {
         f"{f}{key}_{s}" for f in reference_methods for key in ("flair", "t2") for s in ("psnr", "ssim")
@@ -149,8 +149,8 @@ def test_perfect_copy_of_a_study_has_the_largest_scores(tmp_path: Path) -> None:
 
 def test_error_of_a_study_is_counted_in_units_of_its_brightest_brain(tmp_path: Path) -> None:
     target = write_study(tmp_path, "Case_1", mask=False)
-    result = {"t1": write_result(target, tmp_path / "out", "t1", offset=-0.1)}
-    scores = compare_study(target, result, tmp_path / "study.png")
+    write_result(target, tmp_path / "out" / "Case_1", "t1", offset=-0.1)
+    scores = demo_figure("Case_1", tmp_path, tmp_path / "out", tmp_path / "study.png")
     # 16 x 12 of 24 x 20 pixels are brain in five slices, 1 x 12 in the sixth; clipping at 0 makes some errors smaller
     squared = 0.1**2 * np.array([16 * 12] * 5 + [1 * 12]) / (24 * 20)
     assert scores["t1_psnr"] == pytest.approx(float(np.mean(-10 * np.log10(squared))), abs=0.4)

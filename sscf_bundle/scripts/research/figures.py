@@ -162,19 +162,20 @@ def difference_plot(differences: Mapping[str, Mapping[str, float | None]], title
     return figure
 
 
-def compare_study(
-    target: Mapping[str, str], result: Mapping[str, str | Path], path: str | Path, caption: str = ""
+def demo_figure(
+    study: str, dataset_dir: str | Path, result_dir: str | Path, path: str | Path, caption: str = ""
 ) -> dict[str, float]:
     """Draws a filled-in study beside the complete one and scores it, with the reference methods of the same input.
 
     Scores are of the 3-D study in [0, 1] (brain's 99.5th percentile = 1, as the network sees it), over all axial slices
-    with brain, outside the brain all the same: PSNR and SSIM are means over slices.
+    with brain, outside the brain all the same: PSNR and SSIM are means over slices. They are printed as one line.
 
     Args:
-        target: datalist item of the complete study, with a path for each contrast (and ``seg``).
-        result: path of each synthesized contrast by its key (and ``seg``), as ``synthesize_study`` returns.
+        study: name of the study, or a JSON file of a split, which means its first test study.
+        dataset_dir: folder of the complete studies.
+        result_dir: ``output_dir`` of the inference.
         path: PNG file to write.
-        caption: put below the mask.
+        caption: put below the mask, for example the source of the images.
 
     Returns:
         ``<contrast>_psnr``, ``<contrast>_ssim`` of each synthesized contrast, and the same with the prefixes
@@ -189,16 +190,20 @@ def compare_study(
     def scaled(volume: torch.Tensor) -> torch.Tensor:
         return (volume / np.percentile(volume[volume > 0], 99.5)).clamp(0, 1) * 2 - 1
 
+    if study.endswith(".json"):
+        study = json.loads(Path(study).read_text())["test"][0]
+    target = next(item for item in find_studies(dataset_dir) if item["study"] == study)
+    names = {**{key: f"{key}_synthetic" for key in CONTRAST_KEYS}, MASK_KEY: "seg"}
+    files = {key: Path(result_dir) / study / f"{study}_{name}.nii.gz" for key, name in names.items()}
+    result = {key: file for key, file in files.items() if file.is_file()}
     real = torch.stack([scaled(load(target[key])) for key in CONTRAST_KEYS], dim=1)
     missing = [key in result for key in CONTRAST_KEYS]
-    made = [
-        load(result[key]) * 2 - 1 if gone else real[:, k]
-        for k, (key, gone) in enumerate(zip(CONTRAST_KEYS, missing, strict=True))
-    ]
+    made = [load(result[key]) * 2 - 1 if key in result else real[:, k] for k, key in enumerate(CONTRAST_KEYS)]
     kept = (real > -1).flatten(1).any(dim=1)
     real, images = real[kept], torch.stack(made, dim=1)[kept]
     available = ~torch.tensor(missing).expand(len(real), -1)
     scores: dict[str, float] = {}
+    texts: dict[str, list[str]] = {key: [] for key in CONTRAST_KEYS if key in result}
     psnr: Any = PSNRMetric(max_val=1.0)
     ssim: Any = SSIMMetric(spatial_dims=2, data_range=1.0)
     for prefix, prediction in (
@@ -207,13 +212,16 @@ def compare_study(
         ("zero_filling_", zero_filling(real, available)),
     ):
         prediction = (fill_background(prediction, real, available) + 1) / 2
-        for k, key in enumerate(CONTRAST_KEYS):
-            if missing[k]:
-                pair = prediction[:, k : k + 1].clamp(0, 1), (real[:, k : k + 1] + 1) / 2
-                scores[f"{prefix}{key}_psnr"] = float(psnr(*pair).clamp(max=MAX_PSNR).mean())
-                scores[f"{prefix}{key}_ssim"] = float(ssim(*pair).mean())
+        for key, text in texts.items():
+            k = CONTRAST_KEYS.index(key)
+            pair = prediction[:, k : k + 1].clamp(0, 1), (real[:, k : k + 1] + 1) / 2
+            scores[f"{prefix}{key}_psnr"] = float(psnr(*pair).clamp(max=MAX_PSNR).mean())
+            scores[f"{prefix}{key}_ssim"] = float(ssim(*pair).mean())
+            text.append(f"{scores[f'{prefix}{key}_psnr']:.2f} dB / {scores[f'{prefix}{key}_ssim']:.3f}")
     masks = [load(paths[MASK_KEY])[kept] if MASK_KEY in paths else None for paths in (target, result)]
     _study_figure(real, images, missing, masks, caption).savefig(path, dpi=110, facecolor="black")
+    parts = [f"{key} PSNR / SSIM {a} (mean of available {b}, zero filling {c})" for key, (a, b, c) in texts.items()]
+    print(f"{study}: " + "; ".join(parts) + f"; figure {path}")
     return scores
 
 
@@ -244,33 +252,3 @@ def _study_figure(
     legend = f"green: edema\nyellow: enhancing\nred: non-enhancing core\n\n{caption}"
     axes[2, 4].text(0.05, 0.5, legend, color="white", fontsize=9, verticalalignment="center")
     return figure
-
-
-def demo_figure(
-    study: str, dataset_dir: str | Path, result_dir: str | Path, path: str | Path, caption: str = ""
-) -> dict[str, float]:
-    """``compare_study`` for a study of a folder; prints the scores as one line.
-
-    Args:
-        study: name of the study, or a JSON file of a split, which means its first test study.
-        dataset_dir: folder of the complete studies.
-        result_dir: ``output_dir`` of the inference.
-        path: PNG file to write.
-        caption: put below the mask, for example the source of the images.
-    """
-    if study.endswith(".json"):
-        study = json.loads(Path(study).read_text())["test"][0]
-    target = next(item for item in find_studies(dataset_dir) if item["study"] == study)
-    folder = Path(result_dir) / study
-    files = {key: folder / f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS}
-    result = {key: file for key, file in files.items() if file.is_file()}
-    scores = compare_study(target, {**result, MASK_KEY: folder / f"{study}_seg.nii.gz"}, path, caption=caption)
-    parts = []
-    for key in result:
-        ours, mean, zero = (
-            f"{scores[f'{prefix}{key}_psnr']:.2f} dB / {scores[f'{prefix}{key}_ssim']:.3f}"
-            for prefix in ("", "mean_of_available_", "zero_filling_")
-        )
-        parts.append(f"{key} PSNR / SSIM {ours} (mean of available {mean}, zero filling {zero})")
-    print(f"{study}: " + "; ".join(parts) + f"; figure {path}")
-    return scores
