@@ -73,11 +73,6 @@ def test_split_is_written_and_used_again_when_a_study_comes_in(data: Path, caplo
     assert "Case_006" in studies(names(other))
 
 
-def test_split_depends_on_the_seed(data: Path) -> None:
-    splits = [str(names(cohort(data, seed=seed, output_dir=str(data.parent / f"out{seed}")))) for seed in range(6)]
-    assert len(set(splits)) > 2
-
-
 def test_given_split_file_goes_before_the_split_of_an_earlier_start(data: Path) -> None:
     cohort(data)
     given = data.parent / "given.json"

@@ -21,14 +21,7 @@ from builders import generator
 from skimage.exposure import match_histograms
 
 from scripts.contrasts import CONTRASTS
-from scripts.evaluation.reference_methods import (
-    LEVELS,
-    SIMILARITY,
-    NearestContrast,
-    brain_histogram,
-    matching_table,
-    mean_histograms,
-)
+from scripts.evaluation.reference_methods import LEVELS, SIMILARITY, NearestContrast, brain_histogram, mean_histograms
 
 
 def on_levels(shape: tuple[int, ...], seed: int, power: float = 1.0) -> torch.Tensor:
@@ -69,21 +62,6 @@ def test_every_study_counts_the_same_in_the_mean_histogram() -> None:
     expected = (one + other) / 2
     expected[1] = one[1]
     torch.testing.assert_close(means, expected)
-
-
-def test_matching_is_that_of_scikit_image() -> None:
-    source, reference = on_levels((40, 50), 1, 2.0), on_levels((30, 30), 2, 0.7)
-    table = matching_table(brain_histogram(source), brain_histogram(reference))
-    matched = table[((source + 1) * (LEVELS - 1) / 2).round().long()]
-    expected = match_histograms(source.double().numpy(), reference.double().numpy())
-    np.testing.assert_allclose(matched.numpy(), expected, atol=1e-6)
-    assert float((matched - source).abs().max()) > 0.1
-
-
-def test_matching_to_the_own_histogram_changes_nothing() -> None:
-    source = on_levels((40, 50), 1)
-    table = matching_table(brain_histogram(source), brain_histogram(source))
-    torch.testing.assert_close(table[((source + 1) * (LEVELS - 1) / 2).round().long()].float(), source)
 
 
 @pytest.mark.parametrize(

@@ -113,21 +113,14 @@ class GroupMeans:
         """
         times = np.zeros((len(patients), self.patients))
         np.add.at(times, (np.arange(len(patients))[:, None], patients), 1)
-
-        def mean(values: np.ndarray) -> np.ndarray:
-            known = ~np.isnan(values)
-            return np.where(known, values, 0).sum(axis=1) / known.sum(axis=1)
-
-        with np.errstate(invalid="ignore"):
+        means = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of what none of the patients has
             cells = (times @ self._sums) / (times @ self._numbers)
-            means = [
-                mean(cells[:, mask])
-                if group == "pairs"
-                else mean(
-                    np.stack([mean(cells[:, mask & one]) for one in self._scenarios if (mask & one).any()], axis=1)
-                )
-                for (group, _), mask in self.masks.items()
-            ]
+            for (group, _), mask in self.masks.items():
+                parts = [mask] if group == "pairs" else [mask & one for one in self._scenarios if (mask & one).any()]
+                each = [np.nanmean(cells[:, part], axis=1) for part in parts]
+                means.append(np.nanmean(np.stack(each, axis=1), axis=1))
         return np.stack(means)
 
 
