@@ -27,7 +27,6 @@ from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, expan
 from ..networks.settings import ConfiguredNetwork
 from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
 from ..training.losses import set_mean
-from ..training.step import Scenario
 from ..training.trainer import SynthesisTrainer
 
 
@@ -98,10 +97,8 @@ class PlainTrainingStep(nn.Module):
         target: torch.Tensor,
         label: torch.Tensor,
         has_contrast: torch.Tensor,
-        has_mask: torch.Tensor,
-        patient: torch.Tensor,
-        slice_id: torch.Tensor,
-        scenario: Scenario | None = None,
+        *_: Any,
+        **__: Any,
     ) -> dict[str, torch.Tensor]:
         """Runs the network; only ``image`` reaches it, the other arguments are those of ``SSCFTrainingStep``.
 

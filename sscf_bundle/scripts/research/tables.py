@@ -316,14 +316,8 @@ def _text(cell: Mapping[str, Any]) -> str:
 
 def _tex(text: str) -> str:
     """Text with what LaTeX would read as a command escaped."""
-    special = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
-        "±": r"$\pm$",
-    }
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$"}
     return "".join(special.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
 
