@@ -112,22 +112,6 @@ def scale_by_slice(images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     return (images - low) / torch.where(span > 0, span, 1.0), (span > 0)[..., 0, 0]
 
 
-def slice_scores(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """PSNR and SSIM of the protocol ``per_slice`` over whole slices.
-
-    Args:
-        prediction: ... x H x W in [0, 1].
-        target: ... x H x W in the same scaling, from 0, not clipped.
-
-    Returns:
-        PSNR and SSIM, each of shape ``...``; NaN where the target is constant.
-    """
-    ours, valid = scale_by_slice(prediction, target)
-    ours, theirs = ours.clamp(0, 1), scale_by_slice(target, target)[0]
-    values = psnr(((ours - theirs) ** 2).mean(dim=(-2, -1))), slice_ssim_map(ours, theirs).mean(dim=(-2, -1))
-    return torch.where(valid, values[0], float("nan")), torch.where(valid, values[1], float("nan"))
-
-
 def fill_background(images: torch.Tensor, inputs: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
     """Sets everything outside the union of the available brains to background, the same for every method.
 
@@ -163,10 +147,10 @@ def reference_output(reference_method: Callable[[torch.Tensor, torch.Tensor], to
 class ScenarioScores(Metric):
     """PSNR and SSIM of the missing contrasts and Dice of the segmentation branch, by study, scenario and contrast.
 
-    PSNR and SSIM are those of ``slice_scores``, means over slices: the numbers of an evaluation of these slices by the
-    protocol ``per_slice``. Dice is of the study's evaluated slices together, both empty = 1, one empty = 0. A study
-    that lacks a contrast which a scenario gives is not counted in that scenario. ``compute`` gives the mean over the 14
-    scenarios of the mean over their targets of the mean over studies.
+    PSNR and SSIM are means over slices, the numbers of an evaluation of these slices by the protocol ``per_slice``.
+    Dice is of the study's evaluated slices together, both empty = 1, one empty = 0. A study that lacks a contrast which
+    a scenario gives is not counted in that scenario. ``compute`` gives the mean over the 14 scenarios of the mean over
+    their targets of the mean over studies.
 
     Args:
         studies: names, in the order of ``study_index``.
@@ -209,11 +193,15 @@ class ScenarioScores(Metric):
         pred, target, unclipped, label, available, has_contrast, has_mask, study_index, scenario = output
         target = target.float()
         images = fill_background(pred[:, :NUM_CONTRASTS].float(), target, available)
-        psnr, ssim = slice_scores(((images + 1) / 2).clamp(0, 1), (unclipped.float() + 1) / 2)
+        truth = (unclipped.float() + 1) / 2
+        ours, valid = scale_by_slice(((images + 1) / 2).clamp(0, 1), truth)
+        ours, theirs = ours.clamp(0, 1), scale_by_slice(truth, truth)[0]
+        peak = psnr(((ours - theirs) ** 2).mean(dim=(-2, -1)))
+        similarity = slice_ssim_map(ours, theirs).mean(dim=(-2, -1))
         # a study that lacks a contrast of the scenario was given less than the scenario says
         complete = (available == scenario_table(available.device)[scenario]).all(dim=1)
-        evaluated = ~available & has_contrast & complete.unsqueeze(1) & psnr.isfinite()
-        rows = torch.stack([psnr, ssim, torch.ones_like(psnr)], dim=2).double()
+        evaluated = ~available & has_contrast & complete.unsqueeze(1) & valid & peak.isfinite()
+        rows = torch.stack([peak, similarity, torch.ones_like(peak)], dim=2).double()
         rows = torch.where(evaluated.unsqueeze(2), rows, 0.0).to(self._device)
         index = (study_index.to(self._device), scenario.to(self._device))
         self._image.index_put_(index, rows, accumulate=True)
