@@ -56,28 +56,22 @@ def mean_histograms(studies: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
     return total / number.clamp(min=1)
 
 
-def matching_table(source: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Value that each level becomes when one histogram is matched to another.
+def match_histogram(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """An image in [-1, 1] with its brain histogram matched to another: ``LEVELS`` shares, not all 0.
 
-    The cumulative share of a level in the source is looked up, by linear interpolation, in the cumulative shares of
+    The cumulative share of a level in the image is looked up, by linear interpolation, in the cumulative shares of
     the reference, as ``skimage.exposure.match_histograms`` does with the values that occur.
-
-    Args:
-        source: ``LEVELS`` shares.
-        reference: ``LEVELS`` shares, not all 0.
-
-    Returns:
-        ``LEVELS`` values in [-1, 1], of the dtype of ``source``.
     """
-    wanted = source.cumsum(0)
+    wanted = brain_histogram(image).cumsum(0)
     occurring = reference > 0
     known = reference.cumsum(0)[occurring]
-    values = torch.linspace(-1, 1, LEVELS, dtype=source.dtype, device=source.device)[occurring]
+    values = torch.linspace(-1, 1, LEVELS, dtype=wanted.dtype, device=wanted.device)[occurring]
     right = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
     left = (right - 1).clamp(min=0)
     gap = known[right] - known[left]
     part = torch.where(gap > 0, (wanted - known[left]) / gap, 1.0).clamp(0, 1)
-    return values[left] + part * (values[right] - values[left])
+    table = (values[left] + part * (values[right] - values[left])).to(image)
+    return torch.where(image > -1, table[_levels(image)], image)
 
 
 class NearestContrast:
@@ -102,10 +96,7 @@ class NearestContrast:
                 continue
             image = target[:, next(i for i in map(CONTRASTS.index, SIMILARITY[name]) if given[i])]
             reference = self.histograms[k].to(target.device)
-            if reference.any():
-                table = matching_table(brain_histogram(image), reference).to(image)
-                image = torch.where(image > -1, table[_levels(image)], image)
-            images.append(image)
+            images.append(match_histogram(image, reference) if reference.any() else image)
         return torch.stack(images, dim=1)
 
 
