@@ -76,6 +76,7 @@ ENTRY_POINTS = {
     "building",
     "exporting",
     "calibrating",
+    "correcting",
     "measuring",
     "measuring_reliability",
     "summarizing",

@@ -37,6 +37,7 @@ from scripts.evaluation.protocols import (
     quantile_with_background,
     region_dice,
     slice_dice,
+    slice_jump,
     tumor_boxes,
 )
 
@@ -274,31 +275,30 @@ def test_slices_where_the_truth_is_constant_are_left_out() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- robust
-def literal_steps(volume: np.ndarray, mask: np.ndarray) -> list[float]:
-    """Mean absolute difference of neighbors in the mask along each axis."""
-    steps: list[list[float]] = [[], [], []]
-    for place in np.argwhere(mask):
-        for axis in range(3):
-            other = place.copy()
-            other[axis] += 1
-            if other[axis] < mask.shape[axis] and mask[tuple(other)]:
-                steps[axis].append(abs(volume[tuple(other)] - volume[tuple(place)]))
-    return [float(np.mean(values)) for values in steps]
+def literal_jump(error: np.ndarray, mask: np.ndarray, axis: int) -> float:
+    error, mask = np.moveaxis(error, axis, 0), np.moveaxis(mask, axis, 0)
+    squares, weights = [], []
+    for z in range(len(error) - 1):
+        both = mask[z] & mask[z + 1]
+        if both.any():
+            squares.append((error[z + 1][both] - error[z][both]).mean() ** 2)
+            weights.append(both.sum())
+    return float(np.sqrt(np.average(squares, weights=weights)))
 
 
-def test_slices_that_jump_or_are_blurred_are_rough_and_faint_ones_are_not() -> None:
+def test_slices_that_jump_are_told_from_faint_and_blurred_ones() -> None:
     target = make_target()
     protocol = VolumeProtocol()
     protocol.start(target)
     volume = target.images[:, 1]
-    jumps = volume + 0.2 * (torch.arange(volume.shape[2]) % 2)
-    rough, faint, same = (
-        float(protocol.score(1, v)["volume"]["whole", "roughness"]) for v in (jumps, 0.5 * volume, volume)
-    )
     kernel = torch.ones(1, 1, 3, 3) / 9
-    within = torch.nn.functional.conv2d(volume.permute(2, 0, 1)[:, None], kernel, padding=1)[:, 0].permute(1, 2, 0)
-    assert float(protocol.score(1, within)["volume"]["whole", "roughness"]) > 1.1
-    assert rough > 1.1 and faint == pytest.approx(1, rel=1e-5) and same == pytest.approx(1, rel=1e-5)
+    blurred = torch.nn.functional.conv2d(volume.permute(2, 0, 1)[:, None], kernel, padding=1)[:, 0].permute(1, 2, 0)
+    jumps = volume + 0.2 * (torch.arange(volume.shape[2]) % 2)
+    found = [float(protocol.score(1, v)["volume"]["whole", "jump"]) for v in (jumps, blurred, volume + 0.1, volume)]
+    assert found[0] == pytest.approx(0.2, rel=1e-4) and found[1] < 0.03
+    assert found[2:] == pytest.approx([0, 0], abs=1e-6)
+    nothing = torch.zeros_like(volume, dtype=torch.bool)
+    assert slice_jump(jumps, volume, nothing, 2).isnan()
 
 
 def test_robust_convention_is_the_literal_one() -> None:
@@ -311,12 +311,10 @@ def test_robust_convention_is_the_literal_one() -> None:
         t, g = target.images[:, k].double().numpy(), prediction.double().numpy()
         similarity = full_ssim(g, t)
         assert len(scores) == 7
-        across, within = literal_steps(g, target.brain.numpy()), literal_steps(t, target.brain.numpy())
         for axis in range(3):
             protocol.start(target._replace(slice_axis=axis))
-            ratio = [s.pop(axis) / np.mean(s) for s in ([*across], [*within])]
-            found = protocol.score(k, prediction)["volume"]["whole", "roughness"]
-            assert float(found) == pytest.approx(ratio[0] / ratio[1], rel=1e-4)
+            found = protocol.score(k, prediction)["volume"]["whole", "jump"]
+            assert float(found) == pytest.approx(literal_jump(g - t, target.brain.numpy(), axis), rel=1e-4)
         for region, m in (("whole", target.brain.numpy()), ("tumor", target.tumor.numpy())):
             expected = {
                 "psnr": -10 * np.log10(((g - t)[m] ** 2).mean()),
@@ -386,7 +384,7 @@ def test_identical_images_have_the_best_scores(weights: Path) -> None:
     for protocol in protocols:
         protocol.start(target)
     scores = all_scores(protocols, 2, target.images[:, 2])
-    best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0, "roughness": 1.0}
+    best = {"psnr": 100.0, "ssim": 1.0, "lpips": 0.0, "nmse": 0.0, "mse": 0.0, "jump": 0.0}
     assert len(scores) == 12 + 7 + 2 + 3
     for key, value in scores.items():
         assert float(value) == pytest.approx(best[key[2]], abs=1e-5), key

@@ -459,7 +459,7 @@ def test_scores_are_those_of_the_files_that_inference_writes(phantom_cohort: Pat
     again({**item, "pred": torch.from_numpy(np.stack(moved))})
     expected = {(r["of"], r["region"], r["score"]): r["value"] for r in scores.rows if r["protocol"] == "volume"}
     found = {(r["of"], r["region"], r["score"]): r["value"] for r in again.rows if r["protocol"] == "volume"}
-    assert found == pytest.approx(expected, rel=1e-4) and ("T1", "whole", "roughness") in found
+    assert found == pytest.approx(expected, rel=1e-4) and ("T1", "whole", "jump") in found
 
     # and one of them once more, without this bundle
     real = [nib.load(complete[key]).get_fdata() for key in CONTRAST_KEYS]

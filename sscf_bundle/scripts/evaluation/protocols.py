@@ -351,7 +351,7 @@ class VolumeProtocol(Protocol):
     1 is the 99.5th percentile of the true volume's brain, the data range is 1. PSNR is of the squared error pooled over
     the brain (union of the true contrasts above background), NMSE the sum of squared errors / the sum of squares of
     the target in it, SSIM the 3-D map (outside the volume is background) averaged over it. Region ``tumor``: the same
-    inside the whole tumor. ``roughness``, of the whole brain alone, is ``slice_roughness``.
+    inside the whole tumor. ``jump``, of the whole brain alone, is ``slice_jump``.
     """
 
     whole = True
@@ -378,39 +378,31 @@ class VolumeProtocol(Protocol):
             scores[region, "psnr"] = psnr(mean_error)
             scores[region, "nmse"] = mean_error / masked_average(power, mask, (0, 1, 2))
             scores[region, "ssim"] = masked_average(similarity, mask, (0, 1, 2))
-        scores["whole", "roughness"] = slice_roughness(prediction, target, self.masks["whole"], self.slice_axis)
+        scores["whole", "jump"] = slice_jump(prediction, target, self.masks["whole"], self.slice_axis)
         return {"volume": scores}
 
 
-def slice_roughness(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, slice_axis: int
-) -> torch.Tensor:
-    """How much rougher a volume is across its slices than within them, relative to the acquired one.
+def slice_jump(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, slice_axis: int) -> torch.Tensor:
+    """How much the brightness of a volume jumps from one slice to the next, beyond what the acquired one does.
 
-    Slices that are synthesized one by one can jump in brightness or shape from one to the next. Roughness is the mean
-    absolute difference of neighbors across the slices over that within them, which a change of contrast leaves as it
-    is. Blur within the slices raises it too, so that more than 1 alone does not tell jumps from blur.
+    Slices that are synthesized one by one can differ in brightness. The error of a slice less that of the one below it,
+    averaged over the voxels that both have in ``mask``, is such a jump; the result is the root of the mean square,
+    weighted by these voxels. An offset of the volume and blur within the slices leave it as it is.
 
     Args:
         prediction: volume, any order of axes.
         target: volume of the same shape.
-        mask: which voxels count; both of a pair must lie in it.
+        mask: which voxels count.
         slice_axis: axis across which the slices lie.
 
     Returns:
-        1 if slices fit together as in ``target``, more if they jump or are blurred; NaN without a pair.
+        In units of the intensities, 0 if slices fit together as in ``target``; NaN without a pair.
     """
-
-    def roughness(volume: torch.Tensor) -> torch.Tensor:
-        steps = []
-        for axis in range(3):
-            size = volume.shape[axis] - 1
-            both = mask.narrow(axis, 0, size) & mask.narrow(axis, 1, size)
-            steps.append(masked_average(volume.diff(dim=axis).abs(), both, (0, 1, 2)))
-        across = steps.pop(slice_axis)
-        return across / torch.stack(steps).mean()
-
-    return roughness(prediction) / roughness(target)
+    size, within = mask.shape[slice_axis] - 1, tuple(axis for axis in range(3) if axis != slice_axis)
+    both = mask.narrow(slice_axis, 0, size) & mask.narrow(slice_axis, 1, size)
+    step = masked_average((prediction - target).diff(dim=slice_axis), both, within)
+    weight = both.sum(dim=within)
+    return (torch.nan_to_num(step).square() * weight).sum().div(weight.sum()).sqrt()
 
 
 class BraSynProtocol(Protocol):

@@ -25,6 +25,7 @@ from monai.transforms import Invertd, MapTransform
 from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map
 from ..data.transforms import StudyCompose
 from ..networks.weights import read_state
+from .correction import CorrectPredictiond
 from .preprocessing import FILE_BRAIN_KEY
 
 #: Volumes of a finished prediction in channel order, as keys of written files.
@@ -189,6 +190,7 @@ def prediction_transforms(
     output_scale: float = 1.0,
     mask_labels: Mapping[str, int] | None = None,
     statistics: Mapping[str, Any] | None = None,
+    correction: Mapping[str, Any] | None = None,
 ) -> StudyCompose:
     """The postprocessing: a prediction on the network's grid becomes volumes on the grid on file.
 
@@ -200,6 +202,7 @@ def prediction_transforms(
         output_scale: see ``FinishPredictiond``.
         mask_labels: see ``FinishPredictiond``.
         statistics: see ``FinishPredictiond``.
+        correction: see ``CorrectPredictiond``.
 
     Returns:
         Transforms for an item with ``image``, ``has_contrast``, ``brain_on_file`` and ``pred`` (7 x X x Y x Z), which
@@ -207,6 +210,7 @@ def prediction_transforms(
     """
     return StudyCompose(
         [
+            CorrectPredictiond("pred", correction),
             SelectOutputsd("pred"),
             Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False),
             FinishPredictiond("pred", output_scale, mask_labels, statistics=statistics),

@@ -47,7 +47,17 @@ _ABANDONED = 3600
 #: Fewest whole numbers that a contrast may be rounded to.
 _LEVELS = 100
 #: What later steps may add to an item for the record.
-_FINDINGS = ("checks", "scores", "prototypes", "expected", "verdict", "reasons", "warnings", "seconds_of_checks")
+_FINDINGS = (
+    "checks",
+    "scores",
+    "prototypes",
+    "expected",
+    "verdict",
+    "reasons",
+    "warnings",
+    "correction",
+    "seconds_of_checks",
+)
 #: What BIDS calls a contrast: entity of a contrast agent, suffix.
 _BIDS_NAMES = {"flair": ("", "FLAIR"), "t1": ("", "T1w"), "t1ce": ("_ce-gadolinium", "T1w"), "t2": ("", "T2w")}
 NAMINGS = ("study", "bids")

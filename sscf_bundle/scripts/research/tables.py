@@ -41,7 +41,7 @@ SCORES = {
     "lpips": ("LPIPS", 4, False),
     "nmse": ("NMSE", 4, False),
     "mse": ("MSE", 4, False),
-    "roughness": ("roughness across slices", 3, False),
+    "jump": ("jump between slices", 4, False),
     "dice": ("Dice", 4, True),
     "minutes": ("minutes", 1, False),
 }
