@@ -181,14 +181,6 @@ def test_missing_contrast_reaches_no_score_of_a_scenario(tmp_path: Path) -> None
     assert rows == [row for row in scores.rows if row["method"] != "real"]
 
 
-def test_real_images_in_the_place_of_missing_contrasts_scores_as_the_real_ones(tmp_path: Path) -> None:
-    target = TARGET.clamp(min=-0.9)  # brain everywhere, so that no background is filled
-    rows = scored(tmp_path / "s.pt", target, {"oracle": lambda *_: target}).rows
-    real = {r["of"]: r["value"] for r in rows if r["method"] == "real"}
-    oracle = [r for r in rows if r["method"] == "oracle"]
-    assert len(oracle) == 42 and all(r["value"] == real[r["of"]] for r in oracle)
-
-
 def test_the_batch_size_changes_nothing_and_background_has_no_tumor(tmp_path: Path) -> None:
     assert scored(tmp_path / "s.pt", batch_size=1).rows == scored(tmp_path / "s.pt", batch_size=8).rows
     probabilities = BrainInferer(2)(TARGET, lambda images: torch.full_like(images[:, :3], 9.0))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import itk
@@ -38,7 +39,11 @@ def volume_stem(path: Path) -> str | None:
 
 def holds_dicom(folder: str | os.PathLike[str], names: Sequence[str]) -> bool:
     """Whether one of the files of a folder is a DICOM file, whatever its name."""
-    return any(_VOLUME.match(name) is None and _is_dicom(Path(folder, name)) for name in names)
+    for path in (Path(folder, name) for name in names if _VOLUME.match(name) is None):
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return True
+    return False
 
 
 def read_volume(path: str) -> MetaTensor:
@@ -53,14 +58,6 @@ def read_volume(path: str) -> MetaTensor:
         reader = "ITKReader"
     # readers keep state between reading and decoding, so that threads must not share one
     return LoadImage(reader=reader, image_only=True, dtype=np.float32)(path)
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def _check_series(folder: str) -> None:
