@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
@@ -148,6 +147,8 @@ def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) ->
     Raises:
         StudyError: for files that are no such scores, a patient in two of them, and too few patients.
     """
+    import pandas as pd  # filling in studies does without it
+
     tables: list[pd.DataFrame] = []
     for file in files:
         try:
