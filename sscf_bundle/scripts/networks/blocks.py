@@ -63,12 +63,23 @@ def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
 
 def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over space (mu and sigma of eq. 8) of B x K x C x spatial, each B x K x C float32."""
-    flat = features.flatten(3).float()
-    mean = flat.mean(dim=3)
-    # on a CPU ten times as fast as var_mean, with the same two passes; what was converted is a copy of our own
-    centered = flat - mean.unsqueeze(3) if flat.dtype == features.dtype else flat.sub_(mean.unsqueeze(3))
-    spread = torch.linalg.vector_norm(centered, dim=3)
-    return mean, torch.sqrt(spread.square() / flat.shape[3] + eps)
+    return scale_statistics([features], eps)
+
+
+def scale_statistics(features: list[torch.Tensor], eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+    """``channel_statistics`` of several scales, their channels one behind the other: B x K x (C_1 + C_2 + ...)."""
+    means: list[torch.Tensor] = []
+    spreads: list[torch.Tensor] = []
+    for scale in features:
+        flat = scale.flatten(3).float()
+        mean = flat.mean(dim=3)
+        # deviations sum to 0, so the mean moves the norm by nothing and needs no gradient from it
+        shift = mean.detach().unsqueeze(3)
+        # on a CPU ten times as fast as var_mean, with the same two passes; what was converted is a copy of our own
+        centered = flat - shift if flat.dtype == scale.dtype else flat.sub_(shift)
+        means.append(mean)
+        spreads.append(torch.linalg.vector_norm(centered, dim=3) * flat.shape[3] ** -0.5)
+    return torch.cat(means, dim=2), torch.sqrt(torch.cat(spreads, dim=2).square() + eps)
 
 
 def expand_dims_like(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -99,19 +110,17 @@ def gather_maps(maps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return maps.index_select(0, row)
 
 
-def mix_channels(weight: torch.Tensor, maps: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution with weights of its own for each map, added to a base, in the memory layout of the maps.
+def mix_channels(weight: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution with weights of its own for each map, in the memory layout of the maps.
 
     Args:
         weight: M x O x C.
         maps: M x C x spatial.
-        base: M x O x spatial, or of size 1 in any of these.
     """
-    flat, space, start = maps.flatten(2), maps.shape[2:], base.flatten(2)
+    flat, space = maps.flatten(2), maps.shape[2:]
     if channels_are_last(maps):
-        mixed = torch.baddbmm(start.transpose(1, 2), flat.transpose(1, 2), weight.transpose(1, 2))
-        return mixed.transpose(1, 2).unflatten(2, space)
-    return torch.baddbmm(start, weight, flat).unflatten(2, space)
+        return torch.bmm(flat.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2).unflatten(2, space)
+    return torch.bmm(weight, flat).unflatten(2, space)
 
 
 class EncoderStage(nn.Module):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
-from ..networks.blocks import channel_statistics, expand_dims_like, stack_contrasts
+from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
 from ..networks.sscf import SSCFNet, read_availability
@@ -127,7 +127,7 @@ class SSCFTrainingStep(nn.Module):
 
     def _run_mixed(
         self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
-    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
         net = self.net
         out = net.run_branches(images, available, bank, allowed)
@@ -143,8 +143,8 @@ class SSCFTrainingStep(nn.Module):
             output["predicted"], output["features"] = out.predicted, [f.detach() for f in out.second]
             output["rows"] = torch.arange(NUM_CONTRASTS, device=images.device)
         number = self.bank_samples
-        statistics = [(mean[:number], std[:number]) for mean, std in out.statistics]
-        return output, out.first[-1][:number], [f[:number] for f in out.second], statistics
+        mean, std = (t[:number] for t in out.statistics)
+        return output, out.first[-1][:number], [f[:number] for f in out.second], (mean, std)
 
     def _run_shared(
         self,
@@ -153,7 +153,7 @@ class SSCFTrainingStep(nn.Module):
         bank: CompiledBank,
         allowed: torch.Tensor,
         scenario: Scenario,
-    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """``_run_mixed`` for samples of one scenario.
 
         Missing contrasts are encoded without a gradient, and as far as the feature loss and the entries ask. Of the
@@ -196,7 +196,7 @@ class SSCFTrainingStep(nn.Module):
             output["features"] = [torch.stack(scale, dim=1) for scale in others]
             output["rows"] = part.target_index
         if not net.uses_bank:
-            return output, empty, [], []
+            return output, empty, [], (empty, empty)
         order = [*part.sources, *part.targets]
         place = [order.index(i) for i in range(NUM_CONTRASTS)]
         with torch.no_grad():
@@ -208,7 +208,7 @@ class SSCFTrainingStep(nn.Module):
                 stack_contrasts([(*own, *other)[row][:number] for row in place])
                 for own, other in zip(second, others, strict=True)
             ]
-            statistics = [channel_statistics(f) for f in features]
+            statistics = scale_statistics(features)
         if net.with_citim:
             maps = net.contrast_maps(torch.stack(first[-1], dim=1))
             zero = torch.zeros_like(maps[:, :1]).expand(-1, len(part.targets), -1, -1)
@@ -221,7 +221,7 @@ def make_entries(
     net: SSCFNet,
     first: torch.Tensor,
     second: list[torch.Tensor],
-    statistics: list[tuple[torch.Tensor, torch.Tensor]],
+    statistics: tuple[torch.Tensor, torch.Tensor],
     label: torch.Tensor,
     has_contrast: torch.Tensor,
     has_mask: torch.Tensor,
@@ -234,7 +234,7 @@ def make_entries(
         net: the network that made the features.
         first: E x K x C x spatial, F_i^5 of the first pass.
         second: by scale E x K x C_j x spatial, F_i^j of the second pass.
-        statistics: of the second pass by scale, mean and standard deviation, each E x K x C_j.
+        statistics: of the second pass, mean and standard deviation, each E x K x (C_1 + ... + C_5).
         label: E x 1 x spatial classes; it and the following as in ``SSCFTrainingStep.forward``.
         has_contrast: E x K.
         has_mask: E.
@@ -247,8 +247,8 @@ def make_entries(
     )
     return BankEntries(
         key=net.retrieval_key(second),
-        mean=torch.cat([mean for mean, _ in statistics], dim=2),
-        std=torch.cat([std for _, std in statistics], dim=2),
+        mean=statistics[0],
+        std=statistics[1],
         prototype=prototype.unflatten(0, class_map.shape[:2]),
         class_map=class_map.float(),
         label=cell_labels(label, 2 ** (len(net.channels) - 1)),
