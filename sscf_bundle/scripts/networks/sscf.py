@@ -174,6 +174,7 @@ class SSCFNet(ConfiguredNetwork):
         self.spatial_dims, self.channels, self.bank_size = spatial_dims, tuple(channels), bank_size
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
+        self.all_contrasts = list(range(NUM_CONTRASTS))
         #: c', classes of W
         self.num_classes = NUM_TUMOR_CLASSES + (head == "softmax")
         self.scale_sources, self.widths = scale_sources, list(channels)
@@ -459,22 +460,20 @@ class SSCFNet(ConfiguredNetwork):
         self,
         features: list[torch.Tensor],
         statistics: tuple[torch.Tensor, torch.Tensor],
-        available: torch.Tensor,
-        bank: CompiledBank,
-        allowed: torch.Tensor,
-    ) -> tuple[Pairs, torch.Tensor, torch.Tensor]:
-        """The active pairs of ``synthesize``, and ``affine`` of each; arguments as there."""
-        target, source, active = active_pairs(available)
-        key = self.retrieval_key([f.detach() for f in features])
-        contrasts = [i for i in range(self.num_contrasts)]
-        mean, std, found = self.retrieve(key, contrasts, source, bank, allowed, target, source)
-        pairs = pairs_of_batch(available, target, source, active, self.scale_sources)
-        maxima = [maximum_over(f.flatten(3), 3) for f in features]
-        table = [torch.cat(maxima, dim=2).float(), statistics[0], statistics[1]]
-        table_of_sources = torch.stack([t.transpose(0, 1) for t in table], dim=2).flatten(0, 1)
-        own = gather(table_of_sources, pairs.source_row)
-        scale, shift = self.affine(own, pairs.target, found.flatten(0, 1), mean.flatten(0, 1), std.flatten(0, 1))
-        return pairs, scale, shift
+        pairs: Pairs,
+        retrieved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``affine`` of the pairs of a batch from the features and statistics of ``synthesize``."""
+        maxima = torch.cat([maximum_over(f.flatten(3), 3) for f in features], dim=2).float()
+        table = torch.stack([t.transpose(0, 1) for t in [maxima, statistics[0], statistics[1]]], dim=2)
+        mean, std, found = retrieved
+        return self.affine(
+            gather(table.flatten(0, 1), pairs.source_row),
+            pairs.target,
+            found.flatten(0, 1),
+            mean.flatten(0, 1),
+            std.flatten(0, 1),
+        )
 
     def synthesize(
         self,
@@ -498,11 +497,16 @@ class SSCFNet(ConfiguredNetwork):
         """
         predicted: list[torch.Tensor] = []
         if self.with_ccp:
+            target, source, active = active_pairs(available)
+            pairs = pairs_of_batch(available, target, source, active, self.scale_sources)
+            key = self.retrieval_key([f.detach() for f in features])
             if torch.jit.is_scripting():
-                pairs, scale, shift = self.pair_maps(features, statistics, available, bank, allowed)
+                found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
+                scale, shift = self.pair_maps(features, statistics, pairs, found)
             else:
-                with torch.autocast(available.device.type, enabled=False):
-                    pairs, scale, shift = self.pair_maps(features, statistics, available, bank, allowed)
+                with torch.autocast(key.device.type, enabled=False):
+                    found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
+                    scale, shift = self.pair_maps(features, statistics, pairs, found)
             scales = scale.to(features[0].dtype).split(self.widths, dim=1)
             shifts = shift.to(features[0].dtype).split(self.widths, dim=1)
             for j, ccp in enumerate(self.ccp):

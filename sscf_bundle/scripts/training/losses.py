@@ -28,6 +28,7 @@ from torch import nn
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
 from ..networks.blocks import channel_statistics, expand_dims_like
 from ..networks.memory_bank import BankEntries
+from ..networks.precision import half_weights
 
 #: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
 AFFINITY_EPS = 1e-6
@@ -440,9 +441,10 @@ class Discriminators(nn.ModuleList):
             B x K x patches; 0 for what is not judged.
         """
         scores: list[torch.Tensor] = []
-        for i, (discriminator, rows) in enumerate(zip(self, samples, strict=True)):
-            judged = discriminator(images[:, i : i + 1].index_select(0, rows))[-1].flatten(1)
-            scores.append(judged.new_zeros(len(images), judged.shape[1]).index_copy(0, rows, judged))
+        with half_weights(self):
+            for i, (discriminator, rows) in enumerate(zip(self, samples, strict=True)):
+                judged = discriminator(images[:, i : i + 1].index_select(0, rows))[-1].flatten(1)
+                scores.append(judged.new_zeros(len(images), judged.shape[1]).index_copy(0, rows, judged))
         return torch.stack(scores, dim=1)
 
 

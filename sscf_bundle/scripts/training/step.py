@@ -23,6 +23,7 @@ from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
 from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
+from ..networks.precision import half_weights
 from ..networks.sscf import SSCFNet, read_availability
 
 #: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
@@ -113,16 +114,17 @@ class SSCFTrainingStep(nn.Module):
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         others = (bank.patient.unsqueeze(0) != patient.unsqueeze(1)) | self.own_patient
         allowed = filled.unsqueeze(0) & others
-        if scenario is None:
-            output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
-        else:
-            output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
-        if net.with_citim:
-            output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
-        if net.uses_bank:
-            number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
-            metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
-            output["entries"] = make_entries(net, first, features, statistics, *metadata)
+        with half_weights(net, but=[net.citim.phi] if net.with_citim else []):
+            if scenario is None:
+                output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
+            else:
+                output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
+            if net.with_citim:
+                output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
+            if net.uses_bank:
+                number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
+                metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
+                output["entries"] = make_entries(net, first, features, statistics, *metadata)
         return output
 
     def _run_mixed(
@@ -247,8 +249,8 @@ def make_entries(
     )
     return BankEntries(
         key=net.retrieval_key(second),
-        mean=statistics[0],
-        std=statistics[1],
+        mean=statistics[0].detach(),
+        std=statistics[1].detach(),
         prototype=prototype.unflatten(0, class_map.shape[:2]),
         class_map=class_map.float(),
         label=cell_labels(label, 2 ** (len(net.channels) - 1)),
