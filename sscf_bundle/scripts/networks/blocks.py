@@ -22,19 +22,28 @@ from torch import nn
 
 #: Normalization of all blocks: its statistics span one image and one contrast, never the batch.
 DEFAULT_NORM = ("group", {"num_groups": 4})
+#: Added to a variance over space.
+STATISTICS_EPS = 1e-5
 DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 
 
-def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def number_of(mask: torch.Tensor) -> torch.Tensor:
+    """How many a mask (B x K boolean) names in each row, at least 1."""
+    return mask.sum(dim=1).clamp(min=1)
+
+
+def masked_mean(features: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over the contrasts that a mask (B x K boolean) names, zero where it names none.
 
     Args:
         features: B x K x ... tensor; what the mask leaves out may hold NaN.
         mask: B x K boolean.
+        count: ``number_of`` the mask, where it is known.
     """
-    zero = torch.zeros((), dtype=features.dtype, device=features.device)
-    total = torch.where(expand_dims_like(mask, features), features, zero).sum(dim=1)
-    return total / expand_dims_like(mask.sum(dim=1).clamp(min=1).to(features.dtype), total)
+    if count is None:
+        count = number_of(mask)
+    total = torch.where(expand_dims_like(mask, features), features, 0.0).sum(dim=1)
+    return total / expand_dims_like(count, total)
 
 
 def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -61,12 +70,12 @@ def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
     return total.div_(len(maps))
 
 
-def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(features: torch.Tensor, eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over space (mu and sigma of eq. 8) of B x K x C x spatial, each B x K x C float32."""
     return scale_statistics([features], eps)
 
 
-def scale_statistics(features: list[torch.Tensor], eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_statistics(features: list[torch.Tensor], eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
     """``channel_statistics`` of several scales, their channels one behind the other: B x K x (C_1 + C_2 + ...)."""
     means: list[torch.Tensor] = []
     spreads: list[torch.Tensor] = []

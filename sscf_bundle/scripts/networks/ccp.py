@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mean_of_maps, mix_channels
+from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mean_of_maps, mix_channels, number_of
 
 
 class Pairs(NamedTuple):
@@ -41,7 +41,8 @@ class Pairs(NamedTuple):
     source_row: torch.Tensor  #: M rows of the sources in it.
     gamma_row: torch.Tensor  #: M rows of the pairs in a table of K K rows, target after target.
     gain: torch.Tensor  #: M factors of eq. 9, 0 for an idle pair.
-    own: torch.Tensor  #: K x B, contrasts that are available.
+    own: torch.Tensor  #: K B, contrasts that are available, contrast after contrast.
+    count: torch.Tensor  #: B, available contrasts, at least 1.
 
 
 def pairs_of_batch(
@@ -59,16 +60,17 @@ def pairs_of_batch(
     b, k = available.shape
     sample = torch.arange(b, device=available.device).unsqueeze(1)
     read = torch.where(active, source, source[:, :1])
-    gain = active.float()
+    gain, count = active.float(), number_of(available)
     if scale_sources:
-        gain = gain * ((k - 1) / available.sum(dim=1, keepdim=True).clamp(min=1))
+        gain = gain * ((k - 1) / count.unsqueeze(1))
     return Pairs(
         target.flatten(),
         (target * b + sample).flatten(),
         (read * b + sample).flatten(),
         (target * k + source).flatten(),
         gain.flatten(),
-        available.t().contiguous(),
+        available.t().flatten(),
+        count,
     )
 
 
@@ -213,11 +215,11 @@ class CCP(nn.Module):
         attended = self.spatial(pooled)
         place = expand_dims_like(pairs.target.unsqueeze(1), attended).expand_as(attended[:, :1])
         gate = torch.sigmoid(attended.gather(1, place)) * expand_dims_like(pairs.gain.to(attended.dtype), attended)
-        base = expand_dims_like(self.gamma_bias.to(mixed.dtype).unsqueeze(1), feature)
+        base = expand_dims_like(self.gamma_bias.to(mixed.dtype).unsqueeze(1).expand(-1, b, -1), feature)
         if self.residual:
-            base = base + masked_mean(feature, available).to(mixed.dtype)
-        out = torch.where(expand_dims_like(pairs.own, feature), maps.unflatten(0, (k, b)).to(mixed.dtype), base)
-        out = out.flatten(0, 1).index_add_(0, pairs.target_row, mixed * gate.to(mixed.dtype))
+            base = base + masked_mean(feature, available, pairs.count).to(mixed.dtype)
+        out = torch.where(expand_dims_like(pairs.own, maps), maps.to(mixed.dtype), base.flatten(0, 1))
+        out = out.index_add_(0, pairs.target_row, mixed * gate.to(mixed.dtype))
         return out.unflatten(0, (k, b)).transpose(0, 1)
 
     def predict(

@@ -31,6 +31,7 @@ from .blocks import (
     masked_mean,
     maximum_over,
     mean_of_maps,
+    number_of,
     scale_statistics,
     stack_contrasts,
 )
@@ -299,12 +300,10 @@ class SSCFNet(ConfiguredNetwork):
         self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The segmentation branch (section 2.1) on the features of the first pass; see ``decode_mask``."""
-        fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
-        bottleneck = features[-1]
-        zero = torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
-        kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, zero).flatten(1, 2)
+        bottleneck, count = features[-1], number_of(available).to(features[-1].dtype)
+        fused: list[torch.Tensor] = [masked_mean(f, available, count) for f in features]
+        kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, 0.0).flatten(1, 2)
         if self.scale_sources:
-            count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
             kept = kept * expand_dims_like(available.shape[1] / count, kept)
         return self.decode_mask(fused, kept, bank, allowed)
 
@@ -512,11 +511,15 @@ class SSCFNet(ConfiguredNetwork):
             for j, ccp in enumerate(self.ccp):
                 predicted.append(ccp(features[j], scales[j], shifts[j], available, pairs))
         else:
+            count = number_of(available)
             for f in features:
-                predicted.append(torch.where(expand_dims_like(available, f), f, masked_mean(f, available).unsqueeze(1)))
+                mean = masked_mean(f, available, count).unsqueeze(1)
+                predicted.append(torch.where(expand_dims_like(available, f), f, mean))
+        # taken apart at once, so that autograd joins the gradients in one pass; contrast after contrast as in memory
+        by_contrast = [f.transpose(0, 1).unbind(0) for f in predicted]
         images: list[torch.Tensor] = []
         for i, decoder in enumerate(self.synthesis_decoders):
-            images.append(decoder([f[:, i] for f in predicted]))
+            images.append(decoder([f[i] for f in by_contrast]))
         return torch.tanh(torch.cat(images, dim=1).float()), predicted
 
     def run_branches(

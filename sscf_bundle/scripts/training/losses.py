@@ -26,7 +26,7 @@ from monai.losses import PatchAdversarialLoss
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
-from ..networks.blocks import channel_statistics, expand_dims_like
+from ..networks.blocks import STATISTICS_EPS, expand_dims_like, number_of, scale_statistics
 from ..networks.memory_bank import BankEntries
 from ..networks.precision import half_weights
 
@@ -45,7 +45,7 @@ def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | N
     Returns:
         Scalar; a sample without members counts as 0.
     """
-    kept = torch.where(members, values, torch.zeros_like(values)).sum(dim=1) / members.sum(dim=1).clamp(min=1)
+    kept = torch.where(members, values, 0.0).sum(dim=1) / number_of(members)
     return (kept if size is None else kept * size).mean()
 
 
@@ -213,9 +213,14 @@ class SegmentationLoss(nn.Module):
         return {"bce": torch.where(has_mask, bce, zero).mean(), "dice": torch.where(has_mask, dice, zero).mean()}
 
 
-def space_variance(features: torch.Tensor) -> torch.Tensor:
-    """Variance over space of B x K x C x spatial features, the mean over channels, B x K float32, at least 1e-6."""
-    return channel_statistics(features, eps=0.0)[1].square().mean(dim=2).clamp(min=1e-6)
+def space_variance(features: list[torch.Tensor], std: torch.Tensor | None = None) -> torch.Tensor:
+    """Variances over space of B x K x C x spatial features, means over channels, scales x B x K, at least 1e-6.
+
+    Where they are known, ``std`` are their standard deviations of ``scale_statistics``.
+    """
+    variance = scale_statistics(features, eps=0.0)[1].square() if std is None else std.square() - STATISTICS_EPS
+    parts = variance.split([f.shape[2] for f in features], dim=2)
+    return torch.stack([part.mean(dim=2) for part in parts]).clamp(min=1e-6)
 
 
 def class_map_cross_entropy(
@@ -365,18 +370,20 @@ class GeneratorLoss(nn.Module):
                 terms["tumor"] = set_mean(tumor, known_mask, sizes[2])
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
-            squares = [
-                (p.float() - f.float()).square().flatten(2).mean(dim=2)
-                / (space_variance(f) if self.relative_feature else 1.0)
-                for p, f in pairs
-            ]
-            terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing.index_select(1, output["rows"]))
+            squares = torch.stack(
+                [F.mse_loss(p.float(), f.float(), reduction="none").flatten(2).mean(dim=2) for p, f in pairs]
+            )
+            if self.relative_feature:
+                squares = squares / space_variance(output["features"], output.get("feature_std"))
+            terms["feature"] = set_mean(squares.mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
             terms["adversarial"] = set_mean(judged.mean(dim=2), missing, sizes[0])
         if "perceptual" in used and distances is not None:
             terms["perceptual"] = set_mean(distances.float(), missing, sizes[0])
-        loss: Any = sum(self.weights[name] * value for name, value in terms.items())
+        loss = torch.zeros((), device=target.device)
+        for name, value in terms.items():
+            loss = torch.add(loss, value, alpha=self.weights[name])
         return {"loss": loss, **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:

@@ -19,16 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
+from ..contrasts import NUM_CONTRASTS
 from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
 from ..networks.precision import half_weights
 from ..networks.sscf import SSCFNet, read_availability
-
-#: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
-_CELL_PRIORITY = ("ED", "NET", "ET")
-
 
 class Scenario(NamedTuple):
     """A scenario that all samples of a batch share, known on the host."""
@@ -102,8 +98,9 @@ class SSCFTrainingStep(nn.Module):
             segmentation branch ``logits``: B x 3 x spatial. With
             CITIM ``cells``: B x N classes y; ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of
             F_i^5 of each available contrast. With CCP, if ``feature_targets``, the lists ``predicted`` (F_CCP^j) and
-            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64). With either
-            ``entries``, the new bank entries.
+            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64), and where it is
+            known their standard deviation ``feature_std``, B x R x (C_1 + ... + C_5). With either ``entries``, the new
+            bank entries.
         """
         net = self.net
         available = read_availability(image) & has_contrast
@@ -119,12 +116,12 @@ class SSCFTrainingStep(nn.Module):
                 output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
             else:
                 output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
-            if net.with_citim:
-                output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
             if net.uses_bank:
                 number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
                 metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
                 output["entries"] = make_entries(net, first, features, statistics, *metadata)
+            if net.with_citim:
+                output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
         return output
 
     def _run_mixed(
@@ -144,6 +141,7 @@ class SSCFTrainingStep(nn.Module):
         if net.with_ccp and self.feature_targets:
             output["predicted"], output["features"] = out.predicted, [f.detach() for f in out.second]
             output["rows"] = torch.arange(NUM_CONTRASTS, device=images.device)
+            output["feature_std"] = out.statistics[1].detach()
         number = self.bank_samples
         mean, std = (t[:number] for t in out.statistics)
         return output, out.first[-1][:number], [f[:number] for f in out.second], (mean, std)
@@ -178,8 +176,8 @@ class SSCFTrainingStep(nn.Module):
         decoded = [not net.synthesis] * NUM_CONTRASTS
         if net.synthesis:
             predicted = part.predict(second, bank, allowed)
-            for row, i in enumerate(part.targets):
-                made[i], decoded[i] = part.decode(i, [scale[row] for scale in predicted]), True
+            for i, *features in zip(part.targets, *predicted, strict=True):
+                made[i], decoded[i] = part.decode(i, features), True
             for row, i in enumerate(part.sources):
                 if i in scenario.decoded:
                     made[i], decoded[i] = part.decode(i, [scale[row] for scale in second]), True
@@ -264,12 +262,14 @@ def make_entries(
 def cell_labels(label: torch.Tensor, factor: int) -> torch.Tensor:
     """The class map y (B x N uint8) at the stride of F^5: a class holds a cell if any voxel of the cell has it.
 
-    Where classes meet, ET > NET > ED > background. ``label`` is B x 1 x spatial.
+    Where classes meet, ET > NET > ED > background: the rarer wins, since with nearest sampling a third of the slices
+    would lose ET. ``label`` is B x 1 x spatial.
     """
     pool = F.max_pool2d if label.dim() == 4 else F.max_pool3d
-    out = torch.zeros([], device=label.device)
-    for name in _CELL_PRIORITY:
-        value = TUMOR_CLASSES.index(name) + 1
-        held = pool((label == value).float(), factor) > 0
-        out = torch.where(held, float(value), out)
-    return out.flatten(1).to(torch.uint8)
+    largest = pool(_exchange(label).float(), factor).to(torch.uint8)
+    return _exchange(largest).flatten(1)
+
+
+def _exchange(label: torch.Tensor) -> torch.Tensor:
+    """Exchanges ET (2) and NET (3), so that of two classes the one that has priority is the larger."""
+    return label ^ (label >> 1)
