@@ -342,16 +342,15 @@ def test_one_scenario_for_all_samples_gives_what_the_mixed_batch_gives(row: int,
     allowed[1] = False
     expected = run(ccp, feature, key, available, bank, allowed)
     sources, targets = (mask.nonzero().flatten() for mask in (available[0], ~available[0]))
-    target = targets.repeat_interleave(len(sources)).expand(3, -1)
-    source = sources.repeat(len(targets)).expand(3, -1)
+    target = targets.repeat(len(sources)).expand(3, -1)
+    source = sources.repeat_interleave(len(targets)).expand(3, -1)
     index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
     row = torch.arange(3).unsqueeze(1).expand(target.shape)
     statistics = (t[row, source].flatten(0, 1) for t in (feature.flatten(3).amax(3), *channel_statistics(feature)))
     mean, std = bank.mean[index, target].flatten(0, 1), bank.std[index, target].flatten(0, 1)
     maps = affine(ccp, *statistics, target.flatten(), found.flatten(), mean, std, torch.float32)
-    shape = (3, len(targets), len(sources))
-    scale, shift = (t.unflatten(0, shape) for t in maps)
-    result = ccp.predict(list(feature[:, sources].unbind(1)), scale, shift, sources, targets)
+    scale, shift = (t.unflatten(0, (3, len(sources), -1)).transpose(0, 1).flatten(0, 1) for t in maps)
+    result = ccp.predict(feature[:, sources], scale, shift, sources, targets)
     torch.testing.assert_close(result.transpose(0, 1), expected[:, targets], rtol=0, atol=1e-5)
 
 

@@ -102,6 +102,8 @@ def stack_contrasts(maps: list[torch.Tensor]) -> torch.Tensor:
     The memory layout of a map (channels first or last) is kept, and ``result[:, i]`` is as dense as ``maps[i]``, so
     that a decoder that reads one contrast needs no copy.
     """
+    if len(maps) == 1:
+        return maps[0].unsqueeze(1)
     if channels_are_last(maps[0]):
         return torch.stack([m.movedim(1, -1) for m in maps]).movedim(-1, 2).transpose(0, 1)
     return torch.stack(maps).transpose(0, 1)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mean_of_maps, mix_channels, number_of
+from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mix_channels, number_of
 
 
 class Pairs(NamedTuple):
@@ -224,7 +224,7 @@ class CCP(nn.Module):
 
     def predict(
         self,
-        features: list[torch.Tensor],
+        feature: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
         sources: torch.Tensor,
@@ -233,37 +233,39 @@ class CCP(nn.Module):
         """``forward`` for samples that share one scenario: only what the scenario needs is computed.
 
         Args:
-            features: of each available contrast, B x C x spatial.
-            scale: B x T x S x C, like ``shift`` as in ``forward``.
-            shift: B x T x S x C.
+            feature: B x S x C x spatial, those of the available contrasts.
+            scale: (S B) x T x C, source after source, like ``shift`` as in ``forward``.
+            shift: (S B) x T x C.
             sources: S indices of the available contrasts.
             targets: T indices of the missing contrasts.
 
         Returns:
             F_CCP^j of the missing contrasts, T x B x C x spatial.
         """
-        first = features[0]
-        num_targets, b = targets.shape[0], first.shape[0]
-        kernel = self.spatial.weight.index_select(0, targets)
-        assert self.spatial.bias is not None
-        offset = self.spatial.bias.index_select(0, targets)
-        convolve = F.conv2d if first.dim() == 4 else F.conv3d
-        gain = (self.num_contrasts - 1) / len(features) if self.scale_sources else 1.0
-        gamma = mean_row(self.gamma_weight.index_select(0, targets).index_select(1, sources) * gain).to(first.dtype)
-        bias = self.gamma_bias.index_select(0, targets).unsqueeze(0).to(first.dtype)
-        out = expand_dims_like(bias, first.unsqueeze(1))
+        b, num_sources = feature.shape[:2]
+        maps, num_targets = feature.transpose(0, 1).flatten(0, 1), targets.shape[0]
+        refined = maps.unsqueeze(1) * expand_dims_like(scale, feature)
+        refined = refined.add_(expand_dims_like(shift, feature)).flatten(0, 1)
+        gain = (self.num_contrasts - 1) / num_sources if self.scale_sources else 1.0
+        pairs = targets * self.num_contrasts + sources.unsqueeze(1)  # S x T
+        gamma = mean_row(gather(self.gamma_weight.flatten(0, 1), pairs) * gain).to(maps.dtype)
+        mixed, pooled = self.attend(refined, gamma.unsqueeze(1).expand(-1, b, -1, -1, -1).flatten(0, 2))
+        # each target's own kernel alone: targets become groups of the convolution
+        kernel, bias = self.spatial.weight.index_select(0, targets), self.spatial.bias
+        assert bias is not None
+        gate = (F.conv2d if maps.dim() == 4 else F.conv3d)(
+            pooled.unflatten(0, (-1, num_targets)).flatten(1, 2),
+            kernel,
+            bias.index_select(0, targets),
+            padding=kernel.shape[-1] // 2,
+            groups=num_targets,
+        )
+        mixed = mixed.unflatten(0, (num_sources, b, num_targets))
+        gate = torch.sigmoid(gate).unflatten(0, (num_sources, b)).unsqueeze(3)
+        out = (mixed * gate.to(mixed.dtype)).sum(dim=0)
+        out = out + expand_dims_like(self.gamma_bias.index_select(0, targets).to(out.dtype).unsqueeze(0), out)
         if self.residual:
-            out = out + mean_of_maps(features).unsqueeze(1)
-        # one source after the other: they add up, and no stack of feature maps has to be made
-        for s, maps in enumerate(features):
-            refined = maps.unsqueeze(1) * expand_dims_like(scale[:, :, s], out)
-            refined = refined.add_(expand_dims_like(shift[:, :, s], out)).flatten(0, 1)
-            mixed, pooled = self.attend(refined, gamma[:, s].expand(b, -1, -1, -1).flatten(0, 1))
-            # each target's own kernel alone: targets become groups of the convolution
-            pooled = pooled.unflatten(0, (b, num_targets)).flatten(1, 2)
-            gate = convolve(pooled, kernel, offset, padding=kernel.shape[-1] // 2, groups=num_targets)
-            mixed = mixed.unflatten(0, (b, num_targets))
-            out = out + mixed * torch.sigmoid(gate).unsqueeze(2).to(mixed.dtype)
+            out = out + feature.mean(dim=1, keepdim=True).to(out.dtype)
         return out.transpose(0, 1)
 
 

@@ -653,25 +653,26 @@ class ScenarioNetwork(nn.Module):
         net, sources, targets = self.net, self.source_index, self.target_index
         if not net.with_ccp:
             return [mean_of_maps(f).unsqueeze(0).expand(len(self.targets), *f[0].shape) for f in features]
-        b, num_sources, num_targets = features[0][0].shape[0], len(self.sources), len(self.targets)
-        # pairs in the order target, source
-        target = targets.repeat_interleave(num_sources).expand(b, -1)
-        source = sources.repeat(num_targets).expand(b, -1)
-        row = torch.arange(num_sources, device=sources.device).repeat(num_targets).expand(b, -1)
+        maps = [stack_contrasts(f) for f in features]
+        b, num_sources, num_targets = len(maps[0]), len(self.sources), len(self.targets)
+        # pairs in the order source, target
+        target, source = targets.repeat(num_sources).expand(b, -1), sources.repeat_interleave(num_targets).expand(b, -1)
+        row = torch.arange(num_sources, device=sources.device).repeat_interleave(num_targets).expand(b, -1)
         with torch.autocast(sources.device.type, enabled=False):
-            keyed = zip(features, net.key_cells, strict=True)
-            key = net.retrieval_key([torch.stack(f, dim=1).detach() if cells else f[0] for f, cells in keyed])
+            key = net.retrieval_key([f.detach() for f in maps])
             mean, std, found = net.retrieve(key, self.sources, row, bank, allowed, target, source)
-            maps = [scale[s].unsqueeze(1) for s in range(num_sources) for scale in features]
             maximum = torch.cat([maximum_over(f.flatten(3), 3) for f in maps], dim=2).float()
-            table = torch.stack([maximum, *scale_statistics(maps)], dim=1).unflatten(3, (num_sources, -1))
-            own = table.expand(-1, -1, num_targets, -1, -1).movedim(1, 3).flatten(0, 2)
-            pairs = net.affine(own, target.flatten(), *(t.flatten(0, 1) for t in (found, mean, std)))
-        shape = (b, num_targets, num_sources)
-        scales, shifts = (t.to(features[0][0].dtype).unflatten(0, shape).split(net.widths, dim=3) for t in pairs)
+            table = torch.stack([maximum, *scale_statistics(maps)], dim=2).unsqueeze(2)
+            own = table.expand(-1, -1, num_targets, -1, -1).flatten(0, 2)
+            affine = net.affine(own, target.flatten(), *(t.flatten(0, 1) for t in (found, mean, std)))
+        # source after source, as the maps lie in memory
+        scales, shifts = (
+            t.to(maps[0].dtype).unflatten(0, (b, num_sources, -1)).transpose(0, 1).flatten(0, 1).split(net.widths, 2)
+            for t in affine
+        )
         return [
             cast(CCP, ccp).predict(f, scale, shift, sources, targets)
-            for ccp, f, scale, shift in zip(net.ccp, features, scales, shifts, strict=True)
+            for ccp, f, scale, shift in zip(net.ccp, maps, scales, shifts, strict=True)
         ]
 
     def decode(self, contrast: int, features: list[torch.Tensor]) -> torch.Tensor:
