@@ -60,7 +60,7 @@ def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
     return maps.max(dim=dim).values if maps.requires_grad else maps.amax(dim=dim)
 
 
-def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
+def mean_of_maps(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean of feature maps of one shape, without a stack of them in memory."""
     if len(maps) == 1:
         return maps[0]

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mix_channels, number_of
+from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mean_of_maps, mix_channels, number_of
 
 
 class Pairs(NamedTuple):
@@ -251,21 +251,25 @@ class CCP(nn.Module):
         gamma = mean_row(gather(self.gamma_weight.flatten(0, 1), pairs) * gain).to(maps.dtype)
         mixed, pooled = self.attend(refined, gamma.unsqueeze(1).expand(-1, b, -1, -1, -1).flatten(0, 2))
         # each target's own kernel alone: targets become groups of the convolution
-        kernel, bias = self.spatial.weight.index_select(0, targets), self.spatial.bias
-        assert bias is not None
+        kernel, offset = self.spatial.weight.index_select(0, targets), self.spatial.bias
+        assert offset is not None
         gate = (F.conv2d if maps.dim() == 4 else F.conv3d)(
             pooled.unflatten(0, (-1, num_targets)).flatten(1, 2),
             kernel,
-            bias.index_select(0, targets),
+            offset.index_select(0, targets),
             padding=kernel.shape[-1] // 2,
             groups=num_targets,
         )
         mixed = mixed.unflatten(0, (num_sources, b, num_targets))
         gate = torch.sigmoid(gate).unflatten(0, (num_sources, b)).unsqueeze(3)
-        out = (mixed * gate.to(mixed.dtype)).sum(dim=0)
-        out = out + expand_dims_like(self.gamma_bias.index_select(0, targets).to(out.dtype).unsqueeze(0), out)
+        bias = expand_dims_like(self.gamma_bias.index_select(0, targets).to(mixed.dtype).unsqueeze(0), feature)
         if self.residual:
-            out = out + feature.mean(dim=1, keepdim=True).to(out.dtype)
+            bias = bias + mean_of_maps(feature.unbind(1)).to(mixed.dtype).unsqueeze(1)
+        # on a CPU faster than a sum in half precision
+        first, *further = (mixed * gate.to(mixed.dtype)).unbind(0)
+        out = first + bias
+        for fused in further:
+            out = out.add_(fused)
         return out.transpose(0, 1)
 
 
