@@ -28,8 +28,8 @@ DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 
 
 def number_of(mask: torch.Tensor) -> torch.Tensor:
-    """How many a mask (B x K boolean) names in each row, at least 1."""
-    return mask.sum(dim=1).clamp(min=1)
+    """How many a mask (... x K boolean) names in each row, at least 1."""
+    return mask.sum(dim=-1).clamp(min=1)
 
 
 def masked_mean(features: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:

@@ -38,15 +38,15 @@ def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | N
     """Mean over the members of each sample's set, or what stands for their sum, then the mean over samples.
 
     Args:
-        values: B x K; what is no member may be NaN.
-        members: B x K boolean.
-        size: B, what each sample's mean is multiplied by; None is the mean.
+        values: ... x B x K; what is no member may be NaN.
+        members: ... x B x K boolean.
+        size: ... x B, what each sample's mean is multiplied by; None is the mean.
 
     Returns:
-        Scalar; a sample without members counts as 0.
+        ..., in which a sample without members counts as 0.
     """
-    kept = torch.where(members, values, 0.0).sum(dim=1) / number_of(members)
-    return (kept if size is None else kept * size).mean()
+    kept = torch.where(members, values, 0.0).sum(dim=-1) / number_of(members)
+    return (kept if size is None else kept * size).mean(dim=-1)
 
 
 def affinity_cross_entropy(
@@ -338,10 +338,9 @@ class GeneratorLoss(nn.Module):
         """
         used = {name for name, weight in self.weights.items() if weight}
         available = output["available"]
-        decoded = output.get("decoded", torch.ones_like(available))
         missing = ~available & has_contrast
-        known_mask = has_contrast & has_mask.unsqueeze(1)
-        sizes = [members.sum(dim=1) if self.sums else None for members in (missing, available, known_mask)]
+        #: values of contrasts with their sets, and the sets whose sizes stand for these
+        sets: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         terms: dict[str, torch.Tensor] = {}
         if "ctdl" in used and draw is not None and "class_map" in output:
             terms["ctdl"] = self.sampled_ctdl(output, draw, has_mask)
@@ -356,18 +355,21 @@ class GeneratorLoss(nn.Module):
         if used & {"synthesis", "reconstruction", "tumor"}:
             images = output["pred"][:, :NUM_CONTRASTS].float()
             known = expand_dims_like(has_contrast, target)
-            error = torch.where(known, (images - target.float()).abs(), torch.zeros_like(images))
+            error = torch.where(known, (images - target.float()).abs(), 0.0)
             absolute = error.flatten(2).mean(dim=2)
+            shown = available & output["decoded"] if "decoded" in output else available
             if "synthesis" in used:
-                terms["synthesis"] = set_mean(absolute, missing, sizes[0])
+                sets["synthesis"] = absolute, missing, missing
             if "reconstruction" in used:
-                terms["reconstruction"] = set_mean(absolute, available & decoded, sizes[1])
+                sets["reconstruction"] = absolute, shown, available
             if "tumor" in used:
                 tumor = (error * (label > 0)).flatten(2).mean(dim=2)
-                # of the available contrasts those that are decoded stand for all
-                share = available.sum(dim=1, keepdim=True) / (available & decoded).sum(dim=1, keepdim=True).clamp(min=1)
-                tumor = torch.where(available, torch.where(decoded, tumor * share, torch.zeros_like(tumor)), tumor)
-                terms["tumor"] = set_mean(tumor, known_mask, sizes[2])
+                if "decoded" in output:
+                    # of the available contrasts those that are decoded stand for all
+                    share = available.sum(dim=1, keepdim=True) / number_of(shown).unsqueeze(1)
+                    tumor = tumor * torch.where(available, shown * share, 1.0)
+                known_mask = has_contrast & has_mask.unsqueeze(1)
+                sets["tumor"] = tumor, known_mask, known_mask
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
             squares = torch.stack(
@@ -378,9 +380,13 @@ class GeneratorLoss(nn.Module):
             terms["feature"] = set_mean(squares.mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
-            terms["adversarial"] = set_mean(judged.mean(dim=2), missing, sizes[0])
+            sets["adversarial"] = judged.mean(dim=2), missing, missing
         if "perceptual" in used and distances is not None:
-            terms["perceptual"] = set_mean(distances.float(), missing, sizes[0])
+            sets["perceptual"] = distances.float(), missing, missing
+        if sets:
+            values, members, whole = (torch.stack(tensors) for tensors in zip(*sets.values(), strict=True))
+            means = set_mean(values, members, whole.sum(dim=-1) if self.sums else None)
+            terms |= zip(sets, means.unbind(), strict=True)
         loss = torch.zeros((), device=target.device)
         for name, value in terms.items():
             loss = torch.add(loss, value, alpha=self.weights[name])

@@ -383,8 +383,9 @@ class SynthesisTrainer(Trainer):
                 self.average.update()
         self.on_iteration_end(output)
 
-        for name, value in losses.items():
-            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        known = [name for name in losses if name in self._totals]
+        sums = torch._foreach_add([self._totals[name] for name in known], [losses[name] for name in known]) if known else ()
+        self._totals |= losses | dict(zip(known, sums, strict=True))
         self._batches += 1
         engine.state.output = losses
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
