@@ -305,7 +305,7 @@ def work_of_batch(
 class WorkCounter(TorchDispatchMode):
     """Lists the operations that run, with the part they belong to.
 
-    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs, but for those
+    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs, but not those
     of the part ``HOST``. That is the traffic without fusion, and without what a kernel reads twice.
 
     Args:

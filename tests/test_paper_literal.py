@@ -165,9 +165,7 @@ def test_concatenations_are_not_scaled() -> None:
     scaled = tiny_net(**{**LITERAL, "scale_sources": True})  # the same weights
     factor = (3 / AVAILABLE.sum(dim=1)).view(-1, 1, 1, 1, 1)
     nothing = torch.zeros(3, net.bank_size, dtype=torch.bool)
-    made = [
-        n.synthesize(features, scale_statistics(features), AVAILABLE, bank, nothing)[1][-1] for n in (net, scaled)
-    ]
+    made = [n.synthesize(features, scale_statistics(features), AVAILABLE, bank, nothing)[1][-1] for n in (net, scaled)]
     bias = net.ccp[-1].gamma_bias.view(1, 4, -1, 1, 1)
     missing = ~AVAILABLE
     torch.testing.assert_close(((made[0] - bias) * factor)[missing], (made[1] - bias)[missing], rtol=1e-4, atol=1e-5)

@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
     gamma_row: torch.Tensor  #: M rows of the pairs in a table of K K rows, target after target.
     gain: torch.Tensor  #: M factors of eq. 9, 0 for an idle pair.
     own: torch.Tensor  #: K B, contrasts that are available, contrast after contrast.
-    count: torch.Tensor  #: B, available contrasts, at least 1.
+    number: torch.Tensor  #: B, how many contrasts are available, at least 1.
 
 
 def pairs_of_batch(
@@ -60,9 +60,9 @@ def pairs_of_batch(
     b, k = available.shape
     sample = torch.arange(b, device=available.device).unsqueeze(1)
     read = torch.where(active, source, source[:, :1])
-    gain, count = active.float(), number_of(available)
+    gain, number = active.float(), number_of(available)
     if scale_sources:
-        gain = gain * ((k - 1) / count.unsqueeze(1))
+        gain = gain * ((k - 1) / number.unsqueeze(1))
     return Pairs(
         target.flatten(),
         (target * b + sample).flatten(),
@@ -70,7 +70,7 @@ def pairs_of_batch(
         (target * k + source).flatten(),
         gain.flatten(),
         available.t().flatten(),
-        count,
+        number,
     )
 
 
@@ -217,7 +217,7 @@ class CCP(nn.Module):
         gate = torch.sigmoid(attended.gather(1, place)) * expand_dims_like(pairs.gain.to(attended.dtype), attended)
         base = expand_dims_like(self.gamma_bias.to(mixed.dtype).unsqueeze(1).expand(-1, b, -1), feature)
         if self.residual:
-            base = base + masked_mean(feature, available, pairs.count).to(mixed.dtype)
+            base = base + masked_mean(feature, available, pairs.number).to(mixed.dtype)
         out = torch.where(expand_dims_like(pairs.own, maps), maps.to(mixed.dtype), base.flatten(0, 1))
         out = out.index_add_(0, pairs.target_row, mixed * gate.to(mixed.dtype))
         return out.unflatten(0, (k, b)).transpose(0, 1)

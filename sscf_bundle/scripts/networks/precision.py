@@ -80,5 +80,5 @@ class _Cast(torch.autograd.Function):
 
 def _cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     cast = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(cast, tensors)
+    torch._foreach_copy_(cast, list(tensors))
     return tuple(cast)

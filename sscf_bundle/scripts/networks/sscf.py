@@ -425,14 +425,9 @@ class SSCFNet(ConfiguredNetwork):
         return torch.cat(means, dim=2), torch.cat(stds, dim=2), torch.cat(found, dim=2)
 
     def affine(
-        self,
-        statistics: torch.Tensor,
-        target: torch.Tensor,
-        found: torch.Tensor,
-        mean: torch.Tensor,
-        std: torch.Tensor,
+        self, statistics: torch.Tensor, target: torch.Tensor, found: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """AdaIN (eq. 8) and CBAM's channel attention of M pairs, as one affine map of each source channel of each scale.
+        """AdaIN (eq. 8) and CBAM's channel attention of M pairs, as one affine map of each channel of each scale.
 
         Args:
             statistics: M x 3 x (C_1 + ... + C_5), spatial maximum, mean and standard deviation of the source features.
@@ -451,7 +446,7 @@ class SSCFNet(ConfiguredNetwork):
         parts = pooled.split(self.widths, dim=1)
         logits: list[torch.Tensor] = []
         for j, ccp in enumerate(self.ccp):
-            logits.append(ccp.channel_attention(chosen, parts[j]))
+            logits.append(ccp.channel_attention(chosen, parts[j]))  # type: ignore[operator]
         attention = torch.sigmoid(torch.cat(logits, dim=1).unflatten(0, (2, -1)).sum(dim=0))
         return attention * ratio, attention * offset
 

@@ -26,6 +26,7 @@ from ..networks.memory_bank import BankEntries, CompiledBank
 from ..networks.precision import half_weights
 from ..networks.sscf import SSCFNet, read_availability
 
+
 class Scenario(NamedTuple):
     """A scenario that all samples of a batch share, known on the host."""
 

@@ -383,9 +383,11 @@ class SynthesisTrainer(Trainer):
                 self.average.update()
         self.on_iteration_end(output)
 
-        known = [name for name in losses if name in self._totals]
-        sums = torch._foreach_add([self._totals[name] for name in known], [losses[name] for name in known]) if known else ()
-        self._totals |= losses | dict(zip(known, sums, strict=True))
+        totals = {name: self._totals[name] for name in losses if name in self._totals}
+        if totals:
+            sums = torch._foreach_add([*totals.values()], [losses[name] for name in totals])
+            totals = dict(zip(totals, sums, strict=True))
+        self._totals |= losses | totals
         self._batches += 1
         engine.state.output = losses
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
