@@ -305,8 +305,8 @@ def work_of_batch(
 class WorkCounter(TorchDispatchMode):
     """Lists the operations that run, with the part they belong to.
 
-    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs, but not those
-    of the part ``HOST``. That is the traffic without fusion, and without what a kernel reads twice.
+    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs, those of the
+    part ``HOST`` excepted. That is the traffic without fusion, and without what a kernel reads twice.
 
     Args:
         parts: what is running.

@@ -62,7 +62,7 @@ def pairs_of_batch(
     read = torch.where(active, source, source[:, :1])
     gain, number = active.float(), number_of(available)
     if scale_sources:
-        gain = gain * ((k - 1) / number.unsqueeze(1))
+        gain = gain / number.unsqueeze(1) * (k - 1)
     return Pairs(
         target.flatten(),
         (target * b + sample).flatten(),
