@@ -622,8 +622,8 @@ def test_variants_train_infer_and_script_without_the_parts_that_they_lack(
     step = tiny_step(filled=4 if reads_bank else 0, **changes)
     available = scenario_table()
     output = step(**random_batch(available))
-    optional = {"logits", "class_map", "contrast_maps", "cells", "predicted", "features", "rows", "entries"}
-    companions = {"class_map": {"contrast_maps", "cells"}, "predicted": {"features", "rows"}}
+    companions = {"class_map": {"contrast_maps", "cells"}, "predicted": {"features", "feature_std", "rows"}}
+    optional = {"logits", "entries"}.union(companions, *companions.values())
     absent = absent.union(*(companions.get(name, set()) for name in absent))
     assert set(output) == (optional - absent) | {"pred", "available"}
     total = output["pred"].square().sum()

@@ -169,11 +169,11 @@ class CCP(nn.Module):
             M x C.
         """
         # of all targets, of which the own one is kept: no weights have to be gathered
-        squeeze = self.squeeze_weight.float().flatten(0, 1).t()
-        hidden = torch.relu(torch.addmm(self.squeeze_bias.float().flatten(), pooled, squeeze))
+        squeeze, squeeze_bias = self.squeeze_weight.float().flatten(0, 1), self.squeeze_bias.float().flatten()
+        hidden = torch.relu(F.linear(pooled, squeeze, squeeze_bias))
         kept = (hidden.unflatten(1, self.squeeze_bias.shape) * chosen.unsqueeze(2)).flatten(1)
-        bias = torch.mm(chosen, self.excite_bias.float())
-        return torch.addmm(bias, kept, self.excite_weight.float().transpose(1, 2).flatten(0, 1))
+        excite = self.excite_weight.float().transpose(1, 2).flatten(0, 1)
+        return torch.mm(kept, excite) + torch.mm(chosen, self.excite_bias.float())
 
     def attend(self, refined: torch.Tensor, gamma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gamma and what spatial attention is computed from.
