@@ -134,6 +134,10 @@ class PeakMemory:
 
 
 # ------------------------------------------------------------------------------------------------- parts of a step
+#: Part of what runs on the host whatever the device is, which starts no kernel.
+HOST = "host"
+
+
 class Parts:
     """Knows which part of a step is running.
 
@@ -301,8 +305,8 @@ def work_of_batch(
 class WorkCounter(TorchDispatchMode):
     """Lists the operations that run, with the part they belong to.
 
-    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs. That is the
-    traffic without fusion, and without what a kernel reads twice.
+    Every ATen operation that is no view counts as one kernel that reads its inputs and writes its outputs, those of the
+    part ``HOST`` excepted. That is the traffic without fusion, and without what a kernel reads twice.
 
     Args:
         parts: what is running.
@@ -317,7 +321,7 @@ class WorkCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        if func.is_view or func.namespace != "aten" or packet in _FREE:
+        if func.is_view or func.namespace != "aten" or packet in _FREE or self.parts.label == HOST:
             return out
         # a fill writes only
         traffic = _tensor_bytes(out) + (0 if packet in _WRITE_ONLY else _tensor_bytes((args, kwargs)))

@@ -25,7 +25,7 @@ from scripts.networks.sscf import ScenarioNetwork, SSCFNet
 from scripts.training.trainer import SSCFTrainer, SynthesisTrainer
 
 from .inference import filled_network, network_case, scenario
-from .measure import H100, PartClock, Parts, Work, WorkCounter, precision, work_of_batch
+from .measure import H100, HOST, PartClock, Parts, Work, WorkCounter, precision, work_of_batch
 from .training import build_trainer
 
 #: Contrasts that are missing where inference is profiled.
@@ -69,6 +69,7 @@ def watch_trainer(parts: Parts, trainer: SynthesisTrainer) -> None:
         (IterationEvents.BACKWARD_COMPLETED, "discriminators"),
     ):
         trainer.add_event_handler(event, partial(parts.become, label))
+    parts.watch_method(trainer, "draw_batch_scenarios", HOST)
     parts.watch_method(trainer.loss, "sampled_ctdl", "dependency loss")
     parts.watch_method(trainer.optimizer, "step", "optimizers")
     if trainer.discriminators is not None:

@@ -25,7 +25,7 @@ from scripts.contrasts import NUM_CONTRASTS, scenario_table
 from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
 from scripts.data.transforms import study_transforms
-from scripts.networks.blocks import channel_statistics
+from scripts.networks.blocks import scale_statistics
 from scripts.networks.memory_bank import BankEntries, CompiledBank
 from scripts.networks.sscf import SSCFNet, network_input
 from scripts.networks.weights import load_weights, network_from_weights, read_state, save_weights
@@ -157,8 +157,7 @@ def entries_of(net: SSCFNet, sample: dict[str, torch.Tensor], others: BankEntrie
         allowed = torch.ones(1, len(others.patient), dtype=torch.bool)
         out = net.run_branches(target, available, bank, allowed)
         second, read = out.second, True
-    statistics = [channel_statistics(f) for f in second]
-    return make_entries(net, first[-1], second, statistics, **made), read
+    return make_entries(net, first[-1], second, scale_statistics(second), **made), read
 
 
 def test_entries_are_made_with_the_first_pass_entries_of_the_other_patients() -> None:

@@ -18,11 +18,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from builders import all_availabilities, compute_in_float64, generator
 
 from scripts.contrasts import scenario_table
 from scripts.networks.blocks import channel_statistics
-from scripts.networks.ccp import CCP
+from scripts.networks.ccp import CCP, Pairs, adain, gather, pairs_of_batch
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 
@@ -148,7 +149,34 @@ def run(
     target, source, active = active_pairs(available)
     index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
     mean, std = bank.mean[index, target], bank.std[index, target]
-    return ccp(feature, *channel_statistics(feature), available, target, source, active, found, mean, std)
+    pairs = pairs_of_batch(available, target, source, active, ccp.scale_sources)
+    return ccp(feature, *pair_maps(ccp, feature, pairs, found, mean, std), available, pairs)
+
+
+def pair_maps(
+    ccp: CCP, feature: torch.Tensor, pairs: Pairs, found: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaIN and channel attention of all pairs, in the type of the features."""
+    statistics = (feature.flatten(3).amax(dim=3).float(), *channel_statistics(feature))
+    own = (gather(t.transpose(0, 1).flatten(0, 1), pairs.source_row) for t in statistics)
+    return affine(ccp, *own, pairs.target, found.flatten(), mean.flatten(0, 1), std.flatten(0, 1), feature.dtype)
+
+
+def affine(
+    ccp: CCP,
+    maximum: torch.Tensor,
+    center: torch.Tensor,
+    own_std: torch.Tensor,
+    target: torch.Tensor,
+    found: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ratio, offset, pooled = adain(maximum, center, own_std, found.unsqueeze(1), mean, std)
+    chosen = F.one_hot(target, K).to(pooled.dtype).repeat(2, 1)
+    attention = torch.sigmoid(sum(ccp.channel_attention(chosen, pooled).chunk(2)))
+    return (attention * ratio).to(dtype), (attention * offset).to(dtype)
 
 
 def pair_distances(key: torch.Tensor, bank: CompiledBank, source: torch.Tensor) -> torch.Tensor:
@@ -314,18 +342,15 @@ def test_one_scenario_for_all_samples_gives_what_the_mixed_batch_gives(row: int,
     allowed[1] = False
     expected = run(ccp, feature, key, available, bank, allowed)
     sources, targets = (mask.nonzero().flatten() for mask in (available[0], ~available[0]))
-    target = targets.repeat_interleave(len(sources)).expand(3, -1)
-    source = sources.repeat(len(targets)).expand(3, -1)
+    target = targets.repeat(len(sources)).expand(3, -1)
+    source = sources.repeat_interleave(len(targets)).expand(3, -1)
     index, found = retrieve(pair_distances(key, bank, source), usable_for_pairs(bank, allowed, target, source))
-    shape = (len(targets), len(sources))
-    result = ccp.predict(
-        list(feature[:, sources].unbind(1)),
-        sources,
-        targets,
-        found.unflatten(1, shape),
-        bank.mean[index, target].unflatten(1, shape),
-        bank.std[index, target].unflatten(1, shape),
-    )
+    row = torch.arange(3).unsqueeze(1).expand(target.shape)
+    statistics = (t[row, source].flatten(0, 1) for t in (feature.flatten(3).amax(3), *channel_statistics(feature)))
+    mean, std = bank.mean[index, target].flatten(0, 1), bank.std[index, target].flatten(0, 1)
+    maps = affine(ccp, *statistics, target.flatten(), found.flatten(), mean, std, torch.float32)
+    scale, shift = (t.unflatten(0, (3, len(sources), -1)).transpose(0, 1).flatten(0, 1) for t in maps)
+    result = ccp.predict(feature[:, sources], scale, shift, sources, targets)
     torch.testing.assert_close(result.transpose(0, 1), expected[:, targets], rtol=0, atol=1e-5)
 
 
@@ -386,17 +411,12 @@ def test_predicted_channel_statistics_follow_the_prototype() -> None:
 
 def test_channel_attention_uses_the_weights_of_the_target() -> None:
     ccp = make_ccp(6)
-    mean, maximum = torch.randn((2, 3, 6), generator=generator(1)), torch.randn((2, 3, 6), generator=generator(2))
-    target = torch.tensor([[0, 3, 1], [2, 2, 0]])
-    result = ccp.channel_attention(target, mean, maximum)
-    for b in range(2):
-        for p in range(3):
-            t = int(target[b, p])
-            total = torch.zeros(6, dtype=torch.float64)
-            for pooled in (mean[b, p].double(), maximum[b, p].double()):
-                hidden = (ccp.squeeze_weight[t].double() @ pooled + ccp.squeeze_bias[t].double()).clamp(min=0)
-                total = total + ccp.excite_weight[t].double() @ hidden + ccp.excite_bias[t].double()
-            torch.testing.assert_close(result[b, p].double(), torch.sigmoid(total), rtol=0, atol=1e-6)
+    pooled, target = torch.randn((6, 6), generator=generator(1)), torch.tensor([0, 3, 1, 2, 2, 0])
+    result = ccp.channel_attention(F.one_hot(target, K).float(), pooled)
+    for row, t in enumerate(target.tolist()):
+        hidden = (ccp.squeeze_weight[t].double() @ pooled[row].double() + ccp.squeeze_bias[t].double()).clamp(min=0)
+        expected = ccp.excite_weight[t].double() @ hidden + ccp.excite_bias[t].double()
+        torch.testing.assert_close(result[row].double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -415,7 +435,10 @@ def test_compiled_half_precision_has_the_gradient_of_the_eager_one() -> None:
         return feature.grad.float()
 
     def forward(feature: torch.Tensor) -> torch.Tensor:
-        return ccp(feature, *channel_statistics(feature), available, target, source, active, found, mean, std)
+        with torch.autocast("cpu", enabled=False):
+            pairs = pairs_of_batch(available, target, source, active, True)
+            maps = pair_maps(ccp, feature, pairs, found, mean, std)
+        return ccp(feature, *maps, available, pairs)
 
     eager, compiled = gradient(forward), gradient(torch.compile(forward, dynamic=False))
     assert torch.isfinite(compiled).all()

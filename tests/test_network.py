@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from builders import TINY_CHANNELS, all_availabilities, generator, random_batch,
 from scripts.contrasts import scenario_table
 from scripts.networks.citim import CITIM
 from scripts.networks.memory_bank import BankEntries, CompiledBank
+from scripts.networks.retrieval import active_pairs
 from scripts.networks.sscf import PRESETS, SSCFNet, network_input, read_availability
 from scripts.training.step import SSCFTrainingStep, cell_labels
 
@@ -413,16 +415,30 @@ def test_entries_hold_what_design_says_of_both_passes() -> None:
         assert torch.equal(getattr(entries, name), batch[name])
 
 
+def watch_retrieval(net: SSCFNet) -> list[tuple[torch.Tensor, ...]]:
+    """Lists what each retrieval is asked for and what it gives: target, source, mean, std, found."""
+    given: list[tuple[torch.Tensor, ...]] = []
+    prototypes = net.prototypes
+
+    def watched(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = prototypes(*args)
+        given.append((*args[-2:], *found))
+        return found
+
+    net.prototypes = watched  # type: ignore[method-assign]
+    return given
+
+
 def test_retrieval_in_the_network_takes_the_nearest_key_of_another_patient() -> None:
     step = tiny_step(filled=0)
     past = random_batch(scenario_table()[:6], seed=5, first_patient=998)
     with torch.no_grad():
         step.bank.enqueue(step(**past)["entries"])
-        given = []
-        step.net.ccp[0].register_forward_pre_hook(lambda _m, args: given.append(args))
+        given = watch_retrieval(step.net)
         available = scenario_table()
         output = step(**random_batch(available))
-    _, _, _, _, target, source, active, found, mean, _ = given[0]
+    target, source, mean, _, found = given[0]
+    active = active_pairs(available)[2]
     keys, chosen = output["entries"].key.double(), set()
     for b in range(14):
         for p in range(4):
@@ -433,7 +449,7 @@ def test_retrieval_in_the_network_takes_the_nearest_key_of_another_patient() -> 
             distances = {e: ((keys[b, s] - step.bank.key[e, s].double()) ** 2).sum().sqrt().item() for e in others}
             nearest = min(distances, key=distances.__getitem__)
             assert found[b, p]
-            assert torch.equal(mean[b, p], step.bank.mean[nearest, t, : TINY_CHANNELS[0]])
+            assert torch.equal(mean[b, p], step.bank.mean[nearest, t])
             chosen.add(nearest)
     assert len(chosen) > 1
 
@@ -446,7 +462,6 @@ def test_bank_arithmetic_stays_in_float32_under_bfloat16_autocast() -> None:
     net.citim.register_forward_hook(lambda _m, args, out: seen.update(args=args, context=out.detach()))
     run_branches = net.run_branches
     net.run_branches = lambda *args: seen.setdefault("out", run_branches(*args))  # type: ignore[method-assign]
-    net.ccp[0].register_forward_pre_hook(lambda _m, args: seen.update(pairs=args))
     with torch.no_grad():
         value, gram = net.citim.fold(step.bank.prototype[:-1], step.bank.present[:-1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -476,8 +491,7 @@ def test_retrieval_under_bfloat16_autocast_finds_the_same_entries() -> None:
     step = tiny_step(filled=0)
     available = scenario_table()
     batch = random_batch(available)
-    given: list[tuple] = []
-    step.net.ccp[0].register_forward_pre_hook(lambda _m, args: given.append(args))
+    given = watch_retrieval(step.net)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         keys = step(**batch)["entries"].key
         bank = random_entries(step.bank, range(6))
@@ -485,14 +499,15 @@ def test_retrieval_under_bfloat16_autocast_finds_the_same_entries() -> None:
         step.bank.enqueue(bank._replace(key=center + 0.02 * center.abs().mean() * bank.key))
         given.clear()
         keys = step(**batch)["entries"].key.double()
-    _, _, _, _, target, source, active, _, mean, _ = given[0]
+    target, source, mean, _, _ = given[0]
+    active = active_pairs(available)[2]
     for b in range(14):
         for p in range(4):
             if active[b, p]:
                 t, s = int(target[b, p]), int(source[b, p])
                 distances = [(keys[b, s] - step.bank.key[e, s].double()).norm().item() for e in range(6)]
                 nearest = int(np.argmin(distances))
-                assert torch.equal(mean[b, p], step.bank.mean[nearest, t, : TINY_CHANNELS[0]])
+                assert torch.equal(mean[b, p], step.bank.mean[nearest, t])
 
 
 # ------------------------------------------------------------------------------------------------- export and state
@@ -607,8 +622,8 @@ def test_variants_train_infer_and_script_without_the_parts_that_they_lack(
     step = tiny_step(filled=4 if reads_bank else 0, **changes)
     available = scenario_table()
     output = step(**random_batch(available))
-    optional = {"logits", "class_map", "contrast_maps", "cells", "predicted", "features", "rows", "entries"}
-    companions = {"class_map": {"contrast_maps", "cells"}, "predicted": {"features", "rows"}}
+    companions = {"class_map": {"contrast_maps", "cells"}, "predicted": {"features", "feature_std", "rows"}}
+    optional = {"logits", "entries"}.union(companions, *companions.values())
     absent = absent.union(*(companions.get(name, set()) for name in absent))
     assert set(output) == (optional - absent) | {"pred", "available"}
     total = output["pred"].square().sum()
@@ -697,10 +712,11 @@ def test_detached_mask_keeps_the_synthesis_from_training_the_segmentation() -> N
 def test_mean_retrieval_gives_every_slice_the_same_statistics_and_nearest_does_not() -> None:
     image = random_batch(scenario_table()[[0, 0]], seed=6)["image"]
     for mode, same in (("mean", True), ("nearest", False)):
-        net, given = with_frozen_bank(tiny_step(retrieval=mode)), []
+        net = with_frozen_bank(tiny_step(retrieval=mode))
         with torch.no_grad():
             net.bank_key[:2] = net.retrieval_key(net.encode(image[:, :4], torch.zeros(2, 3, 32, 32)))
             net.bank_key_square.copy_(net.bank_key.square().sum(dim=2))
-            net.ccp[0].register_forward_pre_hook(lambda _m, args, given=given: given.append(args[-2]))
+            given = watch_retrieval(net)
             net(image)
-        assert torch.equal(given[0][0], given[0][1]) == same
+        mean = given[0][2]
+        assert torch.equal(mean[0], mean[1]) == same

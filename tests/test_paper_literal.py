@@ -33,6 +33,7 @@ from builders import (
 
 from scripts.contrasts import StudyError, scenario_table
 from scripts.evaluation.bootstrap import read_scores
+from scripts.networks.blocks import scale_statistics
 from scripts.networks.memory_bank import MemoryBank
 from scripts.networks.retrieval import active_pairs
 from scripts.networks.sscf import network_input
@@ -117,14 +118,13 @@ def test_each_scale_retrieves_by_its_own_whole_map() -> None:
     images = batch["target"]
     features = net.encode(images, torch.zeros_like(images[:, :3]))
     seen = []
-    for ccp in net.ccp:
-        ccp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    net.synthesize(
-        features, [(f.flatten(3).mean(3), f.flatten(3).std(3)) for f in features], AVAILABLE, bank, filled.expand(3, -1)
-    )
+    retrieve = net.retrieve
+    net.retrieve = lambda *args: seen.append(retrieve(*args)) or seen[-1]  # type: ignore[func-returns-value]
+    net.synthesize(features, scale_statistics(features), AVAILABLE, bank, filled.expand(3, -1))
+    ((mean, std, _),) = seen
     start, offset = 0, 0
     chosen = set()
-    for j, (feature, inputs) in enumerate(zip(features, seen, strict=True)):
+    for j, feature in enumerate(features):
         maps = feature.flatten(2)  # whole maps
         keys = step.bank.key[:6, :, offset : offset + maps.shape[2]]
         channels = slice(start, start + feature.shape[2])
@@ -134,8 +134,8 @@ def test_each_scale_retrieves_by_its_own_whole_map() -> None:
             distances = [float((maps[b, s] - key[s]).square().sum()) for key in keys[: int(step.bank.count)]]
             best = distances.index(min(distances))
             chosen.add((b, p, best))
-            assert torch.equal(inputs[8][b, p], step.bank.mean[best, t, channels]), (j, b, p)
-            assert torch.equal(inputs[9][b, p], step.bank.std[best, t, channels])
+            assert torch.equal(mean[b, p, channels], step.bank.mean[best, t, channels]), (j, b, p)
+            assert torch.equal(std[b, p, channels], step.bank.std[best, t, channels])
         start, offset = channels.stop, offset + maps.shape[2]
     assert offset == step.bank.key.shape[2]
     assert len({(b, p) for b, p, _ in chosen}) < len(chosen)  # scales do not agree, so that the switch shows
@@ -164,9 +164,8 @@ def test_concatenations_are_not_scaled() -> None:
 
     scaled = tiny_net(**{**LITERAL, "scale_sources": True})  # the same weights
     factor = (3 / AVAILABLE.sum(dim=1)).view(-1, 1, 1, 1, 1)
-    statistics = [(f.flatten(3).mean(3), f.flatten(3).std(3)) for f in features]
     nothing = torch.zeros(3, net.bank_size, dtype=torch.bool)
-    made = [n.synthesize(features, statistics, AVAILABLE, bank, nothing)[1][-1] for n in (net, scaled)]
+    made = [n.synthesize(features, scale_statistics(features), AVAILABLE, bank, nothing)[1][-1] for n in (net, scaled)]
     bias = net.ccp[-1].gamma_bias.view(1, 4, -1, 1, 1)
     missing = ~AVAILABLE
     torch.testing.assert_close(((made[0] - bias) * factor)[missing], (made[1] - bias)[missing], rtol=1e-4, atol=1e-5)

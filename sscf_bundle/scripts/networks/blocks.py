@@ -22,19 +22,28 @@ from torch import nn
 
 #: Normalization of all blocks: its statistics span one image and one contrast, never the batch.
 DEFAULT_NORM = ("group", {"num_groups": 4})
+#: Added to a variance over space.
+STATISTICS_EPS = 1e-5
 DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 
 
-def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def number_of(mask: torch.Tensor) -> torch.Tensor:
+    """How many a mask (... x K boolean) names in each row, at least 1."""
+    return mask.sum(dim=-1).clamp(min=1)
+
+
+def masked_mean(features: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over the contrasts that a mask (B x K boolean) names, zero where it names none.
 
     Args:
         features: B x K x ... tensor; what the mask leaves out may hold NaN.
         mask: B x K boolean.
+        count: ``number_of`` the mask, where it is known.
     """
-    zero = torch.zeros((), dtype=features.dtype, device=features.device)
-    total = torch.where(expand_dims_like(mask, features), features, zero).sum(dim=1)
-    return total / expand_dims_like(mask.sum(dim=1).clamp(min=1).to(features.dtype), total)
+    if count is None:
+        count = number_of(mask)
+    total = torch.where(expand_dims_like(mask, features), features, 0.0).sum(dim=1)
+    return total / expand_dims_like(count, total)
 
 
 def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -51,7 +60,7 @@ def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
     return maps.max(dim=dim).values if maps.requires_grad else maps.amax(dim=dim)
 
 
-def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
+def mean_of_maps(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean of feature maps of one shape, without a stack of them in memory."""
     if len(maps) == 1:
         return maps[0]
@@ -61,14 +70,25 @@ def mean_of_maps(maps: list[torch.Tensor]) -> torch.Tensor:
     return total.div_(len(maps))
 
 
-def channel_statistics(features: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(features: torch.Tensor, eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over space (mu and sigma of eq. 8) of B x K x C x spatial, each B x K x C float32."""
-    flat = features.flatten(3).float()
-    mean = flat.mean(dim=3)
-    # on a CPU ten times as fast as var_mean, with the same two passes; what was converted is a copy of our own
-    centered = flat - mean.unsqueeze(3) if flat.dtype == features.dtype else flat.sub_(mean.unsqueeze(3))
-    spread = torch.linalg.vector_norm(centered, dim=3)
-    return mean, torch.sqrt(spread.square() / flat.shape[3] + eps)
+    return scale_statistics([features], eps)
+
+
+def scale_statistics(features: list[torch.Tensor], eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """``channel_statistics`` of several scales, their channels one behind the other: B x K x (C_1 + C_2 + ...)."""
+    means: list[torch.Tensor] = []
+    spreads: list[torch.Tensor] = []
+    for scale in features:
+        flat = scale.flatten(3).float()
+        mean = flat.mean(dim=3)
+        # deviations sum to 0, so the mean moves the norm by nothing and needs no gradient from it
+        shift = mean.detach().unsqueeze(3)
+        # on a CPU ten times as fast as var_mean, with the same two passes; what was converted is a copy of our own
+        centered = flat - shift if flat.dtype == scale.dtype else flat.sub_(shift)
+        means.append(mean)
+        spreads.append(torch.linalg.vector_norm(centered, dim=3) * flat.shape[3] ** -0.5)
+    return torch.cat(means, dim=2), torch.sqrt(torch.cat(spreads, dim=2).square() + eps)
 
 
 def expand_dims_like(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -82,6 +102,8 @@ def stack_contrasts(maps: list[torch.Tensor]) -> torch.Tensor:
     The memory layout of a map (channels first or last) is kept, and ``result[:, i]`` is as dense as ``maps[i]``, so
     that a decoder that reads one contrast needs no copy.
     """
+    if len(maps) == 1:
+        return maps[0].unsqueeze(1)
     if channels_are_last(maps[0]):
         return torch.stack([m.movedim(1, -1) for m in maps]).movedim(-1, 2).transpose(0, 1)
     return torch.stack(maps).transpose(0, 1)
@@ -99,19 +121,17 @@ def gather_maps(maps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return maps.index_select(0, row)
 
 
-def mix_channels(weight: torch.Tensor, maps: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution with weights of its own for each map, added to a base, in the memory layout of the maps.
+def mix_channels(weight: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution with weights of its own for each map, in the memory layout of the maps.
 
     Args:
         weight: M x O x C.
         maps: M x C x spatial.
-        base: M x O x spatial, or of size 1 in any of these.
     """
-    flat, space, start = maps.flatten(2), maps.shape[2:], base.flatten(2)
+    flat, space = maps.flatten(2), maps.shape[2:]
     if channels_are_last(maps):
-        mixed = torch.baddbmm(start.transpose(1, 2), flat.transpose(1, 2), weight.transpose(1, 2))
-        return mixed.transpose(1, 2).unflatten(2, space)
-    return torch.baddbmm(start, weight, flat).unflatten(2, space)
+        return torch.bmm(flat.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2).unflatten(2, space)
+    return torch.bmm(weight, flat).unflatten(2, space)
 
 
 class EncoderStage(nn.Module):

@@ -12,12 +12,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from .blocks import expand_dims_like
 
 
 class BankEntries(NamedTuple):
@@ -37,10 +36,9 @@ class BankEntries(NamedTuple):
 
 def usable_entries(entries: BankEntries) -> torch.Tensor:
     """Which entries a bank may take (E boolean): all values finite and at least one contrast."""
-    usable = entries.present.any(dim=1)
-    for tensor in (entries.key, entries.mean, entries.std, entries.prototype, entries.class_map):
-        usable = usable & torch.isfinite(tensor).flatten(1).all(dim=1)
-    return usable
+    values = (entries.key, entries.mean, entries.std, entries.prototype, entries.class_map)
+    largest = torch.stack([torch.linalg.vector_norm(t.flatten(1), ord=math.inf, dim=1) for t in values], dim=1)
+    return entries.present.any(dim=1) & torch.isfinite(largest).all(dim=1)
 
 
 def style_spread(mean: torch.Tensor, std: torch.Tensor, present: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -173,11 +171,11 @@ class MemoryBank(nn.Module):
         order = torch.argsort(age + self.size * kept_in_place.to(age.dtype))
         rank = (fresh.to(torch.int64).cumsum(0) - 1).clamp(min=0)
         slot = torch.where(fresh, order[rank], known.to(torch.int64).argmax(dim=1))
-        slot = torch.where(accepted, slot, torch.full_like(slot, self.size))
+        slot = torch.where(accepted, slot, self.size)
         for name, value in zip(BankEntries._fields, new, strict=True):
             buffer = getattr(self, name)
-            keep = expand_dims_like(accepted, value)
-            buffer.index_copy_(0, slot, torch.where(keep, value.to(buffer.dtype), torch.zeros_like(buffer[:1])))
+            buffer.index_copy_(0, slot, value.to(buffer.dtype))
+            buffer[self.size].zero_()
         written = fresh.sum()
         self.count.copy_((self.count + written).clamp(max=self.size))
         # a tensor without dimensions as an index would be read on the host

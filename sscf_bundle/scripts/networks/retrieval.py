@@ -49,7 +49,7 @@ def key_distances(query: torch.Tensor, bank: CompiledBank, source: int, start: i
     key = bank.key[:, source, start : start + query.shape[1]].float()
     whole = query.shape[1] == bank.key.shape[2]
     square = bank.key_square[:, source] if whole else key.square().sum(dim=1)
-    return square - 2 * torch.matmul(query, key.t())
+    return torch.addmm(square, query, key.t(), alpha=-2.0)
 
 
 def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,13 +27,15 @@ from .blocks import (
     DEFAULT_NORM,
     Decoder,
     Encoder,
-    channel_statistics,
     expand_dims_like,
     masked_mean,
+    maximum_over,
     mean_of_maps,
+    number_of,
+    scale_statistics,
     stack_contrasts,
 )
-from .ccp import CCP
+from .ccp import CCP, Pairs, adain, gather, pairs_of_batch
 from .citim import CITIM
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
 from .retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
@@ -58,8 +60,8 @@ class BranchOutputs(NamedTuple):
     class_map: torch.Tensor  #: B x c' x N, W of the fused feature; zero without CITIM.
     first: list[torch.Tensor]  #: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
     second: list[torch.Tensor]  #: F_i^1..F_i^5 of the second pass (predicted mask).
-    #: of the second pass by scale, mean and standard deviation, each B x K x C_j.
-    statistics: list[tuple[torch.Tensor, torch.Tensor]]
+    #: of the second pass, mean and standard deviation, each B x K x (C_1 + ... + C_5).
+    statistics: tuple[torch.Tensor, torch.Tensor]
     #: by scale F_CCP^j of the missing contrasts and F_i^j of the available, B x K x C_j x spatial; empty without a
     #: synthesis branch.
     predicted: list[torch.Tensor]
@@ -173,9 +175,10 @@ class SSCFNet(ConfiguredNetwork):
         self.spatial_dims, self.channels, self.bank_size = spatial_dims, tuple(channels), bank_size
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
+        self.all_contrasts = list(range(NUM_CONTRASTS))
         #: c', classes of W
         self.num_classes = NUM_TUMOR_CLASSES + (head == "softmax")
-        self.scale_sources = scale_sources
+        self.scale_sources, self.widths = scale_sources, list(channels)
         last = len(channels) - 1
         #: cells of the key of each scale along each axis, 0 where a scale has none
         self.key_cells = [key_size * 2 ** (last - j) if keys == "each_scale" else 0 for j in range(last)] + [key_size]
@@ -297,12 +300,10 @@ class SSCFNet(ConfiguredNetwork):
         self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The segmentation branch (section 2.1) on the features of the first pass; see ``decode_mask``."""
-        fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
-        bottleneck = features[-1]
-        zero = torch.zeros((), dtype=bottleneck.dtype, device=bottleneck.device)
-        kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, zero).flatten(1, 2)
+        bottleneck, count = features[-1], number_of(available).to(features[-1].dtype)
+        fused: list[torch.Tensor] = [masked_mean(f, available, count) for f in features]
+        kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, 0.0).flatten(1, 2)
         if self.scale_sources:
-            count = available.sum(dim=1).clamp(min=1).to(kept.dtype)
             kept = kept * expand_dims_like(available.shape[1] / count, kept)
         return self.decode_mask(fused, kept, bank, allowed)
 
@@ -381,10 +382,97 @@ class SSCFNet(ConfiguredNetwork):
         index, found = retrieve(distance, usable, self.retrieval)
         return bank.mean[index, target], bank.std[index, target], found
 
+    def retrieve(
+        self,
+        key: torch.Tensor,
+        contrasts: list[int],
+        row: torch.Tensor,
+        bank: CompiledBank,
+        allowed: torch.Tensor,
+        target: torch.Tensor,
+        source: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``prototypes`` for the CCP modules of all scales, one entry for all of them or, with ``keys``, one for each.
+
+        Args:
+            key: B x R x D of ``retrieval_key``.
+            contrasts: R contrasts whose keys these are.
+            row: B x P, which of them is the source of a pair.
+            bank: compiled bank.
+            allowed: entries that the sample may use.
+            target: B x P.
+            source: B x P.
+
+        Returns:
+            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: of the same size, or 1 for all channels.
+        """
+        place = row.unsqueeze(2).expand(-1, -1, bank.key.shape[0])
+        means: list[torch.Tensor] = []
+        stds: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
+        start, first = 0, 0
+        for j, part in enumerate(key.split(self.key_lengths, dim=2)):
+            distances = [key_distances(part[:, r], bank, i, start) for r, i in enumerate(contrasts)]
+            distance = torch.stack(distances, dim=1).gather(1, place)
+            mean, std, has_entry = self.prototypes(distance, bank, allowed, target, source)
+            if len(self.key_lengths) == 1:
+                return mean, std, has_entry.unsqueeze(2)
+            last = first + self.widths[j]
+            means.append(mean[..., first:last])
+            stds.append(std[..., first:last])
+            found.append(has_entry.unsqueeze(2).expand(-1, -1, self.widths[j]))
+            start, first = start + part.shape[2], last
+        return torch.cat(means, dim=2), torch.cat(stds, dim=2), torch.cat(found, dim=2)
+
+    def affine(
+        self, statistics: torch.Tensor, target: torch.Tensor, found: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """AdaIN (eq. 8) and CBAM's channel attention of M pairs, as one affine map of each channel of each scale.
+
+        Args:
+            statistics: M x 3 x (C_1 + ... + C_5), spatial maximum, mean and standard deviation of the source features.
+            target: M contrast indices.
+            found: as in ``adain``, like ``mean`` and ``std``.
+            mean: M x (C_1 + ... + C_5).
+            std: M x (C_1 + ... + C_5).
+
+        Returns:
+            ``scale`` and ``shift``, M x (C_1 + ... + C_5).
+        """
+        maximum, center, own_std = statistics.unbind(1)
+        ratio, offset, pooled = adain(maximum, center, own_std, found, mean, std)
+        contrasts = torch.arange(self.num_contrasts, device=target.device)
+        chosen = (target.unsqueeze(1) == contrasts).to(pooled.dtype).repeat(2, 1)
+        parts = pooled.split(self.widths, dim=1)
+        logits: list[torch.Tensor] = []
+        for j, ccp in enumerate(self.ccp):
+            logits.append(ccp.channel_attention(chosen, parts[j]))  # type: ignore[operator]
+        attention = torch.sigmoid(torch.cat(logits, dim=1).unflatten(0, (2, -1)).sum(dim=0))
+        return attention * ratio, attention * offset
+
+    def pair_maps(
+        self,
+        features: list[torch.Tensor],
+        statistics: tuple[torch.Tensor, torch.Tensor],
+        pairs: Pairs,
+        retrieved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``affine`` of the pairs of a batch from the features and statistics of ``synthesize``."""
+        maxima = torch.cat([maximum_over(f.flatten(3), 3) for f in features], dim=2).float()
+        table = torch.stack([t.transpose(0, 1) for t in [maxima, statistics[0], statistics[1]]], dim=2)
+        mean, std, found = retrieved
+        return self.affine(
+            gather(table.flatten(0, 1), pairs.source_row),
+            pairs.target,
+            found.flatten(0, 1),
+            mean.flatten(0, 1),
+            std.flatten(0, 1),
+        )
+
     def synthesize(
         self,
         features: list[torch.Tensor],
-        statistics: list[tuple[torch.Tensor, torch.Tensor]],
+        statistics: tuple[torch.Tensor, torch.Tensor],
         available: torch.Tensor,
         bank: CompiledBank,
         allowed: torch.Tensor,
@@ -393,7 +481,7 @@ class SSCFNet(ConfiguredNetwork):
 
         Args:
             features: of the second pass.
-            statistics: their means and standard deviations by scale.
+            statistics: their means and standard deviations, see ``scale_statistics``.
             available: B x K boolean.
             bank: compiled bank.
             allowed: entries that the sample may use.
@@ -404,38 +492,30 @@ class SSCFNet(ConfiguredNetwork):
         predicted: list[torch.Tensor] = []
         if self.with_ccp:
             target, source, active = active_pairs(available)
+            pairs = pairs_of_batch(available, target, source, active, self.scale_sources)
             key = self.retrieval_key([f.detach() for f in features])
-            place = source.unsqueeze(2).expand(-1, -1, bank.key.shape[0])
-            # one for all scales, or one for each
-            retrieved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-            start = 0
-            for part in key.split(self.key_lengths, dim=2):
-                if torch.jit.is_scripting():
-                    distance = self._distances(part, bank, start)
-                else:
-                    with torch.autocast(key.device.type, enabled=False):
-                        distance = self._distances(part, bank, start)
-                retrieved.append(self.prototypes(distance.gather(1, place), bank, allowed, target, source))
-                start += part.shape[2]
-            start = 0
+            if torch.jit.is_scripting():
+                found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
+                scale, shift = self.pair_maps(features, statistics, pairs, found)
+            else:
+                with torch.autocast(key.device.type, enabled=False):
+                    found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
+                    scale, shift = self.pair_maps(features, statistics, pairs, found)
+            scales = scale.to(features[0].dtype).split(self.widths, dim=1)
+            shifts = shift.to(features[0].dtype).split(self.widths, dim=1)
             for j, ccp in enumerate(self.ccp):
-                mean, std, found = retrieved[min(j, len(retrieved) - 1)]
-                stop = start + features[j].shape[2]
-                mean, std = mean[..., start:stop], std[..., start:stop]
-                center, own_std = statistics[j]
-                predicted.append(ccp(features[j], center, own_std, available, target, source, active, found, mean, std))
-                start = stop
+                predicted.append(ccp(features[j], scales[j], shifts[j], available, pairs))
         else:
+            count = number_of(available)
             for f in features:
-                predicted.append(torch.where(expand_dims_like(available, f), f, masked_mean(f, available).unsqueeze(1)))
+                mean = masked_mean(f, available, count).unsqueeze(1)
+                predicted.append(torch.where(expand_dims_like(available, f), f, mean))
+        # taken apart at once, so that autograd joins the gradients in one pass; contrast after contrast as in memory
+        by_contrast = [f.transpose(0, 1).unbind(0) for f in predicted]
         images: list[torch.Tensor] = []
         for i, decoder in enumerate(self.synthesis_decoders):
-            images.append(decoder([f[:, i] for f in predicted]))
+            images.append(decoder([f[i] for f in by_contrast]))
         return torch.tanh(torch.cat(images, dim=1).float()), predicted
-
-    def _distances(self, key: torch.Tensor, bank: CompiledBank, start: int) -> torch.Tensor:
-        """Distances of the keys (B x K x D) of all contrasts, of a scale whose keys begin at ``start``, B x K x L."""
-        return torch.stack([key_distances(key[:, i], bank, i, start) for i in range(key.shape[1])], dim=1)
 
     def run_branches(
         self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
@@ -462,7 +542,7 @@ class SSCFNet(ConfiguredNetwork):
             class_map = torch.zeros(
                 images.shape[0], self.num_classes, first[-1].flatten(3).shape[3], device=images.device
             )
-        statistics = [channel_statistics(f) for f in second]
+        statistics = scale_statistics(second)
         predicted: list[torch.Tensor] = []
         if self.synthesis:
             synthetic, predicted = self.synthesize(second, statistics, available, bank, allowed)
@@ -568,30 +648,27 @@ class ScenarioNetwork(nn.Module):
         net, sources, targets = self.net, self.source_index, self.target_index
         if not net.with_ccp:
             return [mean_of_maps(f).unsqueeze(0).expand(len(self.targets), *f[0].shape) for f in features]
-        b, num_sources, num_targets = features[0][0].shape[0], len(self.sources), len(self.targets)
-        # pairs in the order target, source
-        target = targets.repeat_interleave(num_sources).expand(b, -1)
-        source = sources.repeat(num_targets).expand(b, -1)
-        # one for all scales, or one for each
-        retrieved: list[list[torch.Tensor]] = []
+        maps = [stack_contrasts(f) for f in features]
+        b, num_sources, num_targets = len(maps[0]), len(self.sources), len(self.targets)
+        # pairs in the order source, target
+        target, source = targets.repeat(num_sources).expand(b, -1), sources.repeat_interleave(num_targets).expand(b, -1)
+        row = torch.arange(num_sources, device=sources.device).repeat_interleave(num_targets).expand(b, -1)
         with torch.autocast(sources.device.type, enabled=False):
-            keyed = zip(features, net.key_cells, strict=True)
-            key = net.retrieval_key([torch.stack(f, dim=1).detach() if cells else f[0] for f, cells in keyed])
-            start = 0
-            for own in key.split(net.key_lengths, dim=2):
-                rows = [key_distances(own[:, row], bank, i, start) for row, i in enumerate(self.sources)]
-                distance = torch.stack(rows, dim=1).repeat(1, num_targets, 1)
-                found_entries = net.prototypes(distance, bank, allowed, target, source)
-                retrieved.append([t.unflatten(1, (num_targets, num_sources)) for t in found_entries])
-                start += own.shape[2]
-        predicted: list[torch.Tensor] = []
-        start = 0
-        for j, (f, ccp) in enumerate(zip(features, net.ccp, strict=True)):
-            mean, std, found = retrieved[min(j, len(retrieved) - 1)]
-            part = slice(start, start + f[0].shape[1])
-            predicted.append(cast(CCP, ccp).predict(f, sources, targets, found, mean[..., part], std[..., part]))
-            start = part.stop
-        return predicted
+            key = net.retrieval_key([f.detach() for f in maps])
+            mean, std, found = net.retrieve(key, self.sources, row, bank, allowed, target, source)
+            maximum = torch.cat([maximum_over(f.flatten(3), 3) for f in maps], dim=2).float()
+            table = torch.stack([maximum, *scale_statistics(maps)], dim=2).unsqueeze(2)
+            own = table.expand(-1, -1, num_targets, -1, -1).flatten(0, 2)
+            affine = net.affine(own, target.flatten(), *(t.flatten(0, 1) for t in (found, mean, std)))
+        # source after source, as the maps lie in memory
+        scales, shifts = (
+            t.to(maps[0].dtype).unflatten(0, (b, num_sources, -1)).transpose(0, 1).flatten(0, 1).split(net.widths, 2)
+            for t in affine
+        )
+        return [
+            cast(CCP, ccp).predict(f, scale, shift, sources, targets)
+            for ccp, f, scale, shift in zip(net.ccp, maps, scales, shifts, strict=True)
+        ]
 
     def decode(self, contrast: int, features: list[torch.Tensor]) -> torch.Tensor:
         """One contrast from F^1..F^5, each B x C_j x spatial: B x 1 x spatial in [-1, 1]."""

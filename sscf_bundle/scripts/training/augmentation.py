@@ -107,7 +107,8 @@ class Augmentation:
         # axes in coordinates from -1 to 1, which differ in length where the sides do
         for row in range(dims):
             for column in range(dims):
-                linear[:, row, column] *= size[column] / size[row]
+                if size[column] != size[row]:
+                    linear[:, row, column] *= size[column] / size[row]
         shift = 2 * self.translation * (2 * drawn[:, 3:] - 1)
         # affine_grid counts axes from the last
         return torch.cat([linear.flip(1, 2), shift.flip(1).unsqueeze(2)], dim=2)

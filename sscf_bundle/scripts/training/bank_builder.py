@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 
 from ..data.randomness import hash_uniform
 from ..data.slices import SliceDataset
-from ..networks.blocks import channel_statistics
+from ..networks.blocks import scale_statistics
 from ..networks.memory_bank import BankEntries, CompiledBank, MemoryBank, usable_entries
 from ..networks.sscf import SSCFNet
 from .step import make_entries
@@ -69,8 +69,7 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
     for batch in batches:
         data = {k: batch[k].to(device) for k in BATCH_KEYS}
         first = network.encode(data["target"], torch.zeros_like(data["target"][:, : network.num_tumor_classes]))
-        statistics = [channel_statistics(f) for f in first]
-        entries.append(_entries(network, first, first, statistics, data))
+        entries.append(_entries(network, first, first, scale_statistics(first), data))
     if not entries:
         raise ValueError("no slice was given for the memory bank: check that the training split has studies.")
     bank = _compile(network, entries)
@@ -87,7 +86,11 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
 
 
 def _entries(
-    network: SSCFNet, first: list, second: list, statistics: list, data: dict[str, torch.Tensor]
+    network: SSCFNet,
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    data: dict[str, torch.Tensor],
 ) -> BankEntries:
     metadata = (data[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id"))
     return make_entries(network, first[-1], second, statistics, *metadata)

@@ -26,8 +26,9 @@ from monai.losses import PatchAdversarialLoss
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
-from ..networks.blocks import channel_statistics, expand_dims_like
+from ..networks.blocks import STATISTICS_EPS, expand_dims_like, number_of, scale_statistics
 from ..networks.memory_bank import BankEntries
+from ..networks.precision import half_weights
 
 #: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
 AFFINITY_EPS = 1e-6
@@ -37,15 +38,15 @@ def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | N
     """Mean over the members of each sample's set, or what stands for their sum, then the mean over samples.
 
     Args:
-        values: B x K; what is no member may be NaN.
-        members: B x K boolean.
-        size: B, what each sample's mean is multiplied by; None is the mean.
+        values: ... x B x K; what is no member may be NaN.
+        members: ... x B x K boolean.
+        size: ... x B, what each sample's mean is multiplied by; None is the mean.
 
     Returns:
-        Scalar; a sample without members counts as 0.
+        ..., in which a sample without members counts as 0.
     """
-    kept = torch.where(members, values, torch.zeros_like(values)).sum(dim=1) / members.sum(dim=1).clamp(min=1)
-    return (kept if size is None else kept * size).mean()
+    kept = torch.where(members, values, 0.0).sum(dim=-1) / number_of(members)
+    return (kept if size is None else kept * size).mean(dim=-1)
 
 
 def affinity_cross_entropy(
@@ -212,9 +213,14 @@ class SegmentationLoss(nn.Module):
         return {"bce": torch.where(has_mask, bce, zero).mean(), "dice": torch.where(has_mask, dice, zero).mean()}
 
 
-def space_variance(features: torch.Tensor) -> torch.Tensor:
-    """Variance over space of B x K x C x spatial features, the mean over channels, B x K float32, at least 1e-6."""
-    return channel_statistics(features, eps=0.0)[1].square().mean(dim=2).clamp(min=1e-6)
+def space_variance(features: list[torch.Tensor], std: torch.Tensor | None = None) -> torch.Tensor:
+    """Variances over space of B x K x C x spatial features, means over channels, scales x B x K, at least 1e-6.
+
+    Where they are known, ``std`` are their standard deviations of ``scale_statistics``.
+    """
+    variance = scale_statistics(features, eps=0.0)[1].square() if std is None else std.square() - STATISTICS_EPS
+    parts = variance.split([f.shape[2] for f in features], dim=2)
+    return torch.stack([part.mean(dim=2) for part in parts]).clamp(min=1e-6)
 
 
 def class_map_cross_entropy(
@@ -332,10 +338,9 @@ class GeneratorLoss(nn.Module):
         """
         used = {name for name, weight in self.weights.items() if weight}
         available = output["available"]
-        decoded = output.get("decoded", torch.ones_like(available))
         missing = ~available & has_contrast
-        known_mask = has_contrast & has_mask.unsqueeze(1)
-        sizes = [members.sum(dim=1) if self.sums else None for members in (missing, available, known_mask)]
+        #: values of contrasts with their sets, and the sets whose sizes stand for these
+        sets: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         terms: dict[str, torch.Tensor] = {}
         if "ctdl" in used and draw is not None and "class_map" in output:
             terms["ctdl"] = self.sampled_ctdl(output, draw, has_mask)
@@ -350,32 +355,41 @@ class GeneratorLoss(nn.Module):
         if used & {"synthesis", "reconstruction", "tumor"}:
             images = output["pred"][:, :NUM_CONTRASTS].float()
             known = expand_dims_like(has_contrast, target)
-            error = torch.where(known, (images - target.float()).abs(), torch.zeros_like(images))
+            error = torch.where(known, (images - target.float()).abs(), 0.0)
             absolute = error.flatten(2).mean(dim=2)
+            shown = available & output["decoded"] if "decoded" in output else available
             if "synthesis" in used:
-                terms["synthesis"] = set_mean(absolute, missing, sizes[0])
+                sets["synthesis"] = absolute, missing, missing
             if "reconstruction" in used:
-                terms["reconstruction"] = set_mean(absolute, available & decoded, sizes[1])
+                sets["reconstruction"] = absolute, shown, available
             if "tumor" in used:
                 tumor = (error * (label > 0)).flatten(2).mean(dim=2)
-                # of the available contrasts those that are decoded stand for all
-                share = available.sum(dim=1, keepdim=True) / (available & decoded).sum(dim=1, keepdim=True).clamp(min=1)
-                tumor = torch.where(available, torch.where(decoded, tumor * share, torch.zeros_like(tumor)), tumor)
-                terms["tumor"] = set_mean(tumor, known_mask, sizes[2])
+                if "decoded" in output:
+                    # of the available contrasts those that are decoded stand for all
+                    share = available.sum(dim=1, keepdim=True) / number_of(shown).unsqueeze(1)
+                    tumor = tumor * torch.where(available, shown * share, 1.0)
+                known_mask = has_contrast & has_mask.unsqueeze(1)
+                sets["tumor"] = tumor, known_mask, known_mask
         if "feature" in used and "predicted" in output:
             pairs = zip(output["predicted"], output["features"], strict=True)
-            squares = [
-                (p.float() - f.float()).square().flatten(2).mean(dim=2)
-                / (space_variance(f) if self.relative_feature else 1.0)
-                for p, f in pairs
-            ]
-            terms["feature"] = set_mean(torch.stack(squares).mean(dim=0), missing.index_select(1, output["rows"]))
+            squares = torch.stack(
+                [F.mse_loss(p.float(), f.float(), reduction="none").flatten(2).mean(dim=2) for p, f in pairs]
+            )
+            if self.relative_feature:
+                squares = squares / space_variance(output["features"], output.get("feature_std"))
+            terms["feature"] = set_mean(squares.mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
             (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
-            terms["adversarial"] = set_mean(judged.mean(dim=2), missing, sizes[0])
+            sets["adversarial"] = judged.mean(dim=2), missing, missing
         if "perceptual" in used and distances is not None:
-            terms["perceptual"] = set_mean(distances.float(), missing, sizes[0])
-        loss: Any = sum(self.weights[name] * value for name, value in terms.items())
+            sets["perceptual"] = distances.float(), missing, missing
+        if sets:
+            values, members, whole = (torch.stack(tensors) for tensors in zip(*sets.values(), strict=True))
+            means = set_mean(values, members, whole.sum(dim=-1) if self.sums else None)
+            terms |= zip(sets, means.unbind(), strict=True)
+        loss = torch.zeros((), device=target.device)
+        for name, value in terms.items():
+            loss = torch.add(loss, value, alpha=self.weights[name])
         return {"loss": loss, **terms}
 
     def sampled_ctdl(self, output: dict[str, Any], draw: Draw, has_mask: torch.Tensor) -> torch.Tensor:
@@ -440,9 +454,10 @@ class Discriminators(nn.ModuleList):
             B x K x patches; 0 for what is not judged.
         """
         scores: list[torch.Tensor] = []
-        for i, (discriminator, rows) in enumerate(zip(self, samples, strict=True)):
-            judged = discriminator(images[:, i : i + 1].index_select(0, rows))[-1].flatten(1)
-            scores.append(judged.new_zeros(len(images), judged.shape[1]).index_copy(0, rows, judged))
+        with half_weights(self):
+            for i, (discriminator, rows) in enumerate(zip(self, samples, strict=True)):
+                judged = discriminator(images[:, i : i + 1].index_select(0, rows))[-1].flatten(1)
+                scores.append(judged.new_zeros(len(images), judged.shape[1]).index_copy(0, rows, judged))
         return torch.stack(scores, dim=1)
 
 

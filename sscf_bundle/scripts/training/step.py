@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES
-from ..networks.blocks import channel_statistics, expand_dims_like, stack_contrasts
+from ..contrasts import NUM_CONTRASTS
+from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
+from ..networks.precision import half_weights
 from ..networks.sscf import SSCFNet, read_availability
-
-#: Where two classes meet in one cell of y, the rarer wins: with nearest sampling a third of the slices would lose ET.
-_CELL_PRIORITY = ("ED", "NET", "ET")
 
 
 class Scenario(NamedTuple):
@@ -101,8 +99,9 @@ class SSCFTrainingStep(nn.Module):
             segmentation branch ``logits``: B x 3 x spatial. With
             CITIM ``cells``: B x N classes y; ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of
             F_i^5 of each available contrast. With CCP, if ``feature_targets``, the lists ``predicted`` (F_CCP^j) and
-            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64). With either
-            ``entries``, the new bank entries.
+            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64), and where it is
+            known their standard deviation ``feature_std``, B x R x (C_1 + ... + C_5). With either ``entries``, the new
+            bank entries.
         """
         net = self.net
         available = read_availability(image) & has_contrast
@@ -113,21 +112,22 @@ class SSCFTrainingStep(nn.Module):
         filled = bank.present.any(dim=1) & (torch.arange(self.bank.size, device=image.device) < self.bank.count)
         others = (bank.patient.unsqueeze(0) != patient.unsqueeze(1)) | self.own_patient
         allowed = filled.unsqueeze(0) & others
-        if scenario is None:
-            output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
-        else:
-            output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
-        if net.with_citim:
-            output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
-        if net.uses_bank:
-            number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
-            metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
-            output["entries"] = make_entries(net, first, features, statistics, *metadata)
+        with half_weights(net, but=[net.citim.phi] if net.with_citim else []):
+            if scenario is None:
+                output, first, features, statistics = self._run_mixed(images, available, bank, allowed)
+            else:
+                output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
+            if net.uses_bank:
+                number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
+                metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
+                output["entries"] = make_entries(net, first, features, statistics, *metadata)
+            if net.with_citim:
+                output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
         return output
 
     def _run_mixed(
         self, images: torch.Tensor, available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
-    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """Samples of several scenarios: the output, and what ``make_entries`` takes of the features."""
         net = self.net
         out = net.run_branches(images, available, bank, allowed)
@@ -142,9 +142,10 @@ class SSCFTrainingStep(nn.Module):
         if net.with_ccp and self.feature_targets:
             output["predicted"], output["features"] = out.predicted, [f.detach() for f in out.second]
             output["rows"] = torch.arange(NUM_CONTRASTS, device=images.device)
+            output["feature_std"] = out.statistics[1].detach()
         number = self.bank_samples
-        statistics = [(mean[:number], std[:number]) for mean, std in out.statistics]
-        return output, out.first[-1][:number], [f[:number] for f in out.second], statistics
+        mean, std = (t[:number] for t in out.statistics)
+        return output, out.first[-1][:number], [f[:number] for f in out.second], (mean, std)
 
     def _run_shared(
         self,
@@ -153,7 +154,7 @@ class SSCFTrainingStep(nn.Module):
         bank: CompiledBank,
         allowed: torch.Tensor,
         scenario: Scenario,
-    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[str, Any], torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """``_run_mixed`` for samples of one scenario.
 
         Missing contrasts are encoded without a gradient, and as far as the feature loss and the entries ask. Of the
@@ -176,8 +177,8 @@ class SSCFTrainingStep(nn.Module):
         decoded = [not net.synthesis] * NUM_CONTRASTS
         if net.synthesis:
             predicted = part.predict(second, bank, allowed)
-            for row, i in enumerate(part.targets):
-                made[i], decoded[i] = part.decode(i, [scale[row] for scale in predicted]), True
+            for i, *features in zip(part.targets, *predicted, strict=True):
+                made[i], decoded[i] = part.decode(i, features), True
             for row, i in enumerate(part.sources):
                 if i in scenario.decoded:
                     made[i], decoded[i] = part.decode(i, [scale[row] for scale in second]), True
@@ -196,7 +197,7 @@ class SSCFTrainingStep(nn.Module):
             output["features"] = [torch.stack(scale, dim=1) for scale in others]
             output["rows"] = part.target_index
         if not net.uses_bank:
-            return output, empty, [], []
+            return output, empty, [], (empty, empty)
         order = [*part.sources, *part.targets]
         place = [order.index(i) for i in range(NUM_CONTRASTS)]
         with torch.no_grad():
@@ -208,7 +209,7 @@ class SSCFTrainingStep(nn.Module):
                 stack_contrasts([(*own, *other)[row][:number] for row in place])
                 for own, other in zip(second, others, strict=True)
             ]
-            statistics = [channel_statistics(f) for f in features]
+            statistics = scale_statistics(features)
         if net.with_citim:
             maps = net.contrast_maps(torch.stack(first[-1], dim=1))
             zero = torch.zeros_like(maps[:, :1]).expand(-1, len(part.targets), -1, -1)
@@ -221,7 +222,7 @@ def make_entries(
     net: SSCFNet,
     first: torch.Tensor,
     second: list[torch.Tensor],
-    statistics: list[tuple[torch.Tensor, torch.Tensor]],
+    statistics: tuple[torch.Tensor, torch.Tensor],
     label: torch.Tensor,
     has_contrast: torch.Tensor,
     has_mask: torch.Tensor,
@@ -234,7 +235,7 @@ def make_entries(
         net: the network that made the features.
         first: E x K x C x spatial, F_i^5 of the first pass.
         second: by scale E x K x C_j x spatial, F_i^j of the second pass.
-        statistics: of the second pass by scale, mean and standard deviation, each E x K x C_j.
+        statistics: of the second pass, mean and standard deviation, each E x K x (C_1 + ... + C_5).
         label: E x 1 x spatial classes; it and the following as in ``SSCFTrainingStep.forward``.
         has_contrast: E x K.
         has_mask: E.
@@ -247,8 +248,8 @@ def make_entries(
     )
     return BankEntries(
         key=net.retrieval_key(second),
-        mean=torch.cat([mean for mean, _ in statistics], dim=2),
-        std=torch.cat([std for _, std in statistics], dim=2),
+        mean=statistics[0].detach(),
+        std=statistics[1].detach(),
         prototype=prototype.unflatten(0, class_map.shape[:2]),
         class_map=class_map.float(),
         label=cell_labels(label, 2 ** (len(net.channels) - 1)),
@@ -262,12 +263,14 @@ def make_entries(
 def cell_labels(label: torch.Tensor, factor: int) -> torch.Tensor:
     """The class map y (B x N uint8) at the stride of F^5: a class holds a cell if any voxel of the cell has it.
 
-    Where classes meet, ET > NET > ED > background. ``label`` is B x 1 x spatial.
+    Where classes meet, ET > NET > ED > background: the rarer wins, since with nearest sampling a third of the slices
+    would lose ET. ``label`` is B x 1 x spatial.
     """
     pool = F.max_pool2d if label.dim() == 4 else F.max_pool3d
-    out = torch.zeros([], device=label.device)
-    for name in _CELL_PRIORITY:
-        value = TUMOR_CLASSES.index(name) + 1
-        held = pool((label == value).float(), factor) > 0
-        out = torch.where(held, float(value), out)
-    return out.flatten(1).to(torch.uint8)
+    largest = pool(_exchange(label).float(), factor).to(torch.uint8)
+    return _exchange(largest).flatten(1)
+
+
+def _exchange(label: torch.Tensor) -> torch.Tensor:
+    """Exchanges ET (2) and NET (3), so that of two classes the one that has priority is the larger."""
+    return label ^ (label >> 1)

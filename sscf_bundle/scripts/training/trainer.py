@@ -383,8 +383,11 @@ class SynthesisTrainer(Trainer):
                 self.average.update()
         self.on_iteration_end(output)
 
-        for name, value in losses.items():
-            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        totals = {name: self._totals[name] for name in losses if name in self._totals}
+        if totals:
+            sums = torch._foreach_add([*totals.values()], [losses[name] for name in totals])
+            totals = dict(zip(totals, sums, strict=True))
+        self._totals |= losses | totals
         self._batches += 1
         engine.state.output = losses
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
