@@ -272,12 +272,12 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
 
 
-def test_limits_come_from_patients_that_the_network_never_saw(items: list[dict], tmp_path: Path) -> None:
+def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path: Path) -> None:
     path, split = tmp_path / "model.pt", tmp_path / "split.json"
     save_weights(path, filled_net(), {"preprocessing": PREPROCESSING})
-    split.write_text(json.dumps({"training": [], "validation": ["p0", "p1"], "test": ["p2"]}))
 
-    def calibrated(name: str, **settings: object) -> dict:
+    def calibrated(name: str, patients: list[str], **settings: object) -> dict:
+        split.write_text(json.dumps({"training": [], "validation": patients, "test": []}))
         paths = {"source_path": path, "calibrated_path": tmp_path / name, "output_dir": tmp_path / "out"}
         paths |= {"dataset_dir": tmp_path / "in", "split_file": split}
         create_workflow(
@@ -287,14 +287,21 @@ def test_limits_come_from_patients_that_the_network_never_saw(items: list[dict],
         ).run()  # fmt: skip
         return read_reference(tmp_path / name)
 
-    one = calibrated("one.pt", trust_coverage=0.5)
-    assert {name: [limit] for name, limit in one["limits"].items()} == one["held_out"] and one["patients"] == 2
-    two = calibrated("two.pt", trust_coverage=0.5, trust_folds=[str(tmp_path / "one.pt")])
-    assert two["held_out"] == {name: 2 * values for name, values in one["held_out"].items()}
-    few = calibrated("few.pt", trust_coverage=0.9)
-    assert few["held_out"] == one["held_out"] and few["limits"] != one["limits"]
-    with pytest.raises(StudyError, match=r"model\.pt holds no scores of patients kept out"):
-        calibrated("three.pt", trust_folds=[str(path)])
+    every = calibrated("every.pt", ["p0", "p1", "p2"])
+    folds = []
+    for name, patients in (("one", ["p0"]), ("two", ["p1", "p2"])):
+        calibrated(f"{name}.pt", patients)
+        folds.append(str((tmp_path / "out" / "judged.json").rename(tmp_path / f"{name}.json")))
+        found = json.loads(Path(folds[-1]).read_text())["patients"]
+        assert len(found) == len(patients) and len(found[0]) == 11
+    pooled = calibrated("pooled.pt", [], trust_folds=folds)
+    assert pooled == every and every["patients"] == 3
+    # 3 patients are too few for 90%, and give the greatest with a margin of 1.25
+    half = calibrated("half.pt", [], trust_folds=folds, trust_coverage=0.75)
+    for name, limit in half["limits"].items():
+        assert pooled["limits"][name] == pytest.approx(1.25 * limit, rel=1e-3)
+    with pytest.raises(StudyError, match=r"split\.json holds no scores of patients: give the judged.json"):
+        calibrated("three.pt", [], trust_folds=[str(split)])
 
 
 @pytest.mark.parametrize(("patients", "coverage"), [(9, 0.9), (15, 0.9), (19, 0.9), (30, 0.8)])
@@ -309,6 +316,7 @@ def test_expected_scores_are_medians_and_bounds_over_patients(tmp_path: Path) ->
     def scores(name: str, patients: dict[str, float], **others: str) -> Path:
         row = {"scenario": "FLAIR+T1+T2", "of": "T1ce", "method": "network", "protocol": "volume", "region": "whole"}
         rows = [{"patient": p, **row, "score": "psnr", "value": v, **others} for p, v in patients.items()]
+        rows += [{**row, "score": "ssim", "value": row["value"] / 100} for row in rows]
         rows += [{**row, "region": "tumor", "value": 0} for row in rows]
         pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
         return tmp_path / name
@@ -316,11 +324,12 @@ def test_expected_scores_are_medians_and_bounds_over_patients(tmp_path: Path) ->
     first = scores("first.csv", {f"p{k}": 20.0 + k for k in range(5)})
     second = scores("second.csv", {f"p{k}": 20.0 + k for k in range(5, 9)})
     found = expected_scores([first, second], 0.9)
-    assert found == {"coverage": 0.9, "patients": 9, "scenarios": {"FLAIR+T1+T2": {"t1ce": {"psnr": [24.0, 20.0]}}}}
+    assert found == {"coverage": 0.9, "patients": 9, "scenarios": {"FLAIR+T1+T2": {"t1ce": [24.0, 20.0, 0.24, 0.2]}}}
     assessor = TrustAssessor(**SLICES, reject=2.0, reference={"expected": found, "limits": {}})
     case = {"has_contrast": torch.tensor([1, 1, 0, 1]), "study": "a"}
     expected = assessor(case, torch.nn.Identity(), "cpu")["expected"]
-    assert expected["contrasts"] == {"t1ce": {"psnr": {"median": 24.0, "at_least": 20.0}}}
+    of_t1ce = {"psnr": {"median": 24.0, "at_least": 20.0}, "ssim": {"median": 0.24, "at_least": 0.2}}
+    assert expected["contrasts"] == {"t1ce": of_t1ce}
     assert assessor({**case, "has_contrast": torch.tensor(ALL)}, torch.nn.Identity(), "cpu")["expected"] == {}
     with pytest.raises(StudyError, match=r"5 patients are too few for a bound that holds for 90% of all: .* 9 or more"):
         expected_scores([first], 0.9)

@@ -13,10 +13,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,12 @@ import torch
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
 from ..data.cohort import Cohort
+from ..data.datalist import write_whole
 from ..data.transforms import LoadStudyd, StudyCompose
 from ..networks.sscf import SSCFNet, network_input
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
-from .trust import OVERALL, SCORES, TrustAssessor, place, read_reference, worst
+from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, place, worst
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +144,8 @@ def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) ->
         coverage: of the bound, see ``conformal_limit``.
 
     Returns:
-        ``coverage``, ``patients`` (their number) and ``scenarios``: by scenario, key of the contrast and score (PSNR in
-        dB and SSIM of the protocol ``volume``) the median and the bound that a new patient does not fall below.
+        ``coverage``, ``patients`` (their number) and ``scenarios``: by scenario and key of the contrast the median of
+        PSNR (dB) of the protocol ``volume``, the bound that a new patient does not fall below, and the same of SSIM.
 
     Raises:
         StudyError: for files that are no such scores, a patient in two of them, and too few patients.
@@ -161,22 +164,23 @@ def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) ->
             what = f"patient {min(twice)}, who is in another file too" if twice else "no score of the protocol volume"
             raise StudyError(f"{file} has {what}: give one evaluation of whole studies for each patient.")
         tables.append(table)
-    values = pd.concat(tables).query("score in ['psnr', 'ssim']")
-    values = values.groupby(["scenario", "of", "score", "patient"])["value"].mean()
-    scenarios: dict[str, Any] = {}
-    for (scenario, contrast, score), of_patients in values.groupby(level=[0, 1, 2]):
-        if contrast not in CONTRASTS:  # a target that was synthesized itself
-            continue
-        worst_value = conformal_limit((-of_patients).tolist(), coverage)
-        if worst_value is None:
-            raise StudyError(
-                f"{len(of_patients)} patients are too few for a bound that holds for {coverage:.0%} of all: give the "
-                f"scores of {math.ceil(coverage / (1 - coverage) - 1e-9)} or more."
-            )
-        entry = scenarios.setdefault(scenario, {}).setdefault(CONTRAST_KEYS[CONTRASTS.index(contrast)], {})
-        entry[score] = [float(f"{v:.4g}") for v in (of_patients.median(), -worst_value)]
-    patients = values.index.get_level_values("patient").nunique()
-    return {"coverage": coverage, "patients": patients, "scenarios": scenarios}
+    # a target that was synthesized itself has another name
+    known = pd.concat(tables).query(f"of in {list(CONTRASTS)}")
+    values = known.groupby(["scenario", "of", "score", "patient"])["value"].mean()
+    scenarios: dict[str, dict[str, list[float]]] = {}
+    for scenario, contrast in sorted({key[:2] for key in values.index}):
+        entry = scenarios.setdefault(scenario, {}).setdefault(CONTRAST_KEYS[CONTRASTS.index(contrast)], [])
+        for score, digits in EXPECTED.items():
+            of_patients = values[scenario, contrast, score]
+            least = conformal_limit((-of_patients).tolist(), coverage)
+            if least is None:
+                needed = math.ceil(coverage / (1 - coverage) - 1e-9)
+                raise StudyError(
+                    f"{len(of_patients)} patients are too few for a bound that holds for {coverage:.0%} of all: give "
+                    f"the scores of {needed} or more."
+                )
+            entry += [round(float(of_patients.median()), digits), round(-least, digits)]
+    return {"coverage": coverage, "patients": values.index.unique("patient").size, "scenarios": scenarios}
 
 
 def calibrate(
@@ -188,58 +192,59 @@ def calibrate(
     least_limit: float,
     least_spread: float,
     coverage: float,
+    judged_file: str | None = None,
     folds: Sequence[str] = (),
     score_files: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Mean and spread of every score of some complete, sound patients, and the limits that hold for all of them.
+    """Mean and spread of every score of complete, sound patients, and the limits that hold for them.
 
-    Each patient is judged complete, and with every choice of three and of two contrasts. Limits come from patients that
-    a network never saw, those of the part ``test`` and of ``folds``, by ``conformal_limit`` of the worst of each
-    patient; where they are too few, from the part ``validation`` itself, each judged by the others, with a margin.
+    Each patient is judged complete, and with every choice of three and of two contrasts, and held against the others by
+    the worst of these. The limit of a score is ``conformal_limit`` of its patients, or, where they are too few for
+    that, the greatest with a margin.
 
     Args:
-        cohort: see ``complete_studies``; mean and spread are of its part ``validation``. The own entries of a patient
-            in the bank are never looked at.
+        cohort: see ``complete_studies``; its part ``validation`` is judged, best of patients that the network never
+            saw. The own entries of a patient in the bank are never looked at.
         transform: see ``inference_transforms``.
         network: in evaluation mode.
         assessor: gives the scores.
-        margin: of the limits above the worst of the part ``validation``.
+        margin: of the limits where patients are few.
         least_limit: least limit, in standard deviations.
         least_spread: least standard deviation of a score, as a share of its mean: patients are few.
         coverage: share of new, sound patients that stay below a limit and above the bound of a score.
-        folds: weights that were calibrated with patients of their own in the part ``test``.
+        judged_file: gets the scores of each patient and choice of contrasts, as JSON.
+        folds: such files of a cross-validation, each of the patients kept out of the training of its network; they
+            are taken in the place of the cohort's.
         score_files: see ``expected_scores``; without, no score is expected.
 
     Returns:
         By score (``SCORES``) and contrast mean and standard deviation; ``limits`` of ``OVERALL`` in standard
-        deviations, ``None`` where no patient has the score; ``patients``, their number; ``held_out``, the worst of each
-        patient that was never seen, by the names of ``OVERALL``; ``expected`` of ``expected_scores``.
+        deviations, ``None`` where no patient has the score; ``patients``, their number; ``expected`` of
+        ``expected_scores``.
 
     Raises:
-        StudyError: for folds without such patients.
+        StudyError: for a file that does not hold scores of patients.
     """
     expected = {"expected": expected_scores(score_files, coverage)} if score_files else {}
-    held_out: dict[str, list[float]] = {name: [] for name in OVERALL}
+    rows: list[Sequence[Mapping[str, Any]]] = []
     for fold in folds:
-        found = (read_reference(fold) or {}).get("held_out") or {}
-        if not any(found.values()):
-            raise StudyError(
-                f"{fold} holds no scores of patients kept out: calibrate it with a split that has a test part."
-            )
-        for name in OVERALL:
-            held_out[name] += found[name]
-    device = next(network.parameters()).device
-    subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
-
-    def judged(part: str) -> list[list[Mapping[str, Any]]]:
-        rows = []
-        for whole in complete_studies(cohort, transform, part):
-            image, patient = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS], []
+        try:
+            rows += json.loads(Path(fold).read_text())["patients"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{fold} holds no scores of patients: give the judged.json of a calibration.") from error
+    if not folds:
+        device = next(network.parameters()).device
+        subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
+        for whole in complete_studies(cohort, transform):
+            image = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS]
+            patient: list[Mapping[str, Any]] = []
             for kept in map(torch.tensor, subsets):
                 shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-                patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+                scores = assessor(shown, network.eval(), device)["scores"]["contrasts"]
+                patient.append(scores)
             rows.append(patient)
-        return rows
+    if judged_file is not None:
+        write_whole(judged_file, {"patients": rows})
 
     def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
@@ -254,22 +259,13 @@ def calibrate(
                 table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
         return table
 
-    def worst_of(patient: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], name: str) -> list[float]:
-        known = [worst(scores, reference, OVERALL[name]) for scores in patient]
-        return [max(value for value in known if value is not None)] if any(v is not None for v in known) else []
-
-    rows = judged("validation")
-    reference, limits = spread(rows), {}
-    for patient in judged("test") if cohort.parts["test"] else []:
-        for name in OVERALL:
-            held_out[name] += [float(f"{value:.4g}") for value in worst_of(patient, reference, name)]
-    for name in OVERALL:
-        limit = conformal_limit(held_out[name], coverage)
-        if limit is None:
-            left_out = []
-            for k, patient in enumerate(rows):
-                others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
-                left_out += worst_of(patient, others, name)
-            limit = margin * max(left_out) if left_out else None
+    limits: dict[str, float | None] = {}
+    for name, parts in OVERALL.items():
+        left_out = []
+        for k, judged in enumerate(rows):
+            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
+            known = [value for scores in judged if (value := worst(scores, others, parts)) is not None]
+            left_out += [max(known)] if known else []
+        limit = conformal_limit(left_out, coverage) or (margin * max(left_out) if left_out else None)
         limits[name] = None if limit is None else float(f"{max(limit, least_limit):.4g}")
-    return {**reference, "limits": limits, "patients": len(rows), "held_out": held_out, **expected}
+    return {**spread(rows), "limits": limits, "patients": len(rows), **expected}

@@ -32,6 +32,8 @@ TRUST_KEY = "trust"
 #: The two scores of a study, and the scores of a contrast that each is the worst of.
 OVERALL = {"out_of_distribution": ("distance", "features"), "consistency": ("consistency",)}
 SCORES = tuple(name for names in OVERALL.values() for name in names)
+#: Scores that are expected of a synthetic contrast, and their digits.
+EXPECTED = {"psnr": 1, "ssim": 3}
 _ENHANCEMENT = (
     "T1ce is synthetic: contrast enhancement cannot be inferred reliably from other contrasts, so neither its presence "
     "nor its absence in this volume means anything."
@@ -263,8 +265,10 @@ class TrustAssessor:
         if contrasts is None:
             return {}
         named = {
-            contrast: {score: {"median": median, "at_least": bound} for score, (median, bound) in scores.items()}
-            for contrast, scores in contrasts.items()
+            contrast: {
+                score: {"median": values[2 * k], "at_least": values[2 * k + 1]} for k, score in enumerate(EXPECTED)
+            }
+            for contrast, values in contrasts.items()
         }
         return {"coverage": known["coverage"], "patients": known["patients"], "contrasts": named}
 

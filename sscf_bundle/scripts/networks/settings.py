@@ -33,7 +33,7 @@ SETTINGS_LENGTH = 4096
 
 def encode_settings(settings: Mapping[str, Any]) -> torch.Tensor:
     """Settings (what JSON can hold) as text in uint8, filled up with zeros to ``SETTINGS_LENGTH``."""
-    text = json.dumps(settings, sort_keys=True).encode().ljust(SETTINGS_LENGTH, b"\0")
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":")).encode().ljust(SETTINGS_LENGTH, b"\0")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
