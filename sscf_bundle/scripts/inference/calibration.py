@@ -136,19 +136,18 @@ def conformal_limit(values: Sequence[float], coverage: float) -> float | None:
     return sorted(values)[rank - 1] if 0 < rank <= len(values) else None
 
 
-def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) -> dict[str, Any]:
-    """What synthetic contrasts of patients that no network had seen were worth.
+def expected_scores(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """What synthetic contrasts were worth in patients that the network had never seen.
 
     Args:
         files: ``scores.csv`` of evaluations of whole studies, each of patients kept out of the training of its network.
-        coverage: of the bound, see ``conformal_limit``.
 
     Returns:
-        ``coverage``, ``patients`` (their number) and ``scenarios``: by scenario and key of the contrast the median of
-        PSNR (dB) of the protocol ``volume``, the bound that a new patient does not fall below, and the same of SSIM.
+        ``patients``, their number, and ``scenarios``: by scenario and key of the contrast the median and the worst PSNR
+        (dB) of the protocol ``volume``, and the same of SSIM.
 
     Raises:
-        StudyError: for files that are no such scores, a patient in two of them, and too few patients.
+        StudyError: for files that are no such scores, and a patient in two of them.
     """
     import pandas as pd  # filling in studies does without it
 
@@ -172,15 +171,8 @@ def expected_scores(files: Sequence[str | os.PathLike[str]], coverage: float) ->
         entry = scenarios.setdefault(scenario, {}).setdefault(CONTRAST_KEYS[CONTRASTS.index(contrast)], [])
         for score, digits in EXPECTED.items():
             of_patients = values[scenario, contrast, score]
-            least = conformal_limit((-of_patients).tolist(), coverage)
-            if least is None:
-                needed = math.ceil(coverage / (1 - coverage) - 1e-9)
-                raise StudyError(
-                    f"{len(of_patients)} patients are too few for a bound that holds for {coverage:.0%} of all: give "
-                    f"the scores of {needed} or more."
-                )
-            entry += [round(float(of_patients.median()), digits), round(-least, digits)]
-    return {"coverage": coverage, "patients": values.index.unique("patient").size, "scenarios": scenarios}
+            entry += [round(float(value), digits) for value in (of_patients.median(), of_patients.min())]
+    return {"patients": values.index.unique("patient").size, "scenarios": scenarios}
 
 
 def calibrate(
@@ -211,7 +203,7 @@ def calibrate(
         margin: of the limits where patients are few.
         least_limit: least limit, in standard deviations.
         least_spread: least standard deviation of a score, as a share of its mean: patients are few.
-        coverage: share of new, sound patients that stay below a limit and above the bound of a score.
+        coverage: share of new, sound patients that stay below a limit.
         judged_file: gets the scores of each patient and choice of contrasts, as JSON.
         folds: such files of a cross-validation, each of the patients kept out of the training of its network; they
             are taken in the place of the cohort's.
@@ -225,7 +217,7 @@ def calibrate(
     Raises:
         StudyError: for a file that does not hold scores of patients.
     """
-    expected = {"expected": expected_scores(score_files, coverage)} if score_files else {}
+    expected = {"expected": expected_scores(score_files)} if score_files else {}
     rows: list[Sequence[Mapping[str, Any]]] = []
     for fold in folds:
         try:

@@ -217,7 +217,7 @@ class TrustAssessor:
         Returns:
             ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations, and
             ``doubt``, the greatest of these and of the ``doubts`` of the input, relative to their limits),
-            ``prototypes``, ``expected`` (of each missing contrast, where the weights know it: median and bound of PSNR
+            ``prototypes``, ``expected`` (of each missing contrast, where the weights know it: median and worst PSNR
             and SSIM, see ``expected_scores``), ``verdict`` (``pass``, ``review``, ``reject`` or ``not calibrated``),
             ``reasons`` and ``warnings``, sentences.
         """
@@ -265,12 +265,10 @@ class TrustAssessor:
         if contrasts is None:
             return {}
         named = {
-            contrast: {
-                score: {"median": values[2 * k], "at_least": values[2 * k + 1]} for k, score in enumerate(EXPECTED)
-            }
+            contrast: {score: {"median": values[2 * k], "worst": values[2 * k + 1]} for k, score in enumerate(EXPECTED)}
             for contrast, values in contrasts.items()
         }
-        return {"coverage": known["coverage"], "patients": known["patients"], "contrasts": named}
+        return {"patients": known["patients"], "contrasts": named}
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:
