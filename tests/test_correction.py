@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import config_files, tiny_net
+from builders import TINY_CHANNELS, config_files, tiny_net
 from monai.bundle import create_workflow
 
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
@@ -30,6 +30,7 @@ from scripts.inference.synthesize import synthesize_study
 from scripts.inference.trust import central_slices
 from scripts.networks.sscf import network_input
 from scripts.networks.weights import read_state, save_weights
+from scripts.research.baselines import PlainUNet
 
 PREPROCESSING = {"image_size": 64, "spacing": 4.0, "scaling": "brain"}
 
@@ -121,3 +122,8 @@ def test_patients_of_the_bank_are_left_out_and_too_few_are_refused(tmp_path: Pat
                 run_correcting(tmp_path, phantom_cohort)
         else:
             assert run_correcting(tmp_path, phantom_cohort)["correction"]["patients"] == expected
+
+
+def test_networks_without_scenarios_of_their_own_are_corrected_too(tmp_path: Path, phantom_cohort: Path) -> None:
+    save_weights(tmp_path / "model.pt", PlainUNet(2, TINY_CHANNELS), {"preprocessing": PREPROCESSING})
+    assert run_correcting(tmp_path, phantom_cohort)["correction"]["patients"] == 5

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from torch import nn
 
 from ..contrasts import CONTRAST_KEYS, NUM_CONTRASTS, SCENARIOS, StudyError, scenario_name
 from ..data.cohort import Cohort
@@ -43,7 +44,7 @@ _LEAST_PATIENTS = 3
 
 
 @torch.no_grad()
-def fit_correction(cohort: Cohort, transform: StudyCompose, network: SSCFNet, number: int) -> dict[str, Any]:
+def fit_correction(cohort: Cohort, transform: StudyCompose, network: nn.Module, number: int) -> dict[str, Any]:
     """Slope and offset that take synthetic contrasts to the acquired ones of some complete studies, by least squares.
 
     One is kept where it lowers the error of patients that it was not fitted to, each left out in turn. Every patient
@@ -63,7 +64,7 @@ def fit_correction(cohort: Cohort, transform: StudyCompose, network: SSCFNet, nu
         StudyError: for less than three patients.
     """
     device, known = next(network.parameters()).device, set()
-    if network.uses_bank:
+    if isinstance(network, SSCFNet) and network.uses_bank:
         bank = network.stored_bank()
         known = set(bank.patient[bank.present.any(dim=1)].tolist())
     moments: dict[tuple[str, str], dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
@@ -75,7 +76,8 @@ def fit_correction(cohort: Cohort, transform: StudyCompose, network: SSCFNet, nu
         images = central_slices(torch.as_tensor(item["image"]), number, 1)[:, :NUM_CONTRASTS].to(device)
         for scenario in SCENARIOS:
             kept = torch.tensor(scenario, dtype=torch.bool, device=device)
-            pred = network.for_scenario(kept.tolist())(network_input(images, kept.expand(len(images), -1)))
+            module = network.for_scenario(kept.tolist()) if isinstance(network, SSCFNet) else network
+            pred = module(network_input(images, kept.expand(len(images), -1)))
             brain = (images[:, kept] > -1).any(dim=1)
             for i in (~kept).nonzero().flatten().tolist():
                 p, t = (((x[:, i][brain] + 1) / 2).double() for x in (pred.clamp(-1, 1), images))
