@@ -25,7 +25,7 @@ from scripts.research.diagnosis import GROUPS, interventions
 #: Least change of missing contrasts (of a range of 2) or of probabilities in the tumor after a training of seconds.
 FLOORS = {
     "CITIM zero": ("mask_change", 1e-5),
-    "CITIM constant over space": ("mask_change", 1e-7),
+    "CITIM constant over space": ("mask_change", 1e-5),
     "CITIM, classes of the bank exchanged": ("mask_change", 1e-5),
     "mask of the second pass zero": ("image_change", 1e-4),
     "mask of the second pass true": ("image_change", 1e-4),
@@ -41,7 +41,8 @@ FLOORS = {
 @pytest.fixture(scope="module")
 def diagnosis(phantom_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diagnosis")
-    overrides = tiny_run(phantom_cohort, folder, learning_rate=0.01, epoch_samples=32, shared_scenarios=True)
+    # with twice the learning rate the mask is lost, and what CITIM does depends on rounding
+    overrides = tiny_run(phantom_cohort, folder, learning_rate=0.005, seed=1, epoch_samples=32, shared_scenarios=True)
     train_in_process(config_files("train"), overrides)
     workflow = ConfigWorkflow(
         config_file=config_files("train", "diagnosis"),
