@@ -21,7 +21,7 @@ from ignite.engine import Engine
 from monai.bundle import create_workflow
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.contrasts import NUM_CONTRASTS, scenario_table
+from scripts.contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
 from scripts.data.transforms import study_transforms
@@ -239,3 +239,9 @@ def test_weights_learn_how_the_contrasts_of_a_cohort_are_related(tmp_path: Path,
     torch.testing.assert_close(torch.tensor(settings["intensities"]["spread"]).double(), spread, atol=1e-4, rtol=0)
     # what is written is not more than the buffer of earlier weights holds
     load_weights(network_from_weights(tmp_path / "model.pt"), tmp_path / "site.pt")
+
+
+def test_more_settings_than_weights_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"bytes, more than the 4096 that weights hold: .* notes is the longest"):
+        save_weights(tmp_path / "model.pt", tiny_net(), {"preprocessing": {}, "notes": "a" * 4096})
+    assert not list(tmp_path.iterdir())

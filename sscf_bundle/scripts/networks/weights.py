@@ -74,12 +74,22 @@ def save_weights(
         settings: ``preprocessing``, the arguments of ``study_transforms`` named in ``PREPROCESSING_SETTINGS``; another
             network than a ``ConfiguredNetwork`` adds whatever is needed to build it.
         half: keep large tensors as float16, for weights that are handed on; they are float32 again when loaded.
+
+    Raises:
+        StudyError: for more settings than the buffer of a ``ConfiguredNetwork`` holds.
     """
     path = Path(path)
     settings = dict(settings or {})
     if isinstance(network, ConfiguredNetwork):
         settings = network.read_settings() | settings
-        network.get_buffer(SETTINGS_KEY).copy_(encode_settings(settings))
+        encoded, buffer = encode_settings(settings), network.get_buffer(SETTINGS_KEY)
+        if encoded.shape != buffer.shape:
+            longest = max(settings, key=lambda name: len(json.dumps(settings[name])))
+            raise StudyError(
+                f"The settings for {path} take {len(encoded)} bytes, more than the {len(buffer)} that weights hold: "
+                f"leave something out, {longest} is the longest."
+            )
+        buffer.copy_(encoded)
     state = {
         # small tensors, such as the squares of the keys, are kept: they cost nothing and have the widest ranges
         name: value.half() if half and value.is_floating_point() and value.numel() > _SMALL else value
