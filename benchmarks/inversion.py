@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("weights", "slices", "data"):
         parser.add_argument(name)
-    parser.add_argument("--cache", default="slice_cache")
+    parser.add_argument("--cache", default="build/slice_cache")
     chosen = parser.parse_args()
     state, settings, _ = read_state(chosen.weights)
     patients = state["bank_patient"][state["bank_present"].any(dim=1)].numpy()

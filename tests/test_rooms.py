@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,15 @@ def test_inference_needs_what_its_requirements_name() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SCRIPTS).as_posix())
 def test_imports_run_one_way(path: Path) -> None:
     assert imported_rooms(path) <= ALLOWED[room(path)]
+
+
+def test_no_images_but_the_example_and_nothing_too_large_for_the_zoo_are_in_git() -> None:
+    root = Path(__file__).resolve().parents[1]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this copy is no git checkout")
+    files = [root / name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
+    volumes = {f for f in files if f.name.endswith((".npy", ".npz", ".nii", ".nii.gz", ".dcm", ".mha", ".nrrd"))}
+    example = root / "sscf_bundle" / "example"
+    assert files and not [f for f in volumes if example not in f.parents]
+    assert not [f for f in files if f.stat().st_size > 25_000_000]
