@@ -186,6 +186,15 @@ def test_own_file_names(tmp_path):
         find_studies(tmp_path, {"flare": "*.nii"})
 
 
+def test_a_name_that_is_not_understood_is_told(tmp_path, caplog):
+    touch(tmp_path / "one", "one_t1.nii.gz", "notes.txt")
+    assert len(find_studies(tmp_path)) == 1 and not caplog.messages
+    touch(tmp_path / "two", "two_dark.nii.gz", "two_mprage.nii.gz")
+    assert len(find_studies(tmp_path)) == 1
+    (message,) = caplog.messages
+    assert message.startswith("2 volumes are left out") and "two_dark.nii.gz" in message
+
+
 def test_what_cannot_be_used_is_named_and_stops_no_other_study(tmp_path, monkeypatch):
     touch(tmp_path / "S1", "S1_t1.nii.gz", "S1_t1.nii")
     touch(tmp_path / "S2", "S2_t1.nii.gz")

@@ -118,6 +118,7 @@ def find_studies(
     groups: dict[tuple[str, str], list[tuple[Path, _Match]]] = defaultdict(list)
     prefixes: dict[str, set[str]] = defaultdict(set)
     unreadable: list[OSError] = []
+    unknown: list[Path] = []
     for path in _files(root, unreadable):
         match = _match_built_in(path) if globs is None else _match_globs(path.name, globs)
         if match is not None:
@@ -127,11 +128,21 @@ def find_studies(
             # a prefix with a number names a study in the whole data set, others ("brain_T1") only in their folder
             groups["" if _is_identity(match.prefix) else folder, match.prefix].append((path, match))
             prefixes[folder].add(match.prefix)
+        elif volume_stem(path) is not None:
+            unknown.append(path)
     if not groups and not unreadable:
         wanted = _KNOWN_NAMES if pattern is None else ", ".join(pattern.values())
         raise StudyError(
             f"No study was found in {root} or below it: expected are {wanted}; correct dataset_dir or give your own "
             "file names as pattern."
+        )
+
+    if unknown:
+        logger.warning(
+            "%d volumes are left out, since their names tell no contrast, %s first: if they are wanted, rename them or "
+            "give their names as file_pattern or a datalist_file.",
+            len(unknown),
+            unknown[0],
         )
 
     _adopt_masks(groups, prefixes)

@@ -229,7 +229,8 @@ class StudyWriter:
             raise StudyError(f"{folder} cannot be written: {error.strerror or error}.") from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        logger.info("Study %s: %s written.", study, ", ".join(made))
+        judged = [f"Verdict: {record['verdict']}.", *record["reasons"]] if "verdict" in record else []
+        logger.info("Study %s: %s written. %s", study, ", ".join(made), " ".join(judged))
         return {key: folder / files.volumes[key] for key in made}
 
     def finish(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
