@@ -118,7 +118,9 @@ def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phant
 
 
 def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
-    overrides = tiny_run(phantom_cohort, tmp_path, pretrained_path=str(trained / "model.pt"), **ONE_EPOCH)
+    # the network is that of the weights, whatever train.json says
+    changes = {"pretrained_path": str(trained / "model.pt"), "channels": "base", **ONE_EPOCH}
+    overrides = tiny_run(phantom_cohort, tmp_path, **changes)
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
     train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
     assert_same(load(tmp_path / "model.pt"), load(trained / "model.pt"))

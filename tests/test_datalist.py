@@ -192,7 +192,7 @@ def test_a_name_that_is_not_understood_is_told(tmp_path, caplog):
     touch(tmp_path / "two", "two_dark.nii.gz", "two_mprage.nii.gz")
     assert len(find_studies(tmp_path)) == 1
     (message,) = caplog.messages
-    assert message.startswith("2 volumes are left out") and "two_dark.nii.gz" in message
+    assert "tell no contrast: 2" in message and "two_dark.nii.gz" in message
 
 
 def test_what_cannot_be_used_is_named_and_stops_no_other_study(tmp_path, monkeypatch):
