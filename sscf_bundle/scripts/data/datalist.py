@@ -139,8 +139,8 @@ def find_studies(
 
     if unknown:
         logger.warning(
-            "Volumes left out, since their names tell no contrast: %d, %s first. If they are wanted, rename them or give "
-            "their names as file_pattern or a datalist_file.",
+            "Volumes left out, since their names tell no contrast: %d, %s first. If they are wanted, rename them or "
+            "give their names as file_pattern or a datalist_file.",
             len(unknown),
             unknown[0],
         )
