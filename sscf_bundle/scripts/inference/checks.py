@@ -285,7 +285,8 @@ def findings(
         features = measured["features"][i][: len(_QUANTILES) + 1]
         low, high = np.asarray(statistics["low"])[:, : len(features)], np.asarray(statistics["high"])
         if (features < low.min(axis=0)).any() or (features > high[:, : len(features)].max(axis=0)).any():
-            add("unusual_intensities", f"{name} has intensities distributed as in no study of the reference.")
+            cause = "another scanner, a normalization or a wrong name"
+            add("unusual_intensities", f"{name} has intensities as no study of the reference: look for {cause}.")
     for (i, j), (dice, gain) in measured["pairs"].items():
         # where every small movement makes it worse, a smaller overlap is of masks that differ, not of a movement
         if gain > limits["gain"] or (dice < limits["dice"] and gain >= 0):

@@ -235,7 +235,7 @@ class TrustAssessor:
         doubt = list(item.get("doubts", {}).values())
         if self.reference is None or not scores:
             verdict = verdict if reasons else "not calibrated"
-            reasons.append("There is no calibration in the weights, so no score can be judged.")
+            reasons.append("There is no calibration in the weights, so no score can be judged: run calibrating.")
         else:
             for name, parts in OVERALL.items():
                 value = worst(scores["contrasts"], self.reference, parts)
@@ -245,7 +245,7 @@ class TrustAssessor:
                 scores[name] = value
                 doubt.append(value / limit)
                 if value > limit:
-                    reasons.append(f"The score {name} is {value:.1f}, above the limit {limit:.1f} of the calibration.")
+                    reasons.append(f"The score {name} is {value:.1f}, its limit {limit:.1f}: look at input and result.")
                     verdict = "reject" if value > self.reject * limit or verdict == "reject" else "review"
         if doubt:
             scores["doubt"] = max(doubt)
