@@ -30,9 +30,11 @@ from builders import (
     tiny_run,
     train_in_process,
 )
+from monai.bundle import ConfigParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.contrasts import StudyError
+from scripts.data.transforms import find_study_error
 from scripts.networks.weights import network_from_weights
 
 ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
@@ -115,6 +117,18 @@ def test_patients_of_the_bank_are_refused_by_the_evaluation(trained: Path, phant
     overrides = tiny_run(phantom_cohort, trained, evaluated_part="training", lpips=False)
     with pytest.raises(StudyError, match="3 of the evaluated patients are in the memory bank"):
         train_in_process(config_files("train", "evaluate"), overrides)
+
+
+def test_evaluation_needs_training_studies_for_the_nearest_contrast_alone(phantom_cohort: Path, tmp_path: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config(config_files("train", "evaluate"))
+    parser.update(tiny_run(phantom_cohort, tmp_path, split_fractions=[0, 0, 1], reference_methods=["zero_filling"]))
+    assert list(parser.get_parsed_content("evaluation#reference_methods")) == ["zero_filling"]
+    parser["reference_methods"] = ["nearest_contrast"]
+    parser.parse(reset=True)
+    with pytest.raises(RuntimeError) as refused:
+        parser.get_parsed_content("evaluation#reference_methods")
+    assert "The training part of the split has no study" in str(find_study_error(refused.value))
 
 
 def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
