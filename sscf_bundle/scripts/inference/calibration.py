@@ -61,6 +61,7 @@ def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str 
             reason = f"Study {item['study']} lacks {', '.join(lacking)}: a calibration needs all four contrasts."
         if reason is None:
             usable += 1
+            logger.info("Study %s, %d of %d.", item["study"], k + 1, len(items))
             yield item
         else:
             logger.error("Study %s failed: %s", item["study"], reason)
