@@ -19,6 +19,7 @@ import pytest
 import torch
 from builders import generator, random_batch
 from scipy.ndimage import affine_transform
+from scipy.stats import kstest
 
 from scripts.contrasts import scenario_table
 from scripts.training.augmentation import Augmentation
@@ -103,6 +104,24 @@ def test_affine_map_is_that_of_a_literal_resampling() -> None:
         label = affine_transform(batch["label"][b, 0].numpy(), linear, offset, order=0, mode="grid-constant", cval=0)
         assert (result["label"][b, 0].numpy() != label).mean() < 0.01
     assert mirrored == {False, True}
+
+
+def test_maps_are_drawn_evenly_from_the_whole_range_of_each_strength() -> None:
+    size = np.array([32, 24])
+    augment = Augmentation(**{name: STRENGTHS[name] for name in SPATIAL})
+    theta = augment.maps(torch.arange(1000), 0, 1, torch.Size(size.tolist())).double().numpy()
+    linear = theta[:, ::-1, 1::-1] * size[:, None] / size  # in voxels
+    determinant = np.linalg.det(linear)
+    drawn = [
+        np.degrees(np.arctan2(linear[:, 1, 0], linear[:, 1, 1])) / STRENGTHS["rotation"],
+        (np.abs(determinant) ** -0.5 - 1) / STRENGTHS["scale"],
+        *theta[:, :, 2].T / 2 / STRENGTHS["translation"],
+    ]
+    for values in drawn:
+        assert kstest(values, "uniform", (-1, 2)).statistic < 0.05
+    assert (determinant < 0).mean() == pytest.approx(STRENGTHS["flip"], abs=0.05)
+    # each by a number of its own
+    assert np.abs(np.triu(np.corrcoef([*drawn, np.sign(determinant)]), 1)).max() < 0.1
 
 
 def test_image_and_mask_move_together() -> None:
