@@ -18,13 +18,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import TINY_CHANNELS, config_files, tiny_net
+from builders import TINY_CHANNELS, config_files, generator, tiny_net
 from monai.bundle import create_workflow
 
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
-from scripts.inference.correction import CorrectPredictiond
+from scripts.inference.correction import CorrectPredictiond, fit_correction
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.synthesize import synthesize_study
 from scripts.inference.trust import central_slices
@@ -80,6 +80,26 @@ def test_correction_is_the_line_of_least_squares_where_it_helps_patients_left_ou
                 kept += 1
                 assert corrected == pytest.approx([*line(pairs), np.mean(gains)], rel=2e-3, abs=2e-3)
     assert kept
+
+
+def test_only_a_line_that_helps_patients_left_out_is_kept_and_it_is_that_of_the_shown_brain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T1 is a line of what is synthesized in the brain of FLAIR; T2 is it plus an offset of each patient's own."""
+    pred = torch.linspace(-0.6, 0.6, 7 * 36).reshape(7, 6, 6)
+    network = torch.nn.Conv2d(1, 1, 1)
+    network.forward = lambda image: pred.expand(len(image), -1, -1, -1)  # type: ignore[method-assign]
+    items = []
+    for number, offset in enumerate((0.2, -0.2, 0.2, -0.2)):
+        image = torch.rand((8, 6, 6, 3), generator=generator(number)) * 2 - 1
+        image[1], image[3] = 0.5 * pred[1, ..., None] - 0.3, pred[3, ..., None] + offset
+        image[0, 3:] = -1  # no brain to FLAIR
+        image[1, 3:] = 0.9
+        items.append({"study": str(number), "image": image})
+    monkeypatch.setattr("scripts.inference.correction.complete_studies", lambda *_: items)
+    found = fit_correction(None, None, network, 1)["scenarios"]["FLAIR"]  # type: ignore[arg-type]
+    # -0.3 in [-1, 1]
+    assert found["t1"][:2] == pytest.approx([0.5, 0.1], abs=1e-4) and "t2" not in found
 
 
 def test_inference_applies_the_correction_of_the_weights(tmp_path: Path, phantom_cohort: Path) -> None:
