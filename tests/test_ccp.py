@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import all_availabilities, compute_in_float64, generator
+from builders import all_availabilities, compute_in_float64, generator, random_entries, tiny_net
 
 from scripts.contrasts import scenario_table
 from scripts.networks.blocks import channel_statistics
@@ -225,6 +225,25 @@ def test_ccp_equals_equations_8_and_9_for_all_scenarios_in_float64(
     result = run(ccp, feature, key, available, bank, allowed)
     assert result.shape == feature.shape
     compare(result, literal_ccp(ccp, feature, key, available, bank, allowed), 1e-12)
+
+
+def test_network_predicts_by_equations_8_and_9_at_every_scale() -> None:
+    """Each scale with its own part of the retrieved statistics, beside the mean of the available features."""
+    net, available = tiny_net().eval(), scenario_table()[[1, 7, 13]]
+    bank = net.new_bank((32, 32))
+    bank.enqueue(random_entries(bank, range(5)))
+    images, allowed = torch.rand((3, K, 32, 32), generator=generator(1)), torch.ones(3, 6, dtype=torch.bool)
+    with torch.no_grad():
+        compiled = net.compile_bank(bank.entries())
+        out = net.run_branches(images, available, compiled, allowed)
+    key, start = net.retrieval_key(out.second), 0
+    for ccp, feature, predicted in zip(net.ccp, out.second, out.predicted, strict=True):
+        part = slice(start, start := start + feature.shape[2])
+        of_scale = compiled._replace(mean=compiled.mean[..., part], std=compiled.std[..., part])
+        expected = literal_ccp(ccp, feature, key, available, of_scale, allowed)
+        for b, shown in enumerate(available):
+            expected[b, ~shown.numpy()] += feature[b, shown].double().mean(dim=0).numpy()
+        compare(predicted, expected, 1e-4)
 
 
 def test_ccp_equals_equations_8_and_9_in_float32_with_partial_studies_and_masked_entries() -> None:
