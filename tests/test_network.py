@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from builders import TINY_CHANNELS, all_availabilities, generator, random_batch,
 from scripts.contrasts import scenario_table
 from scripts.networks.citim import CITIM
 from scripts.networks.memory_bank import BankEntries, CompiledBank
+from scripts.networks.precision import half_weights
 from scripts.networks.retrieval import active_pairs
 from scripts.networks.sscf import PRESETS, SSCFNet, network_input, read_availability
 from scripts.training.step import SSCFTrainingStep, cell_labels
@@ -362,6 +364,14 @@ def test_retrieval_enters_as_nothing_at_first() -> None:
                 torch.testing.assert_close(predicted[b, k], mean, atol=1e-6, rtol=1e-5)
 
 
+def test_tumor_classes_are_rare_at_first() -> None:
+    torch.manual_seed(0)
+    net = SSCFNet(channels=TINY_CHANNELS, bank_size=1)
+    with torch.no_grad():
+        probabilities = net(random_batch(scenario_table())["image"])[:, 4:]
+    assert 0.005 < probabilities.mean() < 0.1
+
+
 def test_literal_entry_starts_with_a_mixture_in_the_place_of_every_skip_connection() -> None:
     torch.manual_seed(0)
     net = SSCFNet(channels=TINY_CHANNELS, bank_size=6, key_size=2, entry="literal")
@@ -382,9 +392,10 @@ def test_second_pass_sees_the_soft_mask_and_the_first_sees_none() -> None:
     torch.testing.assert_close(masks[1], torch.sigmoid(output["logits"]).detach())
 
 
-def test_entries_hold_what_design_says_of_both_passes() -> None:
+@pytest.mark.parametrize("changes", [{}, {"prototype": "mean", "normalize_prototypes": False}], ids=["sum", "mean"])
+def test_entries_hold_what_design_says_of_both_passes(changes: dict[str, object]) -> None:
     """G = b W_l^T, W_l of the first pass (eq. 1, 2); key, mu and sigma of the second (eq. 8); y by priority (eq. 5)."""
-    step = tiny_step(size=(64, 64))
+    step = tiny_step(size=(64, 64), **changes)
     net, seen = step.net, {}
     run_branches = net.run_branches
     net.run_branches = lambda *args: seen.setdefault("out", run_branches(*args))  # type: ignore[method-assign]
@@ -398,9 +409,12 @@ def test_entries_hold_what_design_says_of_both_passes() -> None:
     for b in range(2):
         for i in range(4):
             feature = first[-1][b, i].reshape(TINY_CHANNELS[-1], -1)
-            feature = feature - feature.mean(axis=1, keepdims=True)
-            feature = feature / np.sqrt((feature**2).mean(axis=1, keepdims=True) + 1e-5)
-            np.testing.assert_allclose(entries.prototype[b, i].numpy(), feature @ maps[b, i].T, rtol=0, atol=1e-4)
+            if not changes:
+                feature = feature - feature.mean(axis=1, keepdims=True)
+                feature = feature / np.sqrt((feature**2).mean(axis=1, keepdims=True) + 1e-5)
+            mass = maps[b, i].sum(axis=1)
+            expected = feature @ maps[b, i].T / (np.where(mass < 0.5, np.inf, mass) if changes else 1)
+            np.testing.assert_allclose(entries.prototype[b, i].numpy(), expected, rtol=0, atol=1e-4)
             with torch.no_grad():
                 head = net.citim.head(torch.from_numpy(first[-1][b : b + 1, i]).float())
             torch.testing.assert_close(entries.class_map[b, i], head[0], rtol=0, atol=1e-5)
@@ -508,6 +522,51 @@ def test_retrieval_under_bfloat16_autocast_finds_the_same_entries() -> None:
                 distances = [(keys[b, s] - step.bank.key[e, s].double()).norm().item() for e in range(6)]
                 nearest = int(np.argmin(distances))
                 assert torch.equal(mean[b, p], step.bank.mean[nearest, t])
+
+
+def halved_parameters_and_gradients() -> tuple[set[str], dict[str, torch.Tensor | None]]:
+    """Of a training step under bfloat16 autocast: parameters that its network has in bfloat16, and all gradients."""
+    step, halved = tiny_step(), set()
+    own = dict(step.net.named_parameters())
+    step.net.fuse_bottleneck.register_forward_pre_hook(
+        lambda *_: halved.update(n for n, p in step.net.named_parameters() if p.dtype == torch.bfloat16)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = step(**random_batch(scenario_table()[[0, 7, 13]]))
+    outputs_to_sum(output).backward()
+    assert all(p is own[name] for name, p in step.net.named_parameters())
+    return halved, {name: p.grad for name, p in own.items()}
+
+
+def test_step_under_autocast_computes_with_half_weights_and_trains_the_whole_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    halved, gradients = halved_parameters_and_gradients()
+    convolutions = [n for n, m in tiny_net().named_modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
+    # CITIM reads phi in float32
+    assert {name.rpartition(".")[0] for name in halved} == set(convolutions) - {"citim.phi"}
+    monkeypatch.setattr("scripts.training.step.half_weights", lambda *_, **__: nullcontext())
+    cast_one_by_one, expected = halved_parameters_and_gradients()
+    assert not cast_one_by_one
+    for name, gradient in expected.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            atol = 2**-6 * float(gradient.abs().max())
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_half_weights_give_way_to_the_whole_ones_whatever_happens() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.Linear(3, 3), torch.nn.Conv2d(3, 2, 1, bias=False))
+    own = dict(net.named_parameters())
+    with half_weights(net):
+        assert all(p is own[name] for name, p in net.named_parameters())  # without autocast
+    with pytest.raises(KeyError), torch.autocast("cpu", dtype=torch.bfloat16), half_weights(net, but=[net[2]]):
+        halved = {name: p for name, p in net.named_parameters() if p is not own[name]}
+        halved["0.weight"].sum().backward()  # and none of the bias
+        raise KeyError
+    assert {name: p.dtype for name, p in halved.items()} == dict.fromkeys(["0.weight", "0.bias"], torch.bfloat16)
+    assert all(p is own[name] for name, p in net.named_parameters())
+    assert torch.equal(own["0.weight"].grad, torch.ones(3, 2, 1, 1)) and own["0.bias"].grad is None
 
 
 # ------------------------------------------------------------------------------------------------- export and state
@@ -653,6 +712,7 @@ def test_network_for_one_scenario_equals_the_network(
 ) -> None:
     step = tiny_step(filled=0 if "entries" in absent else 4, **changes)
     net = with_frozen_bank(step)
+    net.bank_present[:4] &= ~torch.eye(4, dtype=torch.bool)  # each entry lacks a contrast
     image = random_batch(scenario_table(), (32, 48), seed=4)["image"]
     with torch.no_grad():
         expected = net(image)
