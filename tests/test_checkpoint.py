@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts.contrasts import StudyError
-from scripts.networks.weights import read_settings, with_weights
+from scripts.networks.weights import read_settings, read_state, save_weights, with_weights
 from scripts.training.checkpoint import BestModel, LastModel, TrainingCheckpoint
 
 
@@ -233,6 +233,17 @@ def test_models_have_their_settings_inside_and_no_leftovers(tmp_path: Path) -> N
     engine.run([0])
     assert files(tmp_path) == ["model.pt"]
     assert read_settings(tmp_path / "model.pt") == {"image_size": 96, "spacing": 2.0, "scaling": "brain"}
+
+
+def test_half_precision_on_disk_is_for_large_tensors_alone(tmp_path: Path) -> None:
+    net = tiny_net()
+    net.bank_key_square.fill_(1e6)  # more than float16 holds
+    save_weights(tmp_path / "model.pt", net, half=True)
+    state, own = read_state(tmp_path / "model.pt")[0], net.state_dict()
+    halved = {name for name, value in state.items() if value.dtype == torch.float16}
+    assert halved == {name for name in state if own[name].is_floating_point() and own[name].numel() > 1024} != set()
+    for name, value in state.items():
+        assert torch.equal(value, own[name].to(value.dtype)), name
 
 
 def test_weights_for_a_config_are_loaded_or_their_fault_is_told_in_one_sentence(tmp_path: Path) -> None:
