@@ -194,18 +194,6 @@ def test_a_wider_brain_is_a_failure_that_says_what_to_do(items, tmp_path):
     )
 
 
-def test_loader_workers_give_the_same_items(items, tmp_path):
-    data = SliceDataset(prepare(items, tmp_path))
-    batches = []
-    for workers in (0, 2):
-        sampler = EpochSampler(data, weights=data.weights, seed=1)
-        sampler.set_epoch(2)
-        batches.append(list(DataLoader(data, batch_size=4, sampler=sampler, num_workers=workers)))
-    assert len(batches[0]) == len(batches[1]) == 4
-    for one, other in zip(*batches, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
 def order(epoch=0, **kwargs):
     sampler = EpochSampler(range(10), **kwargs)
     sampler.set_epoch(epoch)

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor, NibabelReader
 from monai.inferers import SliceInferer
 from monai.transforms import Invertd
@@ -133,16 +132,15 @@ def shifted(mm):
     return affine
 
 
-def without_affine(path):
-    content = bytearray(nib.Nifti1Image(brain_volume(1), LPS).to_bytes())
-    content[296:312] = bytes(16)  # srow_y of the header
-    path.write_bytes(gzip.compress(content))
+def with_header(first, content):
+    """A file with other bytes in its header."""
 
+    def make(path):
+        file = bytearray(nib.Nifti1Image(brain_volume(1), LPS).to_bytes())
+        file[first : first + len(content)] = content
+        path.write_bytes(gzip.compress(file))
 
-def with_nan_in_the_affine(path):
-    content = bytearray(nib.Nifti1Image(brain_volume(1), LPS).to_bytes())
-    content[296:300] = np.float32(np.nan).tobytes()  # srow_y[0] of the header
-    path.write_bytes(gzip.compress(content))
+    return make
 
 
 def sheared():
@@ -164,7 +162,7 @@ BAD_FILES = {
     "not a NIfTI file": ("t1", lambda p: p.write_bytes(gzip.compress(b"hello")), "cannot be read"),
     "shape": ("t1", lambda p: write(p, brain_volume(1, (24, 20, 7))), r"24 x 20 x 7 but .*S1_flair.* has 24 x 20 x 6"),
     "affine": ("t1", lambda p: write(p, brain_volume(1), shifted(0.5)), r"S1_flair.*affines \(corners up to 0.5 mm"),
-    "singular affine": ("t1", without_affine, "no valid affine"),
+    "singular affine": ("t1", with_header(296, bytes(16)), "no valid affine"),
     "NaN": ("t1", lambda p: write(p, with_value(np.nan)), "NaN or infinite"),
     "infinite": ("t1", lambda p: write(p, with_value(np.inf)), "NaN or infinite"),
     "4-D": ("t1", lambda p: write(p, np.stack([brain_volume(1)] * 2, -1)), "4-D with shape 24 x 20 x 6 x 2"),
@@ -172,7 +170,7 @@ BAD_FILES = {
     "complex": ("t1", lambda p: write(p, brain_volume(1).astype(np.complex64)), "complex numbers"),
     "flat affine": ("t1", lambda p: write(p, brain_volume(1), np.diag([1, 1, 1e-4, 1])), "no valid affine|voxels of"),
     "dependent axes": ("t1", lambda p: write(p, brain_volume(1), sheared()), "no valid affine"),
-    "NaN in the affine": ("t1", with_nan_in_the_affine, "no valid affine"),
+    "NaN in the affine": ("t1", with_header(296, np.float32(np.nan).tobytes()), "no valid affine"),
     "meters": ("t1", lambda p: write(p, brain_volume(1), LPS * 1e-3), "voxels of 0.001 x 0.001 x 0.002 mm"),
     "micrometers": ("t1", lambda p: write(p, brain_volume(1), LPS * 1e3), "voxels of 1e\\+03 x"),
     "constant": ("t1", lambda p: write(p, (brain_volume(1) > 0).astype(np.uint8)), "one value only"),
@@ -402,27 +400,6 @@ def test_availability_planes_and_slice_inference(study):
     inferer = SliceInferer(roi_size=(32, 32), spatial_dim=2, sw_batch_size=4)
     pred = inferer(image[None], lambda x: (x[:, :4] + 1) / 2)[0]
     assert invert(transform, shown, pred).shape == (4, *SHAPE)
-
-
-def test_declarative_use(study):
-    config = {
-        "preprocessing": {
-            "_target_": "StudyCompose",
-            "transforms": [
-                {"_target_": "LoadStudyd"},
-                {"_target_": "Orientationd", "keys": ["image", "label"], "axcodes": "RAS", "labels": None},
-                {"_target_": "BrainMaskd"},
-                {"_target_": "ScaleBraind"},
-                {"_target_": "CropBraind", "keys": ["image", "label", "brain"], "size": 32, "pad_value": [-1, 0, 0]},
-            ],
-        }
-    }
-    own = ("StudyCompose", "LoadStudyd", "BrainMaskd", "ScaleBraind", "CropBraind")
-    for node in (config["preprocessing"], *config["preprocessing"]["transforms"]):
-        if node["_target_"] in own:
-            node["_target_"] = f"scripts.data.transforms.{node['_target_']}"
-    out = ConfigParser(config).get_parsed_content("preprocessing")(study)
-    assert torch.equal(out["image"], study_transforms(32)(study)["image"])
 
 
 DATA = REPOSITORY.parent / "shared" / "data"

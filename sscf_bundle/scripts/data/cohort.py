@@ -87,8 +87,7 @@ class Cohort:
         if part not in self._prepared:
             self._prepared[part] = prepare_slices(self.parts[part], self.transform, self.cache_dir, self.num_workers)
         dataset = SliceDataset(self._prepared[part], **options)
-        known = {(f["study"], f["reason"]) for f in self.failures}
-        self.failures += [f for f in dataset.failures if (f["study"], f["reason"]) not in known]
+        self.failures += [failure for failure in dataset.failures if failure not in self.failures]
         return dataset
 
     def split_hash(self) -> str:

@@ -47,7 +47,6 @@ _ENDINGS = (
     ("seg", r"label-lesion_(?:mask|dseg)", 0),
     ("seg", r"(?:dseg|segm?|tumor_segmentation|gold_standard)", 1),
 )
-_NIFTI = re.compile(r"^(?P<stem>.+)\.nii(?:\.gz)?$", re.IGNORECASE | re.DOTALL)
 _BUILT_IN = tuple(
     (key, re.compile(rf"^(?:(?P<prefix>.*?)[_.\- ])?(?P<ending>{ending})$", re.IGNORECASE | re.DOTALL), precedence)
     for key, ending, precedence in _ENDINGS
@@ -368,7 +367,7 @@ def _files(root: Path, unreadable: list[OSError]) -> list[Path]:
         children[:] = sorted(child for child in children if not child.startswith("."))
         names = [name for name in names if not name.startswith(".")]
         found += [Path(folder, name) for name in names]
-        found += [Path(folder, child) for child in children if _NIFTI.match(child)]
+        found += [Path(folder, child) for child in children if child.lower().endswith((".nii", ".nii.gz"))]
         if Path(folder) != root and holds_dicom(folder, names):
             found.append(Path(folder))
     return sorted(found)

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from .transforms import find_study_error
 
 #: Part of every cache key: raise it when the code of the transforms changes what they do.
 CACHE_FORMAT = 1
-CHOICES = ("largest_tumor", "tumor", "brain")
 
 logger = logging.getLogger(__name__)
 
@@ -131,24 +129,22 @@ def describe_transform(transform: Any) -> Any:
 
     They are nested lists and dictionaries of strings, numbers and ``None``. Of functions only the name is seen.
     """
-    describe = describe_transform
-    if transform is None or isinstance(transform, bool | int | float | str):
-        return transform.value if isinstance(transform, Enum) else transform
-    if isinstance(transform, np.ndarray | np.generic | torch.Tensor):
-        return transform.tolist()
-    if isinstance(transform, Mapping):
-        return {str(key): describe(value) for key, value in transform.items()}
-    if isinstance(transform, list | tuple):
-        return [describe(value) for value in transform]
-    if isinstance(transform, functools.partial):
-        return [describe(transform.func), describe(transform.args), describe(transform.keywords)]
-    if isinstance(transform, torch.dtype | np.dtype):
-        return str(transform)
-    if isinstance(transform, type) or not hasattr(transform, "__dict__") or hasattr(transform, "__code__"):
-        return getattr(transform, "__qualname__", type(transform).__qualname__)
+    return json.loads(json.dumps(transform, default=_describe))
+
+
+def _describe(value: Any) -> Any:
+    """Something that JSON knows in the place of what it does not know."""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, torch.dtype | np.dtype):
+        return str(value)
+    if isinstance(value, type) or not hasattr(value, "__dict__") or hasattr(value, "__code__"):
+        return getattr(value, "__qualname__", type(value).__qualname__)
     # MONAI keeps whether to trace in a thread-local that appears with the first call and is no parameter
-    parameters = {name: value for name, value in vars(transform).items() if not isinstance(value, threading.local)}
-    return {"class": type(transform).__qualname__, **describe(parameters)}
+    parameters = {name: item for name, item in vars(value).items() if not isinstance(item, threading.local)}
+    return {"class": type(value).__qualname__, **parameters}
 
 
 def select_slices(
@@ -181,7 +177,7 @@ def select_slices(
     elif choice == "brain":
         rows = np.flatnonzero(brain > min_brain)
     else:
-        raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}.")
+        raise ValueError(f"choice must be one of largest_tumor, tumor, brain or numbers of slices, got {choice!r}.")
     return rows.tolist()
 
 
