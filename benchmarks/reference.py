@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
 from scripts.networks.citim import CITIM, class_prototypes
-from scripts.networks.retrieval import active_pairs, key_distances
+from scripts.networks.retrieval import active_pairs
 from scripts.networks.sscf import PRESETS
 
 from .inference import filled_network, scenario
@@ -166,8 +166,7 @@ def bank_against_full_maps(
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
         key = net.retrieval_key([bottleneck] * len(net.channels))
-        distance = torch.stack([key_distances(key[:, i], bank, i) for i in range(NUM_CONTRASTS)], dim=1)
-        mean, std, _ = net.prototypes(distance[rows, source], bank, allowed, target, source)
+        mean, std, _ = net.retrieve(key, net.all_contrasts, source, bank, allowed, target, source)
         return mean, std
 
     deepest = torch.randn(bank_size, NUM_CONTRASTS, channels[-1] * sides[-1] ** 2, device=where)

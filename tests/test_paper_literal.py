@@ -178,7 +178,7 @@ def test_dependency_loss_is_that_of_the_printed_equations() -> None:
     step.bank.label.random_(0, 4, generator=draw)
     cells = torch.randint(0, 4, (3, 4), generator=draw).to(torch.uint8)
     entries, count = step.bank.entries(), int(step.bank.count)
-    index, usable = draw_entries(torch.rand(3, 6), entries, step.bank.count, batch["patient"], 300, own_patient=True)
+    _, index, usable = draw_entries(torch.rand(3, 6), entries, step.bank.count, batch["patient"], 300, own_patient=True)
     w = output["class_map"].detach() * 1.3  # so that some of P exceed 1
     arguments = (w, output["contrast_maps"], output["available"], cells)
     result = dependency_loss(entries, index, usable, *arguments, own_maps=False, printed_order=True)

@@ -172,20 +172,6 @@ def test_moving_average_starts_at_the_source_and_leaves_its_own_buffers_alone() 
     assert float(held.running_mean.abs().sum()) == 0
 
 
-def test_restored_moving_average_goes_on_as_if_nothing_had_happened() -> None:
-    one, other = averaged(0.9), averaged(0.9)
-    walk(one, 5, seed=1)
-    saved = copy.deepcopy(one.state_dict())
-    walk(other, 2, seed=7)
-    other.load_state_dict(saved)
-    other.source.load_state_dict(one.source.state_dict())
-    walk(one, 3, seed=2)
-    walk(other, 3, seed=2)
-    assert other.steps == one.steps == 8
-    for ours, theirs in zip(one.average.parameters(), other.average.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_moving_average_refuses_a_decay_out_of_range(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be in"):
@@ -221,10 +207,9 @@ def make_trainer(
         discriminators=discriminators,
         discriminator_step=wrap(discriminators),
         discriminator_optimizer=optimizer(discriminators.parameters(), lr=rate),
-        discriminator_loss=DiscriminatorLoss(),
         average=MovingAverage(step.net, copy_network(step.net, CPU), 0.9),
         amp=False,
-        **{"loss": GeneratorLoss(), **changes},
+        **{"loss": GeneratorLoss(), "discriminator_loss": DiscriminatorLoss(), **changes},
     )
 
 
@@ -324,13 +309,6 @@ def test_compiled_step_and_loss_are_one_graph_each_however_full_the_bank_is() ->
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
-def test_discriminators_without_an_optimizer_are_refused() -> None:
-    step = PlainStep()
-    parts = {"step": step, "training_step": step, "optimizer": torch.optim.SGD(step.parameters(), lr=1e-3)}
-    with pytest.raises(ValueError, match="discriminators need"):
-        SynthesisTrainer(CPU, 1, [], loss=GeneratorLoss(), discriminators=nn.Identity(), **parts)
-
-
 def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     batch = training_batch(4)
     # slices of one patient do not see each other's entries, so the entry of the first half changes nothing for the rest
@@ -361,9 +339,14 @@ def test_shorter_rest_of_an_epoch_makes_a_step_of_full_weight() -> None:
     assert farthest(weights(alone), weights(rest)) == 0
 
 
-def test_accumulation_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="accumulation_steps must be at least 1"):
-        make_trainer([training_batch(2)], accumulation_steps=0)
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for changes, message in (
+        ({"accumulation_steps": 0}, "accumulation_steps must be at least 1"),
+        ({"reconstructions": 1}, "needs shared_scenarios"),
+        ({"discriminator_loss": None}, "discriminators need an optimizer and a loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer([training_batch(2)], **changes)
 
 
 def test_incomplete_studies_train_and_what_they_lack_has_no_influence() -> None:

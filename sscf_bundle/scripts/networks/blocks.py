@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks import Convolution, UpSample
@@ -32,18 +34,13 @@ def number_of(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(dim=-1).clamp(min=1)
 
 
-def masked_mean(features: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the contrasts that a mask (B x K boolean) names, zero where it names none.
 
-    Args:
-        features: B x K x ... tensor; what the mask leaves out may hold NaN.
-        mask: B x K boolean.
-        count: ``number_of`` the mask, where it is known.
+    ``features`` are B x K x ...; what the mask leaves out may hold NaN.
     """
-    if count is None:
-        count = number_of(mask)
     total = torch.where(expand_dims_like(mask, features), features, 0.0).sum(dim=1)
-    return total / expand_dims_like(count, total)
+    return total / expand_dims_like(number_of(mask), total)
 
 
 def maximum_over(maps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -91,6 +88,15 @@ def scale_statistics(features: list[torch.Tensor], eps: float = STATISTICS_EPS) 
     return torch.cat(means, dim=2), torch.sqrt(torch.cat(spreads, dim=2).square() + eps)
 
 
+def pooled_statistics(
+    features: list[torch.Tensor], statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Maximum over space and ``scale_statistics``, where these are not known: B x K x 3 x (C_1 + C_2 + ...) float32."""
+    maxima = torch.cat([maximum_over(f.flatten(3), 3) for f in features], dim=2).float()
+    mean, std = scale_statistics(features) if statistics is None else statistics
+    return torch.stack([maxima, mean, std], dim=2)
+
+
 def expand_dims_like(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """Values with trailing dimensions of size 1, up to the number of dimensions of ``maps``."""
     return values.reshape(values.shape + (1,) * (maps.dim() - values.dim()))
@@ -134,46 +140,8 @@ def mix_channels(weight: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return torch.bmm(weight, flat).unflatten(2, space)
 
 
-class EncoderStage(nn.Module):
-    """One scale of an encoder: two 3-wide convolutions whose last output, before any normalization, is F^j.
-
-    Args:
-        spatial_dims: 2 or 3.
-        in_channels: channels of the input.
-        out_channels: channels of F^j.
-        stride: 2 to halve the resolution, 1 at scale 1.
-        pre_activation: normalize and activate the input first (it is the raw F^(j-1)).
-        norm: see ``Encoder``.
-        act: see ``Encoder``.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        pre_activation: bool,
-        norm: str | tuple,
-        act: str | tuple,
-    ) -> None:
-        super().__init__()
-        self.pre = (
-            nn.Sequential(get_norm_layer(norm, spatial_dims, in_channels), get_act_layer(act))
-            if pre_activation
-            else nn.Identity()
-        )
-        self.conv1 = Convolution(
-            spatial_dims, in_channels, out_channels, strides=stride, norm=norm, act=act, bias=False, adn_ordering="NA"
-        )
-        self.conv2 = Convolution(spatial_dims, out_channels, out_channels, conv_only=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(self.conv1(self.pre(x)))
-
-
 class Encoder(nn.Module):
-    """Encoder E^i of one contrast.
+    """Encoder E^i of one contrast: two 3-wide convolutions at each scale, the last of which gives F^j.
 
     F^j is tapped before normalization: behind a per-image normalization its channel statistics, which AdaIN and
     retrieval live on, would be almost the same for every slice.
@@ -182,8 +150,7 @@ class Encoder(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: channels of the input (the contrast and the mask channels).
         channels: channels of F^1..F^5.
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
+        norm, act: MONAI layer specs.
     """
 
     def __init__(
@@ -195,11 +162,16 @@ class Encoder(nn.Module):
         act: str | tuple = DEFAULT_ACT,
     ) -> None:
         super().__init__()
-        widths = [in_channels, *channels]
-        self.stages = nn.ModuleList(
-            EncoderStage(spatial_dims, widths[j], widths[j + 1], 1 if j == 0 else 2, j > 0, norm, act)
-            for j in range(len(channels))
-        )
+        self.stages = nn.ModuleList()
+        for j, (before, width) in enumerate(pairwise((in_channels, *channels))):
+            # what the scale above gives is raw
+            pre = nn.Sequential(get_norm_layer(norm, spatial_dims, before), get_act_layer(act)) if j else nn.Identity()
+            strides = 2 if j else 1
+            first = Convolution(
+                spatial_dims, before, width, strides=strides, norm=norm, act=act, bias=False, adn_ordering="NA"
+            )
+            last = Convolution(spatial_dims, width, width, conv_only=True)
+            self.stages.append(nn.Sequential(OrderedDict(pre=pre, conv1=first, conv2=last)))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """F^1..F^5 of B x in_channels x spatial, each B x C_j x spatial / 2^(j-1)."""
@@ -241,8 +213,7 @@ class Decoder(nn.Module):
         spatial_dims: 2 or 3.
         channels: channels of F^1..F^5.
         out_channels: channels of the result (no final activation).
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
+        norm, act: MONAI layer specs.
     """
 
     def __init__(

@@ -32,6 +32,11 @@ from torch import nn
 
 from .blocks import expand_dims_like, gather_maps, masked_mean, maximum_over, mean_of_maps, mix_channels, number_of
 
+#: Bottleneck ratio of CBAM's channel attention.
+REDUCTION = 16
+#: Kernel of CBAM's spatial attention.
+KERNEL_SIZE = 7
+
 
 class Pairs(NamedTuple):
     """The M (target, source) pairs of a batch of samples with different scenarios, see ``pairs_of_batch``."""
@@ -41,36 +46,23 @@ class Pairs(NamedTuple):
     source_row: torch.Tensor  #: M rows of the sources in it.
     gamma_row: torch.Tensor  #: M rows of the pairs in a table of K K rows, target after target.
     gain: torch.Tensor  #: M factors of eq. 9, 0 for an idle pair.
-    own: torch.Tensor  #: K B, contrasts that are available, contrast after contrast.
-    number: torch.Tensor  #: B, how many contrasts are available, at least 1.
 
 
 def pairs_of_batch(
     available: torch.Tensor, target: torch.Tensor, source: torch.Tensor, active: torch.Tensor, scale_sources: bool
 ) -> Pairs:
-    """The pairs of ``active_pairs`` as rows of tables.
-
-    Args:
-        available: B x K.
-        target: B x P, like ``source`` and ``active``.
-        source: B x P.
-        active: B x P; an idle pair gets the first source of its sample, so that it reads no missing contrast.
-        scale_sources: see ``CCP``.
-    """
+    """The pairs of ``active_pairs`` as rows of tables; for ``scale_sources`` see ``CCP``."""
     b, k = available.shape
     sample = torch.arange(b, device=available.device).unsqueeze(1)
-    read = torch.where(active, source, source[:, :1])
-    gain, number = active.float(), number_of(available)
+    gain = active.float()
     if scale_sources:
-        gain = gain / number.unsqueeze(1) * (k - 1)
+        gain = gain / number_of(available).unsqueeze(1) * (k - 1)
     return Pairs(
         target.flatten(),
         (target * b + sample).flatten(),
-        (read * b + sample).flatten(),
+        (source * b + sample).flatten(),
         (target * k + source).flatten(),
         gain.flatten(),
-        available.t().flatten(),
-        number,
     )
 
 
@@ -92,13 +84,8 @@ def adain(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """AdaIN (eq. 8) of M pairs as an affine map of each source channel.
 
-    Args:
-        maximum: M x C spatial maximum of the source feature.
-        center: M x C, its mean.
-        own_std: M x C, its standard deviation.
-        found: M x C or M x 1; without a retrieved entry the source's own statistics are kept.
-        mean: M x C prototype mean mu.
-        std: M x C prototype standard deviation sigma.
+    ``maximum``, ``center`` and ``own_std`` are those of the source feature over space, ``mean`` and ``std`` the mu and
+    sigma of the prototype, all M x C; where nothing was ``found`` (M x 1), the source's own are kept.
 
     Returns:
         ``ratio`` and ``offset``, M x C, and ``pooled``, 2 M x C: the spatial means of the result, then its maxima.
@@ -120,25 +107,16 @@ class CCP(nn.Module):
         spatial_dims: 2 or 3.
         channels: C_j.
         num_contrasts: K.
-        reduction: bottleneck ratio of CBAM's channel attention.
-        kernel_size: kernel of CBAM's spatial attention.
         residual: add the result of eq. 9 to the mean of the available features, with gamma zero at the start; False is
             eq. 9 as it stands, which puts a random mixture in the place of every skip connection at the start.
         scale_sources: see above.
     """
 
     def __init__(
-        self,
-        spatial_dims: int,
-        channels: int,
-        num_contrasts: int,
-        reduction: int = 16,
-        kernel_size: int = 7,
-        residual: bool = False,
-        scale_sources: bool = True,
+        self, spatial_dims: int, channels: int, num_contrasts: int, residual: bool = False, scale_sources: bool = True
     ) -> None:
         super().__init__()
-        k, c, hidden = num_contrasts, channels, max(channels // reduction, 4)
+        k, c, hidden = num_contrasts, channels, max(channels // REDUCTION, 4)
         self.num_contrasts, self.residual, self.scale_sources = k, residual, scale_sources
         self.squeeze_weight = nn.Parameter(torch.empty(k, hidden, c))
         self.squeeze_bias = nn.Parameter(torch.zeros(k, hidden))
@@ -146,7 +124,7 @@ class CCP(nn.Module):
         self.excite_bias = nn.Parameter(torch.zeros(k, c))
         # all targets' attention maps come from one convolution, the pair's own is picked afterwards: cheaper than
         # one small grouped convolution for each pair
-        self.spatial = Conv[Conv.CONV, spatial_dims](2, k, kernel_size, padding=kernel_size // 2)
+        self.spatial = Conv[Conv.CONV, spatial_dims](2, k, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
         self.gamma_weight = nn.Parameter(torch.empty(k, k, c, c))
         self.gamma_bias = nn.Parameter(torch.zeros(k, c))
         for weight, fan_in in (
@@ -217,8 +195,8 @@ class CCP(nn.Module):
         gate = torch.sigmoid(attended.gather(1, place)) * expand_dims_like(pairs.gain.to(attended.dtype), attended)
         base = expand_dims_like(self.gamma_bias.to(mixed.dtype).unsqueeze(1).expand(-1, b, -1), feature)
         if self.residual:
-            base = base + masked_mean(feature, available, pairs.number).to(mixed.dtype)
-        out = torch.where(expand_dims_like(pairs.own, maps), maps.to(mixed.dtype), base.flatten(0, 1))
+            base = base + masked_mean(feature, available).to(mixed.dtype)
+        out = torch.where(expand_dims_like(available.t().flatten(), maps), maps.to(mixed.dtype), base.flatten(0, 1))
         out = out.index_add_(0, pairs.target_row, mixed * gate.to(mixed.dtype))
         return out.unflatten(0, (k, b)).transpose(0, 1)
 
@@ -257,7 +235,7 @@ class CCP(nn.Module):
             pooled.unflatten(0, (-1, num_targets)).flatten(1, 2),
             kernel,
             offset.index_select(0, targets),
-            padding=kernel.shape[-1] // 2,
+            padding=KERNEL_SIZE // 2,
             groups=num_targets,
         )
         mixed = mixed.unflatten(0, (num_sources, b, num_targets))

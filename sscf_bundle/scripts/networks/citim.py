@@ -37,7 +37,6 @@ class PredictionHead(nn.Module):
 
     The probabilities are a softmax over the tumor classes and background, or, as in the paper's text, independent
     sigmoids of the tumor classes (``sigmoid``); with these an entry of W_l^T W can exceed 1, where eq. 6 is undefined.
-    ``hidden_channels`` is the width of the three inner blocks.
     """
 
     def __init__(
@@ -45,20 +44,20 @@ class PredictionHead(nn.Module):
         spatial_dims: int,
         in_channels: int,
         num_classes: int,
-        hidden_channels: int,
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
         sigmoid: bool = False,
     ) -> None:
         super().__init__()
         self.sigmoid = sigmoid
-        widths = [in_channels, hidden_channels, hidden_channels, hidden_channels]
+        # a quarter, as a multiple of 4, which the groups of the default normalization ask for
+        hidden = max(in_channels // 16 * 4, 4)
         self.blocks = nn.Sequential(
             *(
-                Convolution(spatial_dims, widths[k], widths[k + 1], norm=norm, act=act, adn_ordering="NA")
-                for k in (0, 1, 2)
+                Convolution(spatial_dims, width, hidden, norm=norm, act=act, adn_ordering="NA")
+                for width in (in_channels, hidden, hidden)
             ),
-            Convolution(spatial_dims, hidden_channels, num_classes, kernel_size=1, conv_only=True),
+            Convolution(spatial_dims, hidden, num_classes, kernel_size=1, conv_only=True),
         )
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
@@ -102,17 +101,10 @@ class CITIM(nn.Module):
         num_contrasts: K.
         num_classes: c', with background but for ``sigmoid``.
         bank_size: L; only the ``concat`` aggregation has weights for each slot.
-        prototype: ``sum`` (the literal eq. 2) or ``mean``.
         aggregation: ``attention`` pools the entries by attention of the current feature, whatever their order and
             number; ``concat`` is the literal 1x1 convolution phi over Concat(F'_1..F'_L) of eq. 4.
-        head_channels: width of the prediction head; None means a quarter of C, rounded down to a multiple of 4.
-        norm: MONAI normalization spec.
-        act: MONAI activation spec.
-        eps: of the layer normalization.
+        norm, act: MONAI layer specs.
         sigmoid: see ``PredictionHead``.
-
-    Raises:
-        ValueError: for an unknown ``prototype`` or ``aggregation``.
     """
 
     def __init__(
@@ -122,26 +114,16 @@ class CITIM(nn.Module):
         num_contrasts: int,
         num_classes: int,
         bank_size: int,
-        prototype: str = "sum",
         aggregation: str = "attention",
-        head_channels: int | None = None,
         norm: str | tuple = DEFAULT_NORM,
         act: str | tuple = DEFAULT_ACT,
-        eps: float = 1e-5,
         sigmoid: bool = False,
     ) -> None:
         super().__init__()
-        self.eps = eps
-        if prototype not in ("sum", "mean"):
-            raise ValueError(f"prototype must be 'sum' or 'mean', got {prototype!r}.")
-        if aggregation not in ("attention", "concat"):
-            raise ValueError(f"aggregation must be 'attention' or 'concat', got {aggregation!r}.")
+        self.eps = 1e-5
         self.channels, self.num_contrasts, self.bank_size = channels, num_contrasts, bank_size
-        self.mean_prototype = prototype == "mean"
         self.concat = aggregation == "concat"
-        # a multiple of 4, as the groups of the default normalization ask
-        head_channels = head_channels or max(channels // 16 * 4, 4)
-        self.head = PredictionHead(spatial_dims, channels, num_classes, head_channels, norm, act, sigmoid)
+        self.head = PredictionHead(spatial_dims, channels, num_classes, norm, act, sigmoid)
         conv = Conv[Conv.CONV, spatial_dims]
         #: psi (eq. 3), a 1x1 convolution from K * C to C, kept as a matrix since it acts on prototypes
         self.psi = nn.Linear(num_contrasts * channels, channels)

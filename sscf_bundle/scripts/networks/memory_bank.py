@@ -88,12 +88,8 @@ class MemoryBank(nn.Module):
 
     Args:
         size: number of entries L.
-        num_contrasts: K.
-        key_dim: D.
-        feature_channels: C_1 + ... + C_5.
-        bottleneck_channels: C of F^5.
-        num_classes: c', tumor classes and background.
-        num_cells: N = h * w of F^5.
+        num_contrasts, key_dim, feature_channels, bottleneck_channels, num_classes, num_cells: K, D, C_1 + ... + C_5, C
+            of F^5, c' and N of F^5, see ``BankEntries``.
         refresh: a slice that is in the bank is rewritten in its place; False is a plain queue, which may hold it twice.
     """
 

@@ -24,13 +24,15 @@ def active_pairs(available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         available: B x K boolean; K = 4 gives 3 or 4 active pairs for 1 to 3 available contrasts.
 
     Returns:
-        ``target``, ``source``: B x P contrast indices with P = (K / 2)^2; ``active``: B x P boolean.
+        ``target``, ``source``: B x P contrast indices with P = (K / 2)^2; ``active``: B x P boolean. An idle pair has
+        the first source of its sample, so that it reads no missing contrast.
     """
     k = available.shape[1]
     table = (~available).unsqueeze(2) & available.unsqueeze(1)  # B x target x source
     flat = table.flatten(1)
     order = torch.argsort((~flat).to(torch.int64), dim=1, stable=True)[:, : (k // 2) * ((k + 1) // 2)]
-    return torch.div(order, k, rounding_mode="floor"), order % k, torch.gather(flat, 1, order)
+    source, active = order % k, torch.gather(flat, 1, order)
+    return torch.div(order, k, rounding_mode="floor"), torch.where(active, source, source[:, :1]), active
 
 
 def usable_for_pairs(
@@ -52,20 +54,17 @@ def key_distances(query: torch.Tensor, bank: CompiledBank, source: int, start: i
     return torch.addmm(square, query, key.t(), alpha=-2.0)
 
 
-def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> tuple[torch.Tensor, torch.Tensor]:
-    """The entry l* of every (target, source) pair (eq. 8).
+def retrieve(distance: torch.Tensor, usable: torch.Tensor, mode: str = "nearest") -> torch.Tensor:
+    """The entry l* of every (target, source) pair (eq. 8): B x P slots, 0 where none is usable.
 
     Args:
         distance: B x P x L distances of the source's keys.
         usable: B x P x L of ``usable_for_pairs``.
         mode: ``nearest``, or ``random`` for a control that ignores the distances.
-
-    Returns:
-        ``index``: B x P slot l* (0 where none is usable); ``found``: B x P boolean.
     """
     if mode == "random":
         distance = torch.rand_like(distance)
-    return distance.masked_fill(~usable, float("inf")).argmin(dim=2), usable.any(dim=2)
+    return distance.masked_fill(~usable, float("inf")).argmin(dim=2)
 
 
 def mean_prototype(table: torch.Tensor, usable: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -40,12 +40,9 @@ def encode_settings(settings: Mapping[str, Any]) -> torch.Tensor:
 def decode_settings(buffer: torch.Tensor) -> dict[str, Any]:
     """Settings from a tensor of ``encode_settings``; a ``StudyError`` if it holds none."""
     try:
-        settings = json.loads(bytes(buffer.cpu().tolist()).rstrip(b"\0"))
+        return dict(json.loads(bytes(buffer.cpu().tolist()).rstrip(b"\0")))
     except (ValueError, TypeError) as error:
         raise StudyError("The settings in the weights are damaged: copy the file again or train anew.") from error
-    if not isinstance(settings, dict):
-        raise StudyError("The settings in the weights are damaged: copy the file again or train anew.")
-    return settings
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

@@ -29,13 +29,13 @@ from .blocks import (
     Encoder,
     expand_dims_like,
     masked_mean,
-    maximum_over,
     mean_of_maps,
     number_of,
+    pooled_statistics,
     scale_statistics,
     stack_contrasts,
 )
-from .ccp import CCP, Pairs, adain, gather, pairs_of_batch
+from .ccp import CCP, adain, gather, pairs_of_batch
 from .citim import CITIM
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
 from .retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
@@ -57,7 +57,7 @@ class BranchOutputs(NamedTuple):
 
     logits: torch.Tensor  #: B x 3 x spatial, logits of ED, ET, NET; -inf without a segmentation branch.
     images: torch.Tensor  #: B x K x spatial in [-1, 1]; -1 without a synthesis branch.
-    class_map: torch.Tensor  #: B x c' x N, W of the fused feature; zero without CITIM.
+    class_map: torch.Tensor  #: B x c' x N, W of the fused feature; empty without CITIM.
     first: list[torch.Tensor]  #: F_i^1..F_i^5 of the first pass (no mask), each B x K x C_j x spatial.
     second: list[torch.Tensor]  #: F_i^1..F_i^5 of the second pass (predicted mask).
     #: of the second pass, mean and standard deviation, each B x K x (C_1 + ... + C_5).
@@ -73,12 +73,16 @@ class SSCFNet(ConfiguredNetwork):
     ``forward`` takes one tensor and returns one tensor. The compiled bank is part of its state; an empty bank (a
     network that was never given one) works: F_CITIM is zero and AdaIN keeps the statistics of the source.
 
+    In the methods ``images`` are B x K x spatial in [-1, 1]; ``features`` by scale F_i^1..F_i^5, each B x K x C_j x
+    spatial / 2^(j-1); ``available`` is B x K boolean; ``bank`` a compiled bank of L slots; ``allowed``, B x L, says
+    which entries a sample may use; ``target`` and ``source``, B x P, are the contrasts of (target, source) pairs.
+
     Args:
         spatial_dims: 2 or 3.
         channels: channels of F^1..F^5, or a name in ``PRESETS``.
         bank_size: number of bank entries L.
         key_size: retrieval keys are F_i^5 pooled to ``key_size`` cells along each axis.
-        prototype: ``sum`` or ``mean``, see ``CITIM``.
+        prototype: ``sum`` (the literal eq. 2) or ``mean``, see ``class_prototypes``.
         aggregation: ``attention`` or ``concat``, see ``CITIM``.
         norm: MONAI normalization spec; must not use statistics of the batch.
         act: MONAI activation spec.
@@ -154,6 +158,8 @@ class SSCFNet(ConfiguredNetwork):
         self.keep_arguments(locals())
         for name, value, known in (
             ("entry", entry, ("residual", "literal")),
+            ("prototype", prototype, ("sum", "mean")),
+            ("aggregation", aggregation, ("attention", "concat")),
             ("segmentation", segmentation, ("citim", "plain", "none")),
             ("prediction", prediction, ("ccp", "mean")),
             ("retrieval", retrieval, ("nearest", "random", "mean")),
@@ -185,6 +191,8 @@ class SSCFNet(ConfiguredNetwork):
         self.key_lengths = [
             width * cells**spatial_dims for width, cells in zip(channels, self.key_cells, strict=True) if cells
         ]
+        #: channels whose statistics are retrieved by the key of each scale that has one
+        self.key_widths = self.widths if keys == "each_scale" else [self.feature_channels]
         k, c, classes = NUM_CONTRASTS, channels[-1], self.num_classes
         conv = Conv[Conv.CONV, spatial_dims]
         self.encoders = nn.ModuleList(
@@ -197,10 +205,7 @@ class SSCFNet(ConfiguredNetwork):
             bias = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
             nn.init.constant_(self.segmentation_decoder.head.bias, bias)
         if self.with_citim:
-            sigmoid = head == "sigmoid"
-            self.citim = CITIM(
-                spatial_dims, c, k, classes, bank_size, prototype, aggregation, norm=norm, act=act, sigmoid=sigmoid
-            )
+            self.citim = CITIM(spatial_dims, c, k, classes, bank_size, aggregation, norm, act, head == "sigmoid")
             if self.residual:
                 nn.init.zeros_(self.citim.phi.weight)
                 nn.init.zeros_(self.citim.phi.bias)
@@ -274,12 +279,7 @@ class SSCFNet(ConfiguredNetwork):
 
     # ---------------------------------------------------------------------------------------------------- branches
     def encode(self, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """F_i^1..F_i^5 of all contrasts, each B x K x C_j x spatial / 2^(j-1), see ``stack_contrasts``.
-
-        Args:
-            images: B x K x spatial.
-            mask: B x 3 x spatial tumor probabilities, or zeros in the first pass.
-        """
+        """Features of all contrasts, see ``stack_contrasts``; the mask is B x 3 x spatial, zeros in the first pass."""
         per_contrast: list[list[torch.Tensor]] = []
         for i, encoder in enumerate(self.encoders):
             per_contrast.append(encoder(torch.cat([images[:, i : i + 1], mask], dim=1)))
@@ -300,10 +300,11 @@ class SSCFNet(ConfiguredNetwork):
         self, features: list[torch.Tensor], available: torch.Tensor, bank: CompiledBank, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The segmentation branch (section 2.1) on the features of the first pass; see ``decode_mask``."""
-        bottleneck, count = features[-1], number_of(available).to(features[-1].dtype)
-        fused: list[torch.Tensor] = [masked_mean(f, available, count) for f in features]
+        bottleneck = features[-1]
+        fused: list[torch.Tensor] = [masked_mean(f, available) for f in features]
         kept = torch.where(expand_dims_like(available, bottleneck), bottleneck, 0.0).flatten(1, 2)
         if self.scale_sources:
+            count = number_of(available).to(bottleneck.dtype)
             kept = kept * expand_dims_like(available.shape[1] / count, kept)
         return self.decode_mask(fused, kept, bank, allowed)
 
@@ -315,11 +316,10 @@ class SSCFNet(ConfiguredNetwork):
         Args:
             fused: by scale the mean over the available contrasts, B x C_j x spatial.
             concatenated: B x (K C) x spatial, the zero-filled F_i^5, scaled by K / |S|.
-            bank: compiled bank.
-            allowed: entries that the sample may use.
+            bank, allowed: as in all methods.
 
         Returns:
-            logits, B x 3 x spatial; W, B x c' x N.
+            logits, B x 3 x spatial; W, B x c' x N, empty without CITIM.
         """
         f5 = self.fuse_bottleneck(concatenated)
         if self.with_citim:
@@ -330,12 +330,12 @@ class SSCFNet(ConfiguredNetwork):
                 with torch.autocast(f5.device.type, enabled=False):
                     context = self.citim(f5, class_map, bank.value, bank.gram, allowed)
             if self.residual:
-                fused[-1] = f5 + context.to(f5.dtype)
+                f5 = f5 + context.to(f5.dtype)
             else:
-                fused[-1] = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
+                f5 = self.join_citim(torch.cat([f5, context.to(f5.dtype)], dim=1))
         else:
-            class_map = torch.zeros(f5.shape[0], self.num_classes, f5.flatten(2).shape[2], device=f5.device)
-            fused[-1] = f5
+            class_map = f5.new_zeros(0)
+        fused[-1] = f5
         return self.segmentation_decoder(fused), class_map
 
     def retrieval_key(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -355,33 +355,6 @@ class SSCFNet(ConfiguredNetwork):
                 parts.append(pooled.reshape(feature.shape[0], feature.shape[1], -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def prototypes(
-        self,
-        distance: torch.Tensor,
-        bank: CompiledBank,
-        allowed: torch.Tensor,
-        target: torch.Tensor,
-        source: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the retrieved prototype of each (target, source) pair (eq. 8).
-
-        Args:
-            distance: B x P x L distances of the source's keys.
-            bank: compiled bank.
-            allowed: entries that the sample may use.
-            target: B x P.
-            source: B x P.
-
-        Returns:
-            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: B x P.
-        """
-        usable = usable_for_pairs(bank, allowed, target, source)
-        if self.retrieval == "mean":
-            mean, std = mean_prototype(bank.mean, usable, target), mean_prototype(bank.std, usable, target)
-            return mean, std, usable.any(dim=2)
-        index, found = retrieve(distance, usable, self.retrieval)
-        return bank.mean[index, target], bank.std[index, target], found
-
     def retrieve(
         self,
         key: torch.Tensor,
@@ -392,82 +365,58 @@ class SSCFNet(ConfiguredNetwork):
         target: torch.Tensor,
         source: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``prototypes`` for the CCP modules of all scales, one entry for all of them or, with ``keys``, one for each.
+        """Statistics of each pair's retrieved prototype (eq. 8): of one entry or, with ``keys``, one for each scale.
 
         Args:
             key: B x R x D of ``retrieval_key``.
             contrasts: R contrasts whose keys these are.
             row: B x P, which of them is the source of a pair.
-            bank: compiled bank.
-            allowed: entries that the sample may use.
-            target: B x P.
-            source: B x P.
+            bank, allowed, target, source: as in all methods.
 
         Returns:
-            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: of the same size, or 1 for all channels.
+            ``mean``, ``std``: B x P x (C_1 + ... + C_5); ``found``: B x P x 1, whether there is a usable entry.
         """
+        usable = usable_for_pairs(bank, allowed, target, source)
+        found = usable.any(dim=2, keepdim=True)
+        if self.retrieval == "mean":
+            return mean_prototype(bank.mean, usable, target), mean_prototype(bank.std, usable, target), found
         place = row.unsqueeze(2).expand(-1, -1, bank.key.shape[0])
+        tables = bank.mean.split(self.key_widths, dim=2), bank.std.split(self.key_widths, dim=2)
         means: list[torch.Tensor] = []
         stds: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
-        start, first = 0, 0
+        start = 0
         for j, part in enumerate(key.split(self.key_lengths, dim=2)):
             distances = [key_distances(part[:, r], bank, i, start) for r, i in enumerate(contrasts)]
-            distance = torch.stack(distances, dim=1).gather(1, place)
-            mean, std, has_entry = self.prototypes(distance, bank, allowed, target, source)
-            if len(self.key_lengths) == 1:
-                return mean, std, has_entry.unsqueeze(2)
-            last = first + self.widths[j]
-            means.append(mean[..., first:last])
-            stds.append(std[..., first:last])
-            found.append(has_entry.unsqueeze(2).expand(-1, -1, self.widths[j]))
-            start, first = start + part.shape[2], last
-        return torch.cat(means, dim=2), torch.cat(stds, dim=2), torch.cat(found, dim=2)
+            index = retrieve(torch.stack(distances, dim=1).gather(1, place), usable, self.retrieval)
+            means.append(tables[0][j][index, target])
+            stds.append(tables[1][j][index, target])
+            start += part.shape[2]
+        return torch.cat(means, dim=2), torch.cat(stds, dim=2), found
 
-    def affine(
-        self, statistics: torch.Tensor, target: torch.Tensor, found: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    def style(
+        self, own: torch.Tensor, target: torch.Tensor, retrieved: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """AdaIN (eq. 8) and CBAM's channel attention of M pairs, as one affine map of each channel of each scale.
+        """AdaIN (eq. 8) and CBAM's channel attention of all pairs, as one affine map of each channel of each scale.
 
         Args:
-            statistics: M x 3 x (C_1 + ... + C_5), spatial maximum, mean and standard deviation of the source features.
-            target: M contrast indices.
-            found: as in ``adain``, like ``mean`` and ``std``.
-            mean: M x (C_1 + ... + C_5).
-            std: M x (C_1 + ... + C_5).
+            own: (B P) x 3 x (C_1 + ... + C_5) of ``pooled_statistics`` of the sources.
+            target: B x P.
+            retrieved: of ``retrieve``.
 
         Returns:
-            ``scale`` and ``shift``, M x (C_1 + ... + C_5).
+            ``scale`` and ``shift``, (B P) x (C_1 + ... + C_5).
         """
-        maximum, center, own_std = statistics.unbind(1)
+        mean, std, found = [t.flatten(0, 1) for t in retrieved]
+        maximum, center, own_std = own.unbind(1)
         ratio, offset, pooled = adain(maximum, center, own_std, found, mean, std)
-        contrasts = torch.arange(self.num_contrasts, device=target.device)
-        chosen = (target.unsqueeze(1) == contrasts).to(pooled.dtype).repeat(2, 1)
+        numbers = torch.arange(self.num_contrasts, device=target.device)
+        chosen = (target.flatten().unsqueeze(1) == numbers).to(pooled.dtype).repeat(2, 1)
         parts = pooled.split(self.widths, dim=1)
         logits: list[torch.Tensor] = []
         for j, ccp in enumerate(self.ccp):
             logits.append(ccp.channel_attention(chosen, parts[j]))  # type: ignore[operator]
         attention = torch.sigmoid(torch.cat(logits, dim=1).unflatten(0, (2, -1)).sum(dim=0))
         return attention * ratio, attention * offset
-
-    def pair_maps(
-        self,
-        features: list[torch.Tensor],
-        statistics: tuple[torch.Tensor, torch.Tensor],
-        pairs: Pairs,
-        retrieved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``affine`` of the pairs of a batch from the features and statistics of ``synthesize``."""
-        maxima = torch.cat([maximum_over(f.flatten(3), 3) for f in features], dim=2).float()
-        table = torch.stack([t.transpose(0, 1) for t in [maxima, statistics[0], statistics[1]]], dim=2)
-        mean, std, found = retrieved
-        return self.affine(
-            gather(table.flatten(0, 1), pairs.source_row),
-            pairs.target,
-            found.flatten(0, 1),
-            mean.flatten(0, 1),
-            std.flatten(0, 1),
-        )
 
     def synthesize(
         self,
@@ -477,39 +426,31 @@ class SSCFNet(ConfiguredNetwork):
         bank: CompiledBank,
         allowed: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The synthesis branch (section 2.2): missing contrasts from F_CCP, available ones from their own features.
-
-        Args:
-            features: of the second pass.
-            statistics: their means and standard deviations, see ``scale_statistics``.
-            available: B x K boolean.
-            bank: compiled bank.
-            allowed: entries that the sample may use.
+        """The synthesis branch (section 2.2) on the features of the second pass and their ``scale_statistics``.
 
         Returns:
-            images, B x K x spatial in [-1, 1]; what the decoders read by scale, see ``BranchOutputs.predicted``.
+            images, B x K x spatial in [-1, 1]: missing contrasts from F_CCP, available ones from their own features;
+            what the decoders read by scale, see ``BranchOutputs.predicted``.
         """
         predicted: list[torch.Tensor] = []
         if self.with_ccp:
             target, source, active = active_pairs(available)
             pairs = pairs_of_batch(available, target, source, active, self.scale_sources)
-            key = self.retrieval_key([f.detach() for f in features])
+            table = pooled_statistics(features, statistics).transpose(0, 1).flatten(0, 1)
+            own, key = gather(table, pairs.source_row), self.retrieval_key([f.detach() for f in features])
             if torch.jit.is_scripting():
                 found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
-                scale, shift = self.pair_maps(features, statistics, pairs, found)
+                maps = self.style(own, target, found)
             else:
                 with torch.autocast(key.device.type, enabled=False):
                     found = self.retrieve(key, self.all_contrasts, source, bank, allowed, target, source)
-                    scale, shift = self.pair_maps(features, statistics, pairs, found)
-            scales = scale.to(features[0].dtype).split(self.widths, dim=1)
-            shifts = shift.to(features[0].dtype).split(self.widths, dim=1)
+                    maps = self.style(own, target, found)
+            scales, shifts = [m.to(features[0].dtype).split(self.widths, dim=1) for m in maps]
             for j, ccp in enumerate(self.ccp):
                 predicted.append(ccp(features[j], scales[j], shifts[j], available, pairs))
         else:
-            count = number_of(available)
             for f in features:
-                mean = masked_mean(f, available, count).unsqueeze(1)
-                predicted.append(torch.where(expand_dims_like(available, f), f, mean))
+                predicted.append(torch.where(expand_dims_like(available, f), f, masked_mean(f, available).unsqueeze(1)))
         # taken apart at once, so that autograd joins the gradients in one pass; contrast after contrast as in memory
         by_contrast = [f.transpose(0, 1).unbind(0) for f in predicted]
         images: list[torch.Tensor] = []
@@ -522,12 +463,8 @@ class SSCFNet(ConfiguredNetwork):
     ) -> BranchOutputs:
         """Both branches, closed into a loop by the soft mask.
 
-        Args:
-            images: B x K x spatial in [-1, 1], finite; rows that ``available`` leaves out are encoded for the bank and
-                the feature loss, and reach neither ``logits`` nor ``images`` of the result.
-            available: B x K boolean.
-            bank: compiled bank of L slots.
-            allowed: B x L, entries that the sample may use.
+        ``images`` are finite; rows that ``available`` leaves out are encoded for the bank and the feature loss, and
+        reach neither ``logits`` nor ``images`` of the result.
         """
         empty = torch.zeros_like(images[:, : self.num_tumor_classes])
         first = self.encode(images, empty)
@@ -538,10 +475,7 @@ class SSCFNet(ConfiguredNetwork):
                 mask = torch.sigmoid(logits).to(images.dtype)
                 second = self.encode(images, mask if self.closed_loop else mask.detach())
         else:
-            logits = torch.full_like(empty, -float("inf"))
-            class_map = torch.zeros(
-                images.shape[0], self.num_classes, first[-1].flatten(3).shape[3], device=images.device
-            )
+            logits, class_map = torch.full_like(empty, -float("inf")), empty.new_zeros(0)
         statistics = scale_statistics(second)
         predicted: list[torch.Tensor] = []
         if self.synthesis:
@@ -589,9 +523,6 @@ class ScenarioNetwork(nn.Module):
         ValueError: unless ``available`` names K contrasts, at least one of them available.
     """
 
-    source_index: torch.Tensor
-    target_index: torch.Tensor
-
     def __init__(self, net: SSCFNet, available: Sequence[bool]) -> None:
         super().__init__()
         if len(available) != net.num_contrasts or not any(available):
@@ -600,10 +531,8 @@ class ScenarioNetwork(nn.Module):
         self.sources = [i for i, given in enumerate(available) if given]
         self.targets = [i for i, given in enumerate(available) if not given]
         device = net.bank_present.device
-        self.register_buffer("source_index", torch.tensor(self.sources, device=device), persistent=False)
-        self.register_buffer(
-            "target_index", torch.tensor(self.targets, device=device, dtype=torch.int64), persistent=False
-        )
+        self.source_index = torch.tensor(self.sources, device=device)
+        self.target_index = torch.tensor(self.targets, device=device, dtype=torch.int64)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """The missing contrasts and the probabilities; the availability in ``image`` is not read."""
@@ -653,13 +582,11 @@ class ScenarioNetwork(nn.Module):
         # pairs in the order source, target
         target, source = targets.repeat(num_sources).expand(b, -1), sources.repeat_interleave(num_targets).expand(b, -1)
         row = torch.arange(num_sources, device=sources.device).repeat_interleave(num_targets).expand(b, -1)
+        own = pooled_statistics(maps).unsqueeze(2).expand(-1, -1, num_targets, -1, -1)
+        key = net.retrieval_key([f.detach() for f in maps])
         with torch.autocast(sources.device.type, enabled=False):
-            key = net.retrieval_key([f.detach() for f in maps])
-            mean, std, found = net.retrieve(key, self.sources, row, bank, allowed, target, source)
-            maximum = torch.cat([maximum_over(f.flatten(3), 3) for f in maps], dim=2).float()
-            table = torch.stack([maximum, *scale_statistics(maps)], dim=2).unsqueeze(2)
-            own = table.expand(-1, -1, num_targets, -1, -1).flatten(0, 2)
-            affine = net.affine(own, target.flatten(), *(t.flatten(0, 1) for t in (found, mean, std)))
+            found = net.retrieve(key, self.sources, row, bank, allowed, target, source)
+            affine = net.style(own.flatten(0, 2), target, found)
         # source after source, as the maps lie in memory
         scales, shifts = (
             t.to(maps[0].dtype).unflatten(0, (b, num_sources, -1)).transpose(0, 1).flatten(0, 1).split(net.widths, 2)

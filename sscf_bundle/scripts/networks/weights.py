@@ -249,14 +249,13 @@ def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
     state, settings, sha256 = read_state(path)
     reason = network.refusal(settings) if isinstance(network, ConfiguredNetwork) else None
     reason = reason or first_difference(preprocessing or {}, settings.get("preprocessing", {}))
-    expected = {name: value for name, value in network.state_dict().items() if name != SETTINGS_KEY}
-    for name in (*expected, *state):
-        ours, theirs = (tuple(s[name].shape) if name in s else None for s in (expected, state))
-        if ours != theirs and not reason:
-            reason = f"{name} has shape {theirs}, not {ours}"
+    if not reason:
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip(" \t.")
     if reason:
         raise StudyError(f"{path} does not fit ({reason}): use the config files and settings of its training.")
-    network.load_state_dict(state, strict=False)  # all but the settings is there, as compared above
     if isinstance(network, ConfiguredNetwork):
         own = network.read_settings()
         settings = own | settings | {"arguments": own["arguments"] | settings.get("arguments", {})}
@@ -287,10 +286,6 @@ def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
 
 
 def with_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network after ``load_weights``, for configs.
-
-    Raises:
-        StudyError: where ``load_weights`` refuses.
-    """
+    """The network after ``load_weights``, for configs."""
     load_weights(network, path, preprocessing)
     return network

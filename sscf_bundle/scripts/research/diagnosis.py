@@ -100,7 +100,7 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         found["retrieval random"] = patch.object(net, "retrieval", "random")
         found["retrieval mean of the bank"] = patch.object(net, "retrieval", "mean")
         found["AdaIN with its own statistics"] = after(
-            [net], "prototypes", lambda result: (*result[:2], torch.zeros_like(result[2]))
+            [net], "retrieve", lambda result: (*result[:2], torch.zeros_like(result[2]))
         )
         found["CBAM, channel attention constant"] = after(modules, "channel_attention", lambda a: a.mean().expand_as(a))
         spatial = [ccp.spatial for ccp in modules]

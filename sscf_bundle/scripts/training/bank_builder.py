@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,47 +65,34 @@ def freeze_bank(network: SSCFNet, batches: Iterable[dict[str, Any]], device: tor
         ValueError: if there are no slices, or more than the bank holds.
     """
     network.eval()
-    entries: list[BankEntries] = []
-    for batch in batches:
-        data = {k: batch[k].to(device) for k in BATCH_KEYS}
-        first = network.encode(data["target"], torch.zeros_like(data["target"][:, : network.num_tumor_classes]))
-        entries.append(_entries(network, first, first, scale_statistics(first), data))
-    if not entries:
-        raise ValueError("no slice was given for the memory bank: check that the training split has studies.")
-    bank = _compile(network, entries)
-    second: list[BankEntries] = []
-    for batch in batches:
-        data = {k: batch[k].to(device) for k in BATCH_KEYS}
-        available = draw_scenarios(data["slice_id"], data["has_contrast"], seed, 0)
-        allowed = bank.present.any(dim=1).unsqueeze(0) & (bank.patient.unsqueeze(0) != data["patient"].unsqueeze(1))
-        out = network.run_branches(data["target"], available, bank, allowed)
-        second.append(_entries(network, out.first, out.second, out.statistics, data))
-    bank = _compile(network, second)
+    bank: CompiledBank | None = None
+    for _ in range(2):
+        made: list[BankEntries] = []
+        for batch in batches:
+            data = {k: batch[k].to(device) for k in BATCH_KEYS}
+            target = data["target"]
+            if bank is None:
+                first = second = network.encode(target, torch.zeros_like(target[:, : network.num_tumor_classes]))
+                statistics = scale_statistics(first)
+            else:
+                available = draw_scenarios(data["slice_id"], data["has_contrast"], seed, 0)
+                allowed = bank.present.any(dim=1) & (bank.patient != data["patient"].unsqueeze(1))
+                out = network.run_branches(target, available, bank, allowed)
+                first, second, statistics = out.first, out.second, out.statistics
+            metadata = (data[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id"))
+            made.append(make_entries(network, first[-1], second, statistics, *metadata))
+        if not made:
+            raise ValueError("no slice was given for the memory bank: check that the training split has studies.")
+        entries = BankEntries(*(torch.cat(tensors) for tensors in zip(*made, strict=True)))
+        usable = usable_entries(entries)
+        missing = network.bank_size - int(usable.sum())
+        if missing < 0:
+            raise ValueError(f"{int(usable.sum())} slices do not fit a bank of {network.bank_size}.")
+        padded = (torch.cat([t[usable], t.new_zeros((missing, *t.shape[1:]))]) for t in entries)
+        bank = network.compile_bank(BankEntries(*padded))
+    assert bank is not None
     network.load_bank(bank)
     return int(bank.present.any(dim=1).sum())
-
-
-def _entries(
-    network: SSCFNet,
-    first: list[torch.Tensor],
-    second: list[torch.Tensor],
-    statistics: tuple[torch.Tensor, torch.Tensor],
-    data: dict[str, torch.Tensor],
-) -> BankEntries:
-    metadata = (data[key] for key in ("label", "has_contrast", "has_mask", "patient", "slice_id"))
-    return make_entries(network, first[-1], second, statistics, *metadata)
-
-
-def _compile(network: SSCFNet, parts: Sequence[BankEntries]) -> CompiledBank:
-    """Joins entries, pads them to L empty slots, folds them."""
-    joined = BankEntries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    usable = usable_entries(joined)
-    joined = BankEntries(*(tensor[usable] for tensor in joined))
-    missing = network.bank_size - joined.slice_id.shape[0]
-    if missing < 0:
-        raise ValueError(f"{joined.slice_id.shape[0]} slices do not fit a bank of {network.bank_size}.")
-    padded = BankEntries(*(torch.cat([t, t.new_zeros((missing, *t.shape[1:]))]) for t in joined))
-    return network.compile_bank(padded)
 
 
 class BankFreezer:

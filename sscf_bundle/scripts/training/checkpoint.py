@@ -198,5 +198,5 @@ class LastModel:
         if self.freezer is not None:
             self.freezer(engine)
         save_weights(self.path, self.network, self.settings)
-        if self.best is not None and self.best.epoch == 0 and self.best.best == float("-inf"):
+        if self.best is not None and self.best.best == float("-inf"):
             save_weights(self.best.path, self.network, self.settings)

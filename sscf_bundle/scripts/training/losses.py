@@ -115,8 +115,7 @@ def dependency_loss(
 
     Args:
         entries: all L slots of the bank.
-        index: B x E slots drawn for each sample.
-        usable: B x E, False where the draw found no entry or the entry has no mask.
+        index, usable: ``slots`` and ``usable`` of a ``Draw``.
         class_map: B x c' x N, W.
         contrast_maps: B x K x c' x N, W^i.
         has_contrast: B x K.
@@ -150,14 +149,11 @@ def dependency_loss(
 
 
 class Draw(NamedTuple):
-    """Bank entries drawn for the dependency loss of a batch: all L, and the drawn ``slots`` (B x E).
+    """Bank entries drawn for the dependency loss of a batch."""
 
-    ``usable`` (B x E) is False where the draw found no entry.
-    """
-
-    entries: BankEntries
-    slots: torch.Tensor
-    usable: torch.Tensor
+    entries: BankEntries  #: all L.
+    slots: torch.Tensor  #: B x E, the drawn ones.
+    usable: torch.Tensor  #: B x E, False where the draw found no entry.
 
 
 def draw_entries(
@@ -167,7 +163,7 @@ def draw_entries(
     patient: torch.Tensor,
     number: int,
     own_patient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Draw:
     """Draws entries of other patients with a mask, without replacement and each with the same probability.
 
     Args:
@@ -177,16 +173,13 @@ def draw_entries(
         patient: B patient hashes.
         number: how many for each sample, E; at most L are drawn.
         own_patient: take those of the sample's own patient too.
-
-    Returns:
-        ``slots`` and ``usable`` of a ``Draw``.
     """
     size = priority.shape[1]
     filled = torch.arange(size, device=priority.device) < count
     others = (entries.patient.unsqueeze(0) != patient.unsqueeze(1)) | own_patient
     allowed = (filled & entries.has_mask).unsqueeze(0) & others
     value, index = torch.topk(torch.where(allowed, priority, -1.0), min(number, size), dim=1)
-    return index, value >= 0
+    return Draw(entries, index, value >= 0)
 
 
 class SegmentationLoss(nn.Module):

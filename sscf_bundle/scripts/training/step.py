@@ -86,22 +86,17 @@ class SSCFTrainingStep(nn.Module):
         Args:
             image: B x 8 x spatial, as for ``SSCFNet.forward``.
             target: B x K x spatial, the complete study; rows without ``has_contrast`` are ignored.
-            label: B x 1 x spatial classes (0 background, 1 ED, 2 ET, 3 NET).
-            has_contrast: B x K boolean.
-            has_mask: B boolean.
-            patient: B int64 patient hashes.
-            slice_id: B int64 slice hashes.
+            label, has_contrast, has_mask, patient, slice_id: as of ``SliceDataset``.
             scenario: that of all samples, which then computes only what it needs; None reads it of each sample.
 
         Returns:
             ``pred``: B x 7 x spatial, a function of ``image`` alone; ``available``: B x K. With ``scenario``
             ``decoded``: B x K, whose images in ``pred`` are decoded; the others are as they were given. With a
-            segmentation branch ``logits``: B x 3 x spatial. With
-            CITIM ``cells``: B x N classes y; ``class_map``: B x c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of
-            F_i^5 of each available contrast. With CCP, if ``feature_targets``, the lists ``predicted`` (F_CCP^j) and
-            ``features`` (F_i^j, detached), B x R x C_j x spatial, of the contrasts ``rows`` (R int64), and where it is
-            known their standard deviation ``feature_std``, B x R x (C_1 + ... + C_5). With either ``entries``, the new
-            bank entries.
+            segmentation branch ``logits``: B x 3 x spatial. With CITIM ``cells``: B x N classes y; ``class_map``: B x
+            c' x N, W; ``contrast_maps``: B x K x c' x N, W^i of F_i^5 of each available contrast. With CCP, if
+            ``feature_targets``, the lists ``predicted`` (F_CCP^j) and ``features`` (F_i^j, detached), B x R x C_j x
+            spatial, of the contrasts ``rows`` (R int64), and where it is known their standard deviation
+            ``feature_std``, B x R x (C_1 + ... + C_5). With either ``entries``, the new bank entries.
         """
         net = self.net
         available = read_availability(image) & has_contrast
@@ -118,8 +113,7 @@ class SSCFTrainingStep(nn.Module):
             else:
                 output, first, features, statistics = self._run_shared(images, available, bank, allowed, scenario)
             if net.uses_bank:
-                number = len(image) if self.bank_samples is None else min(self.bank_samples, len(image))
-                metadata = (t[:number] for t in (label, has_contrast, has_mask, patient, slice_id))
+                metadata = (t[: self.bank_samples] for t in (label, has_contrast, has_mask, patient, slice_id))
                 output["entries"] = make_entries(net, first, features, statistics, *metadata)
             if net.with_citim:
                 output["cells"] = cell_labels(label, 2 ** (len(net.channels) - 1))
@@ -185,19 +179,16 @@ class SSCFTrainingStep(nn.Module):
         output["pred"] = torch.cat([*made, probabilities.float()], dim=1)
         output["decoded"] = torch.tensor(decoded, device=images.device).expand_as(available)
 
-        number = len(images) if self.bank_samples is None else min(self.bank_samples, len(images))
-        compared = net.with_ccp and self.feature_targets
+        if not net.uses_bank:
+            return output, empty, [], (empty, empty)
+        number, compared = self.bank_samples, net.with_ccp and self.feature_targets
         with torch.no_grad():
-            rows = len(images) if compared else number
-            others: list[list[torch.Tensor]] = [[]] * len(net.channels)
-            if compared or net.uses_bank:
-                others = part.encode(images[:rows], mask[:rows], part.targets)
+            rows = None if compared else number
+            others = part.encode(images[:rows], mask[:rows], part.targets)
         if compared:
             output["predicted"] = [scale.transpose(0, 1) for scale in predicted]
             output["features"] = [torch.stack(scale, dim=1) for scale in others]
             output["rows"] = part.target_index
-        if not net.uses_bank:
-            return output, empty, [], (empty, empty)
         order = [*part.sources, *part.targets]
         place = [order.index(i) for i in range(NUM_CONTRASTS)]
         with torch.no_grad():
@@ -235,12 +226,8 @@ def make_entries(
         net: the network that made the features.
         first: E x K x C x spatial, F_i^5 of the first pass.
         second: by scale E x K x C_j x spatial, F_i^j of the second pass.
-        statistics: of the second pass, mean and standard deviation, each E x K x (C_1 + ... + C_5).
-        label: E x 1 x spatial classes; it and the following as in ``SSCFTrainingStep.forward``.
-        has_contrast: E x K.
-        has_mask: E.
-        patient: E.
-        slice_id: E.
+        statistics: ``scale_statistics`` of the second pass.
+        label, has_contrast, has_mask, patient, slice_id: as of ``SliceDataset``.
     """
     class_map = net.contrast_maps(first)
     prototype = class_prototypes(

@@ -81,14 +81,13 @@ class Curriculum:
     def __init__(self, phases: Sequence[Sequence[Any]] | None = None) -> None:
         self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
         lasts = [last for last, _ in self.phases]
-        if lasts != sorted(set(lasts)):
-            raise ValueError(f"the last epochs of a curriculum must ascend, got {lasts}.")
-        for last, numbers in self.phases:
-            if not numbers or not all(1 <= number < NUM_CONTRASTS for number in numbers):
-                raise ValueError(
-                    f"a phase of a curriculum allows some of 1 to {NUM_CONTRASTS - 1} contrasts, got {list(numbers)} "
-                    f"until epoch {last}."
-                )
+        if lasts != sorted(set(lasts)) or not all(
+            numbers and all(1 <= number < NUM_CONTRASTS for number in numbers) for _, numbers in self.phases
+        ):
+            raise ValueError(
+                f"a curriculum is pairs of an ascending last epoch and some of 1 to {NUM_CONTRASTS - 1} contrasts, got "
+                f"{self.phases}."
+            )
 
     def numbers(self, epoch: int) -> tuple[int, ...] | None:
         """Allowed numbers in an epoch (from 1); None allows all."""
@@ -144,16 +143,14 @@ class SynthesisTrainer(Trainer):
     In each iteration: augment the batch, draw a scenario for each sample, step the network, step the discriminators,
     update the moving average. Nothing waits for the device. All randomness is a function of (seed, epoch, slice).
 
-    The network is trained through a step, ``step(image, target, label, has_contrast, has_mask, patient, slice_id)``,
-    with ``image`` (B x 8 x spatial, the network input), ``target`` (B x 4 x spatial, complete), ``label`` (B x 1 x
-    spatial classes) and B or B x 4 tensors. It returns a dictionary with ``pred`` (B x 7 x spatial, a function of
+    The network is trained through a step, ``step(image, target, label, has_contrast, has_mask, patient, slice_id,
+    scenario)``, see ``SSCFTrainingStep``. It returns a dictionary with ``pred`` (B x 7 x spatial, a function of
     ``image`` alone) and ``available`` (B x 4), and with whatever else the loss reads: a term of the loss whose inputs
     the step does not give is left out.
 
     After an iteration ``state.output`` holds the detached losses; after an epoch ``state.metrics`` holds their means as
-    ``train_<name>``, and a non-finite mean stops the run. A subclass may
-    replace ``draw_bank_entries``, ``generator_scores``, ``compute_discriminator_loss``, ``on_iteration_end`` and
-    ``epoch_metrics``.
+    ``train_<name>``, and a non-finite mean stops the run. A subclass may replace ``draw_bank_entries``,
+    ``generator_scores``, ``compute_discriminator_loss``, ``on_iteration_end`` and ``epoch_metrics``.
 
     Args:
         device: device of networks and batches.
@@ -181,13 +178,10 @@ class SynthesisTrainer(Trainer):
         amp: train with autocast.
         amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
         grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
-        epoch_length: batches of an epoch; None means the length of the loader.
         train_handlers: Ignite handlers; None stands for one that a config disables.
 
     Raises:
-        ValueError: for ``accumulation_steps`` or ``reconstructions`` below 1, ``reconstructions`` without shared
-            scenarios, for discriminators without an optimizer or a loss, or for a
-            curriculum that ``Curriculum`` refuses.
+        ValueError: for settings that make no sense.
     """
 
     def __init__(
@@ -215,7 +209,6 @@ class SynthesisTrainer(Trainer):
         amp: bool = True,
         amp_dtype: torch.dtype | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
-        epoch_length: int | None = None,
         train_handlers: Sequence | None = None,
     ) -> None:
         if accumulation_steps < 1:
@@ -228,7 +221,6 @@ class SynthesisTrainer(Trainer):
             device=device,
             max_epochs=max_epochs,
             data_loader=train_data_loader,
-            epoch_length=epoch_length,
             non_blocking=True,
             amp=amp,
             decollate=False,
@@ -439,10 +431,8 @@ class SSCFTrainer(SynthesisTrainer):
         if not (self.loss.weights["ctdl"] and self.training_step.net.with_citim):
             return None
         priority = hash_uniform(batch["occurrence"], self.seed, self.state.epoch, "ctdl", self.bank.size)
-        entries = self.bank.entries()
-        own = self.training_step.own_patient
-        drawn = draw_entries(priority, entries, self.bank.count, batch["patient"], self.loss.ctdl_entries, own)
-        return Draw(entries, *drawn)
+        number, own_patient = self.loss.ctdl_entries, self.training_step.own_patient
+        return draw_entries(priority, self.bank.entries(), self.bank.count, batch["patient"], number, own_patient)
 
     def on_iteration_end(self, output: dict[str, Any]) -> None:
         """Writes the bank."""
