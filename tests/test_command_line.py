@@ -51,6 +51,12 @@ def weights(tmp_path: Path) -> Path:
         ("num_workers", -1, "num_workers must be at least 0, got -1."),
         ("num_workers", "two", "num_workers must be a whole number, got 'two'."),
         ("amp", "perhaps", "amp must be True or False, got 'perhaps'."),
+        # what a config gives by an expression or a reference is known too
+        ("quiet", 3, "quiet must be True or False, got 3."),
+        ("discriminator_learning_rate", "small", "discriminator_learning_rate must be a number"),
+        ("train#dataloader#batch_size", 0.5, "train#dataloader#batch_size must be a whole number"),
+        ("max_epochs", None, "max_epochs must be a whole number, got None."),
+        ("learning_rate", -0.1, "learning_rate must be at least 0, got -0.1."),
         ("run_id", "training", "There is no setting run_id"),  # unless it is known elsewhere
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
     ],
@@ -70,6 +76,9 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("device", "cpu"),
         ("batch_size", "$2 * 2"),
         ("epoch_samples", 8),
+        ("split_file", None),
+        ("spacing", "$None"),
+        ("image_size", 64),
         ("dataset_dir", {"_target_": "x"}),
         ("checkpoint#directory", "x"),
         ("train::trainer::amp_dtype", "$torch.float16"),  # an argument that the config does not give

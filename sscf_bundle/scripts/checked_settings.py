@@ -21,10 +21,6 @@ from monai.bundle import ConfigParser
 
 from .contrasts import StudyError
 
-#: Truth values that a config may give by an expression.
-_SWITCHES = ("amp", "quiet", "whole_studies")
-#: Least value of settings that count something.
-_LEAST = {"num_workers": 0, "num_writers": 0, "prepare_workers": 0, "sw_batch_size": 1, "batch_size": 1}
 #: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 #: What a setting of each type may be, and its words.
@@ -40,6 +36,9 @@ def checked_settings(
     files: str | Sequence[str], given: Mapping[str, Any], foreign: Collection[str] = ()
 ) -> dict[str, Any]:
     """Holds settings against the configs that they change.
+
+    A setting must be of the type that the configs give it, by a value or an expression, and not negative where that is
+    not. An expression is taken as it is: ``$None`` gives none of a number.
 
     Args:
         files: of the configs.
@@ -62,26 +61,48 @@ def checked_settings(
                 near = difflib.get_close_matches(name, [*parser.get(), *foreign], n=1, cutoff=0)
                 raise StudyError(f"There is no setting {given_name}: did you mean {near[0]}?")
             continue
+        if _is_made(value):
+            continue
         default: Any = parser[name]
-        wanted = bool if name in _SWITCHES else int if name in _LEAST else type(default)
+        if _is_made(default):
+            default = _made(files, name, given)
+        wanted = type(default)
         if wanted is bool and isinstance(value, str) and value.lower() in _TRUTH:
             changed[name] = value = _TRUTH[value.lower()]
-        if value is None or (isinstance(value, str) and value[:1] in ("$", "@", "%")):
-            continue
         if wanted in _ACCEPTED:
             accepted, words = _ACCEPTED[wanted]
             if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
                 raise StudyError(f"{given_name} must be {words}, got {value!r}.")
-        if name in _LEAST and not value >= _LEAST[name]:
-            raise StudyError(f"{given_name} must be at least {_LEAST[name]}, got {value!r}.")
-        if name == "device":
+        if wanted in (int, float) and default >= 0:
+            least = 1 if name.endswith("_size") else 0
+            if not value >= least:
+                raise StudyError(f"{given_name} must be at least {least}, got {value!r}.")
+        if wanted is torch.device:
             try:
                 device = torch.device(value)
             except (RuntimeError, TypeError) as error:
-                raise StudyError(f"device must be cpu, cuda or cuda:<number>, got {value!r}.") from error
+                raise StudyError(f"{given_name} must be cpu, cuda or cuda:<number>, got {value!r}.") from error
             if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
                 raise StudyError(f"There is no device {value} here: {torch.cuda.device_count()} GPUs can be used.")
     return changed
+
+
+def _is_made(value: Any) -> bool:
+    """Whether a value of a config is an expression, a reference or an object to build."""
+    return value.startswith(("$", "@", "%")) if isinstance(value, str) else isinstance(value, dict) and "_target_" in value
+
+
+def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:
+    """What the configs make a setting of, with the other settings as they are given; None where that fails."""
+    parser = ConfigParser()
+    parser.read_config(files)
+    content = parser[name]
+    parser.update({other: value for other, value in given.items() if other in parser})
+    parser[name] = content
+    try:
+        return parser.get_parsed_content(name)
+    except Exception:  # such as of weights that are not there, which the run names
+        return None
 
 
 def refuse_unknown(name: str, given: Sequence[str], known: Sequence[str]) -> None:
