@@ -286,6 +286,15 @@ def run_bundle(
     return run_python(["-m", "monai.bundle", *bundle_command(run_id, configs, overrides)], log, cwd)
 
 
+def bundle_workflow(*configs: str, **settings: object) -> ConfigWorkflow:
+    """A workflow of configs by their names, on the CPU, that is still to be run."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    kind = "train" if "train" in configs else "inference"
+    return create_workflow(
+        config_file=config_files(*configs), workflow_type=kind, logging_file=False, **{"device": "cpu", **settings}
+    )
+
+
 def train_in_process(configs: Sequence[str], overrides: Mapping[str, object]) -> ConfigWorkflow:
     """The same run within this process."""
     workflow = create_workflow(config_file=list(configs), workflow_type="train", logging_file=False, **overrides)

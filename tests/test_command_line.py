@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import BUNDLE_ROOT, TINY_CHANNELS, config_files, run_bundle, run_python, tiny_run
-from monai.bundle import create_workflow
+from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, config_files, run_bundle, run_python, tiny_run
 
 from scripts.checked_settings import checked_settings, refuse_unknown
 from scripts.contrasts import StudyError
@@ -56,7 +55,7 @@ def weights(tmp_path: Path) -> Path:
         ("discriminator_learning_rate", "small", "discriminator_learning_rate must be a number"),
         ("train#dataloader#batch_size", 0.5, "train#dataloader#batch_size must be a whole number"),
         ("max_epochs", None, "max_epochs must be a whole number, got None."),
-        ("learning_rate", -0.1, "learning_rate must be at least 0, got -0.1."),
+        ("ctdl_entries", -1, "ctdl_entries must be at least 0, got -1."),
         ("run_id", "training", "There is no setting run_id"),  # unless it is known elsewhere
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
     ],
@@ -95,14 +94,7 @@ def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Pa
     given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off"}
     expected = {"compile": False, "resume": False, "val_at_start": True, "amp": False}
     assert checked_settings(config_files("train"), given) == expected
-    workflow = create_workflow(
-        config_file=config_files("inference")[0],
-        workflow_type="inference",
-        logging_file=False,
-        ckpt_path=str(weights),
-        output_dir=str(tmp_path),
-        compile="false",
-    )
+    workflow = bundle_workflow("inference", ckpt_path=weights, output_dir=tmp_path, compile="false")
     assert workflow.inferer.compile is False  # type: ignore[attr-defined]
 
 
@@ -113,14 +105,12 @@ def test_unknown_choice_is_refused() -> None:
 
 
 def test_errors_are_exceptions_in_python(tmp_path: Path, weights: Path) -> None:
-    common = {"config_file": config_files("inference")[0], "workflow_type": "inference", "logging_file": False}
     with pytest.raises(RuntimeError) as raised:
-        create_workflow(**common, sw_batchsize=3)
+        bundle_workflow("inference", sw_batchsize=3)
     assert "did you mean sw_batch_size" in str(find_study_error(raised.value))
+    paths = {"ckpt_path": weights, "dataset_dir": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
     with pytest.raises(StudyError, match="nowhere does not exist"):
-        create_workflow(
-            **common, ckpt_path=str(weights), dataset_dir=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "out")
-        ).run()
+        bundle_workflow("inference", **paths).run()
 
 
 def test_mistake_on_the_command_line_is_one_sentence(tmp_path: Path, phantom_cohort: Path) -> None:

@@ -18,8 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import TINY_CHANNELS, config_files, generator, tiny_net
-from monai.bundle import create_workflow
+from builders import TINY_CHANNELS, bundle_workflow, generator, tiny_net
 
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from scripts.data.datalist import find_studies
@@ -35,12 +34,10 @@ from scripts.research.baselines import PlainUNet
 PREPROCESSING = {"image_size": 64, "spacing": 4.0, "scaling": "brain"}
 
 
-def run_correcting(tmp_path: Path, data: Path, **options: object) -> dict:
-    create_workflow(
-        config_file=config_files("train", "build_bank"), workflow_type="train", logging_file=False, device="cpu",
-        run_id="correcting", dataset_dir=str(data), output_dir=str(tmp_path / "out"),
-        source_path=str(tmp_path / "model.pt"), site_path=str(tmp_path / "site.pt"), correction_slices=3, **options,
-    ).run()  # fmt: skip
+def run_correcting(tmp_path: Path, data: Path) -> dict:
+    paths = {"dataset_dir": data, "output_dir": tmp_path / "out"}
+    paths |= {"source_path": tmp_path / "model.pt", "site_path": tmp_path / "site.pt"}
+    bundle_workflow("train", "build_bank", run_id="correcting", correction_slices=3, **paths).run()
     return read_state(tmp_path / "site.pt")[1]
 
 
@@ -142,8 +139,6 @@ def test_patients_of_the_bank_are_left_out_and_too_few_are_refused(tmp_path: Pat
                 run_correcting(tmp_path, phantom_cohort)
         else:
             assert run_correcting(tmp_path, phantom_cohort)["correction"]["patients"] == expected
-
-
-def test_networks_without_scenarios_of_their_own_are_corrected_too(tmp_path: Path, phantom_cohort: Path) -> None:
+    # a network without a bank and without scenarios of its own
     save_weights(tmp_path / "model.pt", PlainUNet(2, TINY_CHANNELS), {"preprocessing": PREPROCESSING})
     assert run_correcting(tmp_path, phantom_cohort)["correction"]["patients"] == 5

@@ -21,8 +21,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import config_files
-from monai.bundle import create_workflow
+from builders import bundle_workflow
 from monai.data import MetaTensor
 from PIL import Image
 from studies import LPS, PREPROCESSING, TINY, brain_volume, evaluate, hidden, load, results, write_study
@@ -58,16 +57,11 @@ def weights(tmp_path: Path) -> Path:
 
 def run(tmp_path: Path, run_id: str = "inference", **settings: object) -> int:
     """A run of ``inference.json`` over ``in`` into ``out``; gives how many studies were computed."""
-    settings = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), **settings}
-    made = create_workflow(
-        config_file=config_files("inference")[0],
-        workflow_type="inference",
-        logging_file=False,
-        run_id="run" if run_id == "inference" else run_id,
-        **{"ckpt_path": str(tmp_path / "model.pt"), "device": "cpu", "amp": False, "handlers": [], **settings},
-    )
+    paths = {"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out", "ckpt_path": tmp_path / "model.pt"}
+    run_id = "run" if run_id == "inference" else run_id
+    made = bundle_workflow("inference", run_id=run_id, **{**paths, "amp": False, "handlers": [], **settings})
     made.run()
-    return len(made.evaluator.seconds) if run_id == "inference" else 0
+    return len(made.evaluator.seconds) if run_id == "run" else 0
 
 
 def test_finished_studies_are_skipped_until_something_changes(tmp_path: Path, weights: Path) -> None:
@@ -135,11 +129,12 @@ def test_parts_make_the_whole_with_one_table(tmp_path: Path, weights: Path) -> N
 
 def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
     findings = {
-        "scores": {"ood": 0.123456, "error": {"t2": 3}, "contrasts": {"t1": {"far": 2}}},
+        "scores": {"doubt": 0.123456, "contrasts": {"t1": {"far": 2}}},
         "verdict": "review",
         "reasons": ["far", "dark"],
     }
-    for name, more in (("A1", {}), ("<b>B2", {**findings, "checks": {"skull": "left on"}, "seconds": 1.26})):
+    findings |= {"checks": {"skull": "left on"}, "seconds": 1.26}
+    for name, more in (("A1", {"checks": {"skull": "not judged"}}), ("<b>B2", findings)):
         folder = tmp_path / name
         folder.mkdir()
         record = {"study": name, "available": ["T1"], "synthesized": ["T2"], **more}
@@ -153,12 +148,12 @@ def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
     assert sorted(by_name) == ["<b>B2", "A1", "D4"]
     told = by_name["<b>B2"]
     assert (told["verdict"], told["reasons"], told["checks"]) == ("review", "far; dark", "skull: left on")
-    assert (told["score ood"], told["score error t2"], told["seconds"]) == ("0.1235", "3", "1.3")
-    assert told["score contrasts t1 far"] == "2"
+    assert (told["score doubt"], told["score contrasts t1 far"], told["seconds"]) == ("0.1235", "2", "1.3")
     assert by_name["D4"]["reasons"] == "is <damaged>" and by_name["A1"]["verdict"] == ""
     page = (tmp_path / "index.html").read_text()
-    # the page leaves out what its reasons say, and the parts of a score
-    assert "score error t2" in page and "score contrasts" not in page and "left on" not in page
+    # the page has the same columns whatever the rows: no parts of a score, and what checks found in the reasons
+    assert "score doubt" in page and "score consistency" in page and "score contrasts" not in page
+    assert "left on" not in page and "not judged" in page
     assert "&lt;b&gt;B2" in page and "<b>B2" not in page and "is &lt;damaged&gt;" in page
     assert 'src="%3Cb%3EB2/%3Cb%3EB2_panel.png"' in page and "3 studies, 1 failed" in page
     with pytest.raises(StudyError, match="There is no folder"):
@@ -216,7 +211,7 @@ def test_intensities_of_the_study(tmp_path: Path, weights: Path) -> None:
     save_weights(weights, SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     with pytest.raises(StudyError, match="holds no intensities of a cohort"):
         run(tmp_path, intensities="study")
-    with pytest.raises(StudyError, match="relative or study"):
+    with pytest.raises(StudyError, match="intensities has no natural: choose from relative, study"):
         run(tmp_path, intensities="natural")
 
 
@@ -231,7 +226,7 @@ def test_type_of_the_reference(tmp_path: Path, weights: Path) -> None:
     name = "S1/S1_t2_synthetic.nii.gz"
     assert load(tmp_path / "out" / name).dtype == np.int16
     np.testing.assert_array_equal(load(tmp_path / "out" / name), np.rint(load(tmp_path / "float" / name)))
-    with pytest.raises(StudyError, match="output_dtype must be float32 or reference"):
+    with pytest.raises(StudyError, match="output_dtype has no int8: choose from float32, reference"):
         StudyWriter(tmp_path, output_dtype="int8")
 
 

@@ -30,8 +30,8 @@ ALLOWED = {
     "data": {"contrasts"},
     "training": {"contrasts", "networks", "data"},
     "inference": {"contrasts", "checked_settings", "networks", "data"},
-    "evaluation": {"contrasts", "networks", "data", "inference"},
-    "research": {"contrasts", "networks", "data", "training", "inference", "evaluation"},
+    "evaluation": {"contrasts", "checked_settings", "networks", "data", "inference"},
+    "research": {"contrasts", "checked_settings", "networks", "data", "training", "inference", "evaluation"},
     "demo": {"contrasts", "data", "evaluation", "inference"},
 }
 FILES = sorted(path for path in SCRIPTS.rglob("*.py") if path != SCRIPTS / "__init__.py")

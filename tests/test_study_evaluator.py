@@ -46,6 +46,7 @@ def test_one_bad_study_never_stops_the_others(tmp_path, kind, caplog):
     for name in ("BAD", "GOOD"):
         write_study(tmp_path / "in" / name, ["t1"], name)
     spoil(tmp_path / "in" / "BAD")
+    (tmp_path / "in" / "GOOD" / "GOOD_seg.nii.gz").write_bytes(b"damaged")  # a mask on file is not needed
     evaluator = evaluate(list_studies(tmp_path / "in"), tmp_path / "out")
     with pytest.raises(StudyError, match=r"^1 of 2 studies failed: BAD; .*failures.json gives the reasons\.$"):
         evaluator.run()
@@ -55,14 +56,6 @@ def test_one_bad_study_never_stops_the_others(tmp_path, kind, caplog):
     assert failure["study"] == "BAD" and words in failure["reason"] and "\n" not in failure["reason"]
     (logged,) = [r for r in caplog.records if r.levelname == "ERROR" and r.name == "scripts.inference.evaluator"]
     assert failure["reason"] in logged.getMessage() and not logged.exc_info
-
-
-def test_a_mask_on_file_is_not_needed(tmp_path):
-    write_study(tmp_path / "in", ["t1"])
-    (tmp_path / "in" / "S1_seg.nii.gz").write_bytes(b"damaged")
-    evaluator = evaluate(list_studies(tmp_path / "in"), tmp_path / "out")
-    evaluator.run()
-    assert list(evaluator.written) == ["S1"]
 
 
 def test_unexpected_errors_are_collected_with_traceback(tmp_path, caplog):
@@ -87,21 +80,6 @@ def test_unexpected_errors_are_collected_with_traceback(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path / "out")) == ["A1", "B2", "C3"]
 
 
-def test_failing_writer_is_collected(tmp_path):
-    class FullDisk(StudyWriter):
-        def __call__(self, data):
-            if data["study"] == "A1":
-                raise OSError(28, "No space left on device")
-            return super().__call__(data)
-
-    for name in ("A1", "B2"):
-        write_study(tmp_path / "in" / name, ["t1"], name)
-    evaluator = evaluate(list_studies(tmp_path / "in"), None, writer=FullDisk(tmp_path / "out"))
-    with pytest.raises(StudyError, match="1 of 2"):
-        evaluator.run()
-    assert "No space left" in evaluator.failures[0]["reason"] and list(evaluator.written) == ["B2"]
-
-
 class WatchedWriter(StudyWriter):
     """Waits before it writes, so that the network could run ahead; fails for one study."""
 
@@ -119,13 +97,6 @@ class WatchedWriter(StudyWriter):
             self.finished += 1
 
 
-def run_ignoring_failures(evaluator) -> None:
-    try:
-        evaluator.run()
-    except StudyError:
-        assert evaluator.failures
-
-
 @pytest.mark.parametrize("num_workers, num_writers", [(0, 1), (0, 3), (2, 0), (2, 2)])
 def test_workers_and_writers_change_no_result(tmp_path, num_workers, num_writers):
     for name, keys in {"A1": ["t1"], "B2": ["t1"], "C3": ["flair", "t2"], "D4": ["t1ce"], "E5": ["t2"]}.items():
@@ -135,8 +106,10 @@ def test_workers_and_writers_change_no_result(tmp_path, num_workers, num_writers
     for out, options in (("one by one", (0, 0)), ("at once", (num_workers, num_writers))):
         writer = WatchedWriter(tmp_path / out, fails="D4")
         evaluator = evaluate(items, None, tiny_net(), writer, num_workers=options[0], num_writers=options[1])
-        run_ignoring_failures(evaluator)
+        with pytest.raises(StudyError):
+            evaluator.run()
         assert [failure["study"] for failure in evaluator.failures] == ["B2", "D4"]
+        assert "No space left" in evaluator.failures[1]["reason"]
         assert list(evaluator.written) == ["A1", "C3", "E5"] and not hidden(tmp_path / out)
         found.append(results(tmp_path / out))
     assert found[0] == found[1] and len(found[0]) == 5 + 4 + 5 + 1
@@ -191,20 +164,6 @@ def test_an_interruption_leaves_whole_studies_only(tmp_path, num_writers):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("writer")]
 
 
-def test_wrong_number_of_writers(tmp_path):
-    with pytest.raises(ValueError, match="num_writers"):
-        evaluate([], tmp_path, num_writers=-1)
-
-
-def test_output_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "out").write_text("a file")
-    write_study(tmp_path / "in", ["t1"])
-    network = CopyNet()
-    with pytest.raises(StudyError, match="cannot be written to"):
-        evaluate(list_studies(tmp_path / "in"), tmp_path / "out", network).run()
-    assert network.slices == 0
-
-
 def test_what_to_fill_in(tmp_path):
     for arguments, words in (
         ({}, "No input is given"),
@@ -212,8 +171,6 @@ def test_what_to_fill_in(tmp_path):
         ({"dataset_dir": tmp_path}, "No study was found"),
         ({"t1": tmp_path / "no.nii.gz"}, "does not exist"),
     ):
-        with pytest.raises(StudyError, match=words):
-            list_studies(**arguments)
         with pytest.raises(StudyError, match=words):
             list_studies(**arguments)
     paths = write_study(tmp_path / "in", ["t1"])

@@ -106,7 +106,8 @@ def test_caption_of_dice_says_how_many_studies_have_the_region(tmp_path: Path) -
     assert "studies with" not in build_table(runs, "t", "title", "scores").caption
 
 
-def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -> None:
+def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: tmp_path / name for name in ("unet", "sscf")}
     table = build_table(runs, "t", "title", "scores", reference="unet")
     expected = literal_mean(make_scores(1, 3.0), "psnr") - literal_mean(make_scores(0), "psnr")
     found = runs.difference("sscf", "unet", "per_slice", "whole", "psnr")
@@ -126,12 +127,8 @@ def test_difference_of_two_runs_says_what_is_noise(tmp_path: Path, runs: Runs) -
     noisy = read_runs({"reference": reference, "sscf": seeds}, 100)
     found = noisy.difference("sscf", "reference", "per_slice", "whole", "psnr")
     assert found["low"] > 0 and found["mean"] == pytest.approx(4.0) and found["noise"] == "inside the seeds' range"
-
-
-def test_few_patients_show_no_difference(tmp_path: Path) -> None:
-    folders = {name: write_scores(tmp_path / name, make_scores(i, 3.0 * i)) for i, name in enumerate("ab")}
-    found = read_runs(folders, 50).difference("b", "a", "per_slice", "whole", "psnr")
-    assert found["low"] > 0 and found["noise"] == "3 patients"
+    monkeypatch.setattr("scripts.research.tables.MIN_PATIENTS", 4)
+    assert read_runs(folders, 50).difference("sscf", "unet", "per_slice", "whole", "psnr")["noise"] == "3 patients"
 
 
 def test_best_of_a_scenario_is_marked_in_its_row(runs: Runs) -> None:
@@ -233,33 +230,22 @@ def test_paper_stands_apart_and_says_what_differs(runs: Runs, tmp_path: Path) ->
     assert "3 instead of about 74 test patients" in paper.caption and "(BraTS2020, 369 studies)" in paper.title
 
 
-def test_same_protocol_has_no_differences() -> None:
-    metadata = [{"cohort": "MICCAI_BraTS2020_TrainingData", "image_size": 192}]
-    assert protocol_differences(metadata, 74, PAPER["protocol"]) == []
-    assert protocol_differences([metadata[0] | {"image_size": 96}], 74, PAPER["protocol"]) == [
-        "image size 96 instead of 192"
-    ]
-    assert len(protocol_differences([], 74, PAPER["protocol"])) == 2
-
-
-def test_captions_tell_scaling_and_slices(tmp_path: Path) -> None:
+def test_scaling_and_slices_are_told_and_named_where_they_are_not_the_paper_s(tmp_path: Path) -> None:
     folders = {
         name: write_scores(tmp_path / name, make_scores(0), scaling=name, scored_slices=[70, 71])
         for name in ("brain", "per_slice")
     }
     caption = build_table(read_runs(folders, 20), "t", "title", "scores").caption
     assert "; scaling brain, per_slice; scored slices [70, 71]; " in caption
-
-
-def test_scaling_and_slices_that_are_not_the_paper_s_are_named() -> None:
     protocol = json.loads((BUNDLE_ROOT / "configs" / "paper_values.json").read_text())["protocol"]
-    as_published = {"cohort": "BraTS2020", **protocol["metadata"]}
+    as_published = {"cohort": "MICCAI_BraTS2020_TrainingData", **protocol["metadata"]}
     assert protocol_differences([as_published], 74, protocol) == []
     changed = as_published | {"scaling": "brain", "scored_slices": [70, 71]}
     assert protocol_differences([changed], 74, protocol) == [
         "scored slices [70, 71] instead of largest_tumor",
         'scaling "brain" instead of per_slice',
     ]
+    assert len(protocol_differences([], 74, PAPER["protocol"])) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -284,7 +270,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         read_runs({"a": tmp_path / "other"})
     with pytest.raises(StudyError, match="There are no runs"):
         read_runs({})
-    with pytest.raises(StudyError, match="no kind of table nonsense"):
+    with pytest.raises(StudyError, match="kind has no nonsense: choose from contrasts"):
         build_table(read_runs({"a": whole}), "t", "title", "nonsense")
 
 

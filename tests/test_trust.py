@@ -19,22 +19,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import BUNDLE_ROOT, config_files, random_entries, tiny_net
-from monai.bundle import create_workflow
+from builders import BUNDLE_ROOT, bundle_workflow, random_entries, tiny_net
 from monai.data import MetaTensor
-from monai.data.utils import no_collation
 from scipy import ndimage
 from studies import PREPROCESSING, brain_volume, write_study
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
+from scripts.data.datalist import find_studies
 from scripts.inference.calibration import conformal_limit, expected_scores, fit
-from scripts.inference.checks import CHECKS, CheckStudyd, doubts, findings, grain, grid_of, measure, side_slope
-from scripts.inference.evaluator import StudyEvaluator
-from scripts.inference.inferer import BrainSliceInferer
-from scripts.inference.postprocessing import prediction_transforms
-from scripts.inference.preprocessing import StudyDataset, inference_transforms
+from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
+from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
-from scripts.inference.writer import StudyWriter
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.sscf import SSCFNet, network_input
@@ -43,16 +38,7 @@ from scripts.research.reliability import corruptions
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
-SLACK = {
-    "filled": 0.9,
-    "dice": 0.02,
-    "gain": 0.01,
-    "odds": 2.0,
-    "top": 1.5,
-    "noise": 0.04,
-    "blur": 100.0,
-    "sides": 0.125,
-}
+SLACK = json.loads((BUNDLE_ROOT / "configs" / "calibrate.json").read_text())["statistics_slack"]
 SLICES = {"number": 3, "slices_for_one": 45}
 #: Rim, white matter and center as a share of the brightest, by contrast.
 TISSUES = ((0.2, 0.5, 0.3), (0.3, 0.9, 0.2), (0.35, 0.8, 0.25), (0.9, 0.4, 1.0))
@@ -77,16 +63,14 @@ def statistics() -> dict:
     return fit([measure(head(seed), SPACING, 0, ALL) for seed in range(6)], margin=2.0, slack=SLACK)
 
 
-def codes(image: torch.Tensor, statistics: dict) -> set[str]:
-    return {found["code"] for found in findings(measure(image, SPACING, 0, ALL), statistics)}
-
-
-def near(image: torch.Tensor, statistics: dict) -> dict[str, float]:
-    return doubts(measure(image, SPACING, 0, ALL), statistics)
+def judged(image: torch.Tensor, statistics: dict) -> tuple[set[str], dict[str, float]]:
+    found, doubts = findings(measure(image, SPACING, 0, ALL), statistics)
+    return {one["code"] for one in found}, doubts
 
 
 def test_sound_study_has_no_finding(statistics: dict) -> None:
-    assert codes(head(9), statistics) == set() and max(near(head(9), statistics).values()) <= 1
+    codes, doubts = judged(head(9), statistics)
+    assert codes == set() and max(doubts.values()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -102,7 +86,8 @@ def test_sound_study_has_no_finding(statistics: dict) -> None:
 )
 def test_what_is_wrong_is_found(kind: str, code: str, statistics: dict) -> None:
     image = corruptions()[kind](head(9), 2.0 if kind == "misregistration" else 1.0, 0)
-    assert code in codes(image, statistics) and near(image, statistics)[code] > 1
+    codes, doubts = judged(image, statistics)
+    assert code in codes and doubts[code] > 1
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
@@ -130,7 +115,8 @@ def test_sides_are_compared_along_the_axis_from_left_to_right() -> None:
 def test_registration_is_advised_where_it_was_not_done(statistics: dict) -> None:
     measured = measure(corruptions()["misregistration"](head(9), 2.0, 0), SPACING, 0, ALL)
     for registered, advice in ((False, "give --register True"), (True, "although it was registered: use another tool")):
-        found = [f["finding"] for f in findings(measured, statistics, registered) if f["code"] == "not_coregistered"]
+        found, _ = findings(measured, statistics, registered)
+        found = [f["finding"] for f in found if f["code"] == "not_coregistered"]
         assert found and all(advice in sentence for sentence in found)
     steps = inference_transforms(checks=True, register=lambda fixed, moving: moving.affine).transforms
     assert [step.registered for step in steps if isinstance(step, CheckStudyd)] == [True]
@@ -141,15 +127,15 @@ def test_brain_masks_that_differ_are_no_movement(statistics: dict) -> None:
     image[1][~torch.from_numpy(ndimage.binary_erosion(image[1].numpy() > 0, iterations=4))] = 0
     measured = measure(image, SPACING, 0, ALL)
     assert measured["pairs"][0, 1][0] < statistics["limits"]["dice"]
-    assert "not_coregistered" not in {found["code"] for found in findings(measured, statistics)}
+    assert "not_coregistered" not in judged(image, statistics)[0]
 
 
 def test_normalized_and_unusual_intensities_are_found(statistics: dict) -> None:
     image = head(9)
-    assert "normalized" in codes(image / image.max(), statistics)
+    assert "normalized" in judged(image / image.max(), statistics)[0]
     ranks = image.clone()
     ranks[0][ranks[0] > 0] = 1000 * torch.rand(int((ranks[0] > 0).sum())) ** 9 + 1
-    assert "unusual_intensities" in codes(ranks, statistics)
+    assert "unusual_intensities" in judged(ranks, statistics)[0]
 
 
 def test_a_finding_rejects_only_where_that_is_set(statistics: dict) -> None:
@@ -159,7 +145,7 @@ def test_a_finding_rejects_only_where_that_is_set(statistics: dict) -> None:
     assert [f["code"] for f in CheckStudyd(statistics=statistics)(item)["checks"]] == ["normalized"] * 4
     with pytest.raises(StudyError, match="Study a: FLAIR has no value above"):
         CheckStudyd(rejecting=["normalized"], statistics=statistics)(item)
-    with pytest.raises(StudyError, match="no check skull"):
+    with pytest.raises(StudyError, match="rejecting_checks has no skull"):
         CheckStudyd(rejecting=["skull"])
 
 
@@ -188,15 +174,12 @@ def bank_of(net: SSCFNet) -> tuple[CompiledBank, torch.Tensor]:
 
 @pytest.fixture
 def items(tmp_path: Path) -> list[dict[str, str]]:
-    found = []
-    (tmp_path / "in").mkdir()
     for number in range(3):
-        item = {"study": f"p{number}", "patient": f"p{number}"}
         for channel, key in enumerate(CONTRAST_KEYS):
-            item[key] = str(tmp_path / "in" / f"p{number}_{key}.nii.gz")
-            nib.save(nib.Nifti1Image(brain_volume(10 * number + channel), np.eye(4)), item[key])
-        found.append(item)
-    return found
+            path = tmp_path / "in" / f"p{number}_{key}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(brain_volume(10 * number + channel), np.eye(4)), path)
+    return find_studies(tmp_path / "in")
 
 
 def test_scores_grow_with_what_the_network_does_not_know() -> None:
@@ -260,12 +243,8 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     write_study(tmp_path / "in", ["t1", "t2"], "few")
     paths = {"source_path": path, "calibrated_path": calibrated, "output_dir": tmp_path / "out"}
     paths |= {"statistics_path": tmp_path / "statistics.json", "dataset_dir": tmp_path / "in"}
-    paths = {name: str(place) for name, place in paths.items()}
     for run_id in ("calibrating", "fitting"):
-        workflow = create_workflow(
-            config_file=config_files("train", "calibrate"), workflow_type="train", logging_file=False, run_id=run_id,
-            device="cpu", bundle_root=str(BUNDLE_ROOT), **paths,
-        )  # fmt: skip
+        workflow = bundle_workflow("train", "calibrate", run_id=run_id, bundle_root=BUNDLE_ROOT, **paths)
         with pytest.raises(StudyError, match="2 of 5 studies could not be used"):
             workflow.run()
         failures = json.loads((tmp_path / "out" / "failures.json").read_text())
@@ -299,11 +278,8 @@ def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path:
         split.write_text(json.dumps({"training": [], "validation": patients, "test": []}))
         paths = {"source_path": path, "calibrated_path": tmp_path / name, "output_dir": tmp_path / "out"}
         paths |= {"dataset_dir": tmp_path / "in", "split_file": split}
-        create_workflow(
-            config_file=config_files("train", "calibrate"), workflow_type="train", logging_file=False, device="cpu",
-            run_id="calibrating", bundle_root=str(BUNDLE_ROOT), trust_least_limit=-1e6,
-            **{name: str(place) for name, place in paths.items()}, **settings,
-        ).run()  # fmt: skip
+        settings |= {"run_id": "calibrating", "bundle_root": BUNDLE_ROOT, "trust_least_limit": -1e6}
+        bundle_workflow("train", "calibrate", **paths, **settings).run()
         return read_reference(tmp_path / name)
 
     every = calibrated("every.pt", ["p0", "p1", "p2"])
@@ -358,27 +334,6 @@ def test_expected_scores_are_medians_and_worst_of_patients(tmp_path: Path) -> No
     for file in ("bad.csv", "none.csv"):
         with pytest.raises(StudyError, match=f"{file} is no scores.csv"):
             expected_scores([tmp_path / file])
-
-
-def test_record_has_checks_scores_and_verdict(items: list[dict], tmp_path: Path) -> None:
-    transform = inference_transforms(**PREPROCESSING, checks=True)
-    study = {k: v for k, v in items[0].items() if k != "t1ce"}
-
-    def run(**options: object) -> dict:
-        loader = torch.utils.data.DataLoader(StudyDataset([study], transform), collate_fn=no_collation)
-        post = prediction_transforms(transform, output_scale=1000.0)
-        evaluator = StudyEvaluator(
-            "cpu", loader, filled_net(), BrainSliceInferer(), post, StudyWriter(tmp_path / "out"), **options
-        )
-        evaluator.run()
-        return json.loads((tmp_path / "out" / "p0" / "p0_synthesis.json").read_text())
-
-    record = run(trust=TrustAssessor(**SLICES, reject=2.0, num_prototypes=2))
-    assert {"checks", "scores", "verdict", "reasons", "warnings"} <= set(record)
-    assert set(record["seconds_of_checks"]) == {"checks", "trust"}
-    (prototypes,) = record["prototypes"].values()
-    assert list(record["prototypes"]) == ["t1ce"] and 1 <= len(prototypes) <= 2
-    assert "verdict" not in run()
 
 
 def test_every_corruption_changes_the_study_and_keeps_what_is_missing_missing() -> None:

@@ -133,28 +133,15 @@ def test_other_formats_give_nifti_with_the_same_affine(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- scenarios and record
-@pytest.mark.parametrize("keys", [["t1ce"], ["t1", "t2"], ["flair", "t1", "t1ce"], list(CONTRAST_KEYS)])
-def test_scenarios(tmp_path, keys):
-    paths = write_study(tmp_path / "in", keys)
-    torch.manual_seed(0)
-    network = SSCFNet(**TINY)
-    written = fill_with(network, paths, tmp_path / "out")
-    missing = [key for key in CONTRAST_KEYS if key not in keys]
-    assert sorted(written) == sorted([*missing, "seg"])
-    names = {f"S1_{key}_synthetic.nii.gz" for key in missing} | {"S1_seg.nii.gz", "S1_synthesis.json"}
-    assert set(os.listdir(tmp_path / "out" / "S1")) == names
-    for key in missing:
-        values = load(written[key])
-        assert values.min() >= 0 and values.max() <= 1 and values.max() > 0
-
-
 def test_record(tmp_path):
     paths = write_study(tmp_path / "in", ["flair", "t2"], "P1")
     network = SSCFNet(**TINY)
     network.bank_present[0] = True
     network.bank_patient[0] = stable_hash("P1")
     save_weights(tmp_path / "model.pt", network, {"preprocessing": PREPROCESSING})
-    synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    written = synthesize_study(**paths, output_dir=tmp_path / "out", ckpt_path=tmp_path / "model.pt", device="cpu")
+    for key in ("t1", "t1ce"):
+        assert load(written[key]).min() >= 0 and 0 < load(written[key]).max() <= 1
     record = json.loads((tmp_path / "out/P1/P1_synthesis.json").read_text())
     assert record["available"] == ["FLAIR", "T2"] and record["synthesized"] == ["T1", "T1ce"]
     assert record["inputs"] == {"flair": "P1_flair.nii.gz", "t2": "P1_t2.nii.gz"}
@@ -287,10 +274,15 @@ def test_what_stands_in_the_way_is_left_alone(tmp_path):
     with pytest.raises(StudyError, match="S1 is a file: remove it"):
         fill_with(CopyNet(), paths, tmp_path / "out")
     assert (tmp_path / "out" / "S1").read_text() == "mine"
-    with pytest.raises(StudyError, match="cannot be written: File name too long"):
-        fill_with(CopyNet(), paths, tmp_path / "out", study="x" * 300)
-    with pytest.raises(StudyError, match="cannot name a folder"):
-        fill_with(CopyNet(), paths, tmp_path / "out", study="line\nbreak")
+    with pytest.raises(StudyError, match="cannot be written to"):
+        StudyWriter(tmp_path / "out" / "S1").prepare()
+    for name, words in (
+        ("x" * 300, "cannot be written: File name too long"),
+        ("line\nbreak", "cannot name a folder"),
+        ("../elsewhere", "cannot name a folder"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            fill_with(CopyNet(), paths, tmp_path / "out", study=name)
 
 
 def test_inputs_are_never_overwritten(tmp_path):
@@ -300,8 +292,6 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert os.listdir(tmp_path / "S1") == ["S1_t1.nii.gz"]
     with pytest.raises(StudyError, match="lies in dataset_dir"):
         list_studies(tmp_path, output_dir=tmp_path / "out")
-    with pytest.raises(StudyError, match="cannot name a folder"):
-        fill_with(CopyNet(), paths, tmp_path / "out", study="../elsewhere")
 
 
 def test_study_from_python_gets_what_the_run_gives(tmp_path):
@@ -313,7 +303,8 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
     assert sorted(written) == ["flair", "seg", "t1ce"]
     record = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
     assert record["verdict"] in ("review", "not calibrated") and record["warnings"] and record["settings"]["trust"]
-    assert {"checks", "scores", "reasons"} <= set(record)
+    assert {"checks", "scores", "reasons"} <= set(record) and list(record["prototypes"]) == ["flair", "t1ce"]
+    assert set(record["seconds_of_checks"]) == {"checks", "trust"}
     for wrong, words in (
         ({"thrust": False}, "no setting thrust: did you mean trust"),
         ({"trust": "perhaps"}, "trust must be True or False"),
@@ -323,8 +314,9 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
         with pytest.raises(StudyError, match=words):
             synthesize_study(**paths, **(options | wrong))
     synthesize_study(**paths, **(options | {"amp": "no", "trust": "no"}))
-    assert json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())["settings"]["trust"] is False
-    with pytest.raises(StudyError, match="There is no check skull"):
+    untrusted = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
+    assert untrusted["settings"]["trust"] is False and "verdict" not in untrusted
+    with pytest.raises(StudyError, match="rejecting_checks has no skull"):
         synthesize_study(**paths, **options, rejecting_checks=["skull"])
     code = record["checks"][0]["code"]  # random values are no brain
     with pytest.raises(StudyError, match="Study GOOD: "):

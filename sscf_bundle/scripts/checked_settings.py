@@ -37,8 +37,8 @@ def checked_settings(
 ) -> dict[str, Any]:
     """Holds settings against the configs that they change.
 
-    A setting must be of the type that the configs give it, by a value or an expression, and not negative where that is
-    not. An expression is taken as it is: ``$None`` gives none of a number.
+    A setting must be of the type that the configs give it, by a value or an expression; what counts something must
+    not be negative. An expression is taken as it is: ``$None`` gives none of a number.
 
     Args:
         files: of the configs.
@@ -73,9 +73,9 @@ def checked_settings(
             accepted, words = _ACCEPTED[wanted]
             if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
                 raise StudyError(f"{given_name} must be {words}, got {value!r}.")
-        if wanted in (int, float) and default >= 0:
+        if wanted is int and default >= 0:
             least = 1 if name.endswith("_size") else 0
-            if not value >= least:
+            if value < least:
                 raise StudyError(f"{given_name} must be at least {least}, got {value!r}.")
         if wanted is torch.device:
             try:
@@ -89,7 +89,9 @@ def checked_settings(
 
 def _is_made(value: Any) -> bool:
     """Whether a value of a config is an expression, a reference or an object to build."""
-    return value.startswith(("$", "@", "%")) if isinstance(value, str) else isinstance(value, dict) and "_target_" in value
+    if isinstance(value, str):
+        return value.startswith(("$", "@", "%"))
+    return isinstance(value, dict) and "_target_" in value
 
 
 def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:

@@ -101,15 +101,9 @@ class GroupMeans:
         self._scenarios = [scenario == name for name in dict.fromkeys(scenario)]
 
     def __call__(self, patients: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Means of samples of patients, as ``scipy.stats`` calls a statistic.
+        """Means of samples of patients, groups x samples, as ``scipy.stats`` calls a statistic.
 
-        Args:
-            patients: samples x any number of positions of patients in alphabetical order; one that is there twice
-                counts twice.
-            axis: of the patients, the last one.
-
-        Returns:
-            Groups x samples.
+        ``patients`` are samples x any number of positions in alphabetical order; one that is there twice counts twice.
         """
         times = np.zeros((len(patients), self.patients))
         np.add.at(times, (np.arange(len(patients))[:, None], patients), 1)
@@ -176,11 +170,7 @@ def paired_differences(
     Args:
         ours: rows with ``COLUMNS``; one method, for example those of ``network`` in one run.
         theirs: rows of the other run or method; of its ``method`` nothing is read.
-        bootstrap_samples: of the patients, and sign flips where there are too many patients for all of them.
-        seed: of both.
-
-    Returns:
-        As ``summarize`` with ``p_value``, of the differences.
+        bootstrap_samples, seed: of ``summarize``, which gives the differences with ``p_value``.
 
     Raises:
         ValueError: if nothing was scored by both, or one frame holds several methods.
@@ -200,12 +190,9 @@ def sign_flip_p_value(values: np.ndarray, flips: int = 2000, seed: int = 0) -> f
     """Two-sided p-value of a mean against 0 when every sign is as likely as its opposite.
 
     Args:
-        values: one for each patient.
+        values: one for each patient; with fewer than ``MIN_PATIENTS`` there is no p-value.
         flips: number of random sign flips; all 2^patients of them where these are not more.
         seed: of the flips.
-
-    Returns:
-        The p-value, or None with fewer than ``MIN_PATIENTS`` values.
     """
     if len(values) < MIN_PATIENTS:
         return None
@@ -227,8 +214,7 @@ class EvaluationTables:
         metadata: of the run, written as they are; where there is ``weights``, the hash of that file is added. For a
             network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
         lpips: the perceptual distance in use, for the hash of its weights.
-        bootstrap_samples: bootstrap samples.
-        seed: of the bootstrap.
+        bootstrap_samples, seed: see ``summarize``.
     """
 
     def __init__(
@@ -244,20 +230,15 @@ class EvaluationTables:
         self.lpips, self.bootstrap_samples, self.seed = lpips, bootstrap_samples, seed
 
     def attach(self, engine: Engine) -> None:
-        """Writes at the end of the one epoch, so that loggers of metrics find the means."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)  # of the one epoch: loggers of metrics find the means
 
     def __call__(self, engine: StudyEvaluator) -> None:
         """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored.
 
         The metrics of the engine become the means over all scenarios.
         """
-        mine: dict[str, Any] = {
-            "rows": self.scores.rows,
-            "regions": self.scores.regions,
-            "network": engine.seconds,
-            "scoring": self.scores.seconds,
-        }
+        mine: dict[str, Any] = {"rows": self.scores.rows, "regions": self.scores.regions}
+        mine |= {"network": engine.seconds, "scoring": self.scores.seconds}
         parts: Any = idist.all_gather(mine) if idist.get_world_size() > 1 else [mine]
         if idist.get_rank() > 0:
             return

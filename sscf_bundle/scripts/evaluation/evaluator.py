@@ -23,17 +23,17 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from ..data.slices import SliceDataset
+from ..inference.trust import patients_in_bank
 from ..networks.sscf import network_input
 
 
 def scenario_indices(names: Sequence[str] | None) -> list[int]:
-    """Positions in ``SCENARIOS`` of names as ``FLAIR+T2``; None means all 14, an unknown one is a ``ValueError``."""
+    """Positions in ``SCENARIOS`` of names as ``FLAIR+T2``; None means all 14, an unknown one is a ``StudyError``."""
     known = {scenario_name(row): i for i, row in enumerate(SCENARIOS)}
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown:
-        raise ValueError(f"unknown scenario {', '.join(unknown)}: write one of {', '.join(known)}.")
+    refuse_unknown("scenarios", names or (), list(known))
     return list(known.values()) if names is None else [known[name] for name in names]
 
 
@@ -61,26 +61,16 @@ class ScenarioSlices(Dataset):
 
 
 class UnseenPatients:
-    """Refuses to evaluate patients whose slices are in the network's bank; a network without a bank passes.
-
-    Args:
-        network: the evaluated network.
-        patients: int64 patient hashes of the evaluated slices.
-    """
+    """Refuses at ``STARTED`` to evaluate patients (int64 hashes of all slices) that are in the network's bank."""
 
     def __init__(self, network: nn.Module, patients: torch.Tensor) -> None:
         self.network, self.patients = network, patients
 
     def attach(self, engine: Engine) -> None:
-        """Checks at ``STARTED``."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """A ``StudyError`` if a patient is in the bank."""
-        if not hasattr(self.network, "bank_present"):
-            return
-        filled = self.network.get_buffer("bank_present").any(dim=1).cpu()
-        shared = set(self.network.get_buffer("bank_patient").cpu()[filled].tolist()) & set(self.patients.tolist())
+        shared = patients_in_bank(self.network) & set(self.patients.tolist())
         if shared:
             raise StudyError(
                 f"{len(shared)} of the evaluated patients are in the memory bank of the weights, so the scores would "
@@ -91,10 +81,7 @@ class UnseenPatients:
 class SliceEvaluator(Evaluator):
     """Runs a network over ``ScenarioSlices``; ``state.output`` is the batch with ``pred`` (B x 7 x H x W) added.
 
-    Args:
-        network: one tensor to one tensor, as ``SSCFNet``.
-        inferer: how the network is called.
-        options: of ``monai.engines.Evaluator``, such as ``device``, ``val_data_loader`` and ``key_val_metric``.
+    ``options`` are those of ``monai.engines.Evaluator``.
     """
 
     def __init__(self, network: nn.Module, inferer: Inferer | None = None, **options: Any) -> None:
@@ -112,7 +99,6 @@ class SliceEvaluator(Evaluator):
         return batch
 
 
-# -------------------------------------------------------------------------------------------------------- studies
 def list_scenarios(
     items: Sequence[Mapping[str, Any]],
     scenarios: Sequence[str] | None = None,
@@ -134,8 +120,7 @@ def list_scenarios(
         and ``complete``, the item as it was. The scenarios of a study follow each other.
 
     Raises:
-        StudyError: if there is nothing to evaluate, or less than a study for each process.
-        ValueError: for an unknown scenario name.
+        StudyError: if there is nothing to evaluate, less than a study for each process, or an unknown scenario.
     """
     chosen = scenario_indices(scenarios)
     taken = [item for item in items if studies is None or item["study"] in studies]

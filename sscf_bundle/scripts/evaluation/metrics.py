@@ -37,18 +37,10 @@ def psnr(mean_square: torch.Tensor) -> torch.Tensor:
 
 
 def window_mean(images: torch.Tensor, spatial_dims: int, window: Sequence[float]) -> torch.Tensor:
-    """Mean under a separable window, at every position where the window lies inside the image.
+    """Mean under a separable window (weights along one axis) over the last dimensions, inside the image alone.
 
-    A sum of shifted copies along one axis after the other is some fifty times as fast on a CPU as a dense 3-D
-    convolution.
-
-    Args:
-        images: any leading dimensions, then the spatial ones, each at least as long as the window.
-        spatial_dims: 2 or 3, number of spatial dimensions.
-        window: weights along one axis.
-
-    Returns:
-        The same with every spatial side shorter by the length of the window less 1.
+    Every spatial side becomes shorter by the length of the window less 1. A sum of shifted copies along one axis after
+    the other is some fifty times as fast on a CPU as a dense 3-D convolution.
     """
     for axis in range(-spatial_dims, 0):
         length = images.shape[axis] - len(window) + 1
@@ -113,12 +105,9 @@ def scale_by_slice(images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 
 
 def fill_background(images: torch.Tensor, inputs: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-    """Sets everything outside the union of the available brains to background, the same for every method.
+    """Sets everything outside the union of the available brains to background (-1), the same for every method.
 
-    Args:
-        images: B x K x spatial in [-1, 1].
-        inputs: B x K x spatial, of which the available rows are read; background is -1.
-        available: B x K boolean.
+    ``images`` and ``inputs`` are B x K x spatial in [-1, 1], ``available`` is B x K; only these of ``inputs`` are read.
     """
     brain = ((inputs > -1) & expand_dims_like(available, inputs)).any(dim=1, keepdim=True)
     return torch.where(brain, images, torch.full_like(images, -1.0))
@@ -155,8 +144,8 @@ class ScenarioScores(Metric):
     Args:
         studies: names, in the order of ``study_index``.
         output_transform: from ``engine.state.output`` to the dict that ``update`` takes.
-        prefix: put before the names of the scores, for a reference_method.
-        with_dice: also give Dice; False for reference_methods, which have no mask.
+        prefix: put before the names of the scores, for a reference method.
+        with_dice: also give Dice; False for reference methods, which have no mask.
         device: where the sums live.
     """
 

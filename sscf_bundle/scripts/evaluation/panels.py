@@ -79,18 +79,15 @@ def board(log_dir: str | Path) -> SummaryWriter:
 
 
 class ScoreLog:
-    """Writes the scalar scores of every run of an evaluator to the log, a CSV file and TensorBoard.
+    """Writes the scalar scores of every run of an evaluator to the log, a CSV file and TensorBoard (``log_dir``).
 
-    Args:
-        path: CSV file, one row for each epoch; a row of the same epoch is replaced.
-        log_dir: of TensorBoard; None writes none.
+    The file has one row for each epoch; a row of the same epoch is replaced.
     """
 
     def __init__(self, path: str | Path, log_dir: str | Path | None = None) -> None:
         self.path, self.log_dir = Path(path), log_dir
 
     def attach(self, engine: Engine) -> None:
-        """Writes at ``COMPLETED``."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -115,18 +112,12 @@ class ScoreLog:
 
 
 class ScenarioPanels:
-    """Shows the first batch of every evaluation in TensorBoard: target, prediction and mask under its scenarios.
-
-    Args:
-        log_dir: of TensorBoard.
-        rows: how many samples.
-    """
+    """Shows ``rows`` samples of the first batch of every evaluation in TensorBoard, see ``scenario_panel``."""
 
     def __init__(self, log_dir: str | Path, rows: int = 6) -> None:
         self.log_dir, self.rows = log_dir, rows
 
     def attach(self, engine: Engine) -> None:
-        """Draws after the first iteration."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -138,6 +129,5 @@ class ScenarioPanels:
         figure = scenario_panel(
             {k: output[k][picked].cpu() for k in ("pred", "target", "label", "available", "scenario")}
         )
-        writer = board(log_dir=self.log_dir)
-        writer.add_figure("validation/panel", figure, engine.state.epoch)
-        writer.flush()
+        board(log_dir=self.log_dir).add_figure("validation/panel", figure, engine.state.epoch)
+        board(log_dir=self.log_dir).flush()

@@ -60,38 +60,21 @@ class StudyTarget(NamedTuple):
 
 
 def masked_average(values: torch.Tensor, mask: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
-    """Mean of the values inside a mask over some dimensions; NaN where the mask is empty.
-
-    Args:
-        values: any shape; what is outside the mask may be NaN.
-        mask: boolean, of a shape that broadcasts to that of ``values``.
-        dims: dimensions to average over.
-    """
+    """Mean inside a mask over ``dims``; NaN where the mask is empty, and none from NaN outside it."""
     mask = mask.expand(values.shape)
     return torch.where(mask, values, 0.0).sum(dims) / mask.sum(dims)
 
 
 def bounding_box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, ...]:
-    """Smallest box around a mask.
-
-    Args:
-        mask: boolean, any number of dimensions, not empty.
-        margin: pixels added on every side where the mask's array has them.
-    """
+    """Smallest box around a mask that is not empty, with ``margin`` pixels on every side where the array has them."""
     first, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
     return tuple(map(slice, first, stop))
 
 
 def quantile_with_background(values: torch.Tensor, fraction: float, total: int) -> torch.Tensor:
-    """Quantile of values >= 0 among which there are zeros that the tensor does not hold.
+    """Quantile of values >= 0 among which there are zeros that the tensor does not hold, in ``total`` so many.
 
-    Args:
-        values: any shape, >= 0.
-        fraction: 0 to 1; linear interpolation between order statistics, as ``numpy.quantile``.
-        total: number of values with the zeros, at least that of ``values``.
-
-    Returns:
-        A tensor without dimensions.
+    It is interpolated between order statistics, as by ``numpy.quantile``: a tensor without dimensions.
     """
     flat = values.flatten()
     position = fraction * (total - 1)
@@ -172,11 +155,7 @@ class PerceptualDistance(nn.Module):
         return digest.hexdigest()
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Normalized features of five layers.
-
-        Args:
-            images: B x H x W in [0, 1].
-        """
+        """Normalized features of five layers of images, B x H x W in [0, 1]."""
         scaled = self.model.scaling_layer((2 * images - 1).unsqueeze(1).expand(-1, 3, -1, -1))
         return [lpips.normalize_tensor(layer) for layer in self.model.net(scaled)]
 
@@ -247,7 +226,6 @@ class PerSliceProtocol(Protocol):
         self.lpips, self.min_box = lpips, min_box
 
     def start(self, target: StudyTarget) -> None:
-        """See ``Protocol``."""
         images, self.tumor = target.images.transpose(0, 1), target.tumor  # K x R x H x W, R x H x W
         self.raw = images
         self.images, self.valid = scale_by_slice(images, images)
@@ -266,7 +244,6 @@ class PerSliceProtocol(Protocol):
         self._features: dict[int, list[list[torch.Tensor]]] = {}
 
     def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
-        """See ``Protocol``."""
         target, valid = self.images[contrast], self.valid[contrast]
         prediction = scale_by_slice(prediction, self.raw[contrast])[0].clamp(0, 1)
         error, power = (prediction - target) ** 2, target**2
@@ -315,12 +292,7 @@ class PerSliceProtocol(Protocol):
 def tumor_boxes(tumor: torch.Tensor, min_box: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes around the tumor of slices: sides rounded up, centered on the bounding box, moved into the frame.
 
-    Args:
-        tumor: R x H x W boolean; the box of a slice without tumor means nothing.
-        min_box: smallest side, in pixels.
-
-    Returns:
-        First pixel and side, each R x 2 int64.
+    Of R x H x W boolean first pixel and side, each R x 2 int64; the box of a slice without tumor means nothing.
     """
     first, size = [], []
     for axis in (1, 2):
@@ -361,14 +333,12 @@ class VolumeProtocol(Protocol):
     }
 
     def start(self, target: StudyTarget) -> None:
-        """See ``Protocol``."""
         self.crop = bounding_box(target.brain | target.tumor)
         self.images = target.images.transpose(0, 1)[(slice(None), *self.crop)]
         self.masks = {"whole": target.brain[self.crop], "tumor": target.tumor[self.crop]}
         self.slice_axis = target.slice_axis
 
     def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
-        """See ``Protocol``."""
         target, prediction = self.images[contrast], prediction[self.crop]
         error, power = (prediction - target) ** 2, target**2
         similarity = ssim_map(prediction, target, 3, margin=REACH)
@@ -389,14 +359,8 @@ def slice_jump(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
     averaged over the voxels that both have in ``mask``, is such a jump; the result is the root of the mean square,
     weighted by these voxels. An offset of the volume and blur within the slices leave it as it is.
 
-    Args:
-        prediction: volume, any order of axes.
-        target: volume of the same shape.
-        mask: which voxels count.
-        slice_axis: axis across which the slices lie.
-
-    Returns:
-        In units of the intensities, 0 if slices fit together as in ``target``; NaN without a pair.
+    Volumes have any order of axes, the slices lie across ``slice_axis``. In units of the intensities, 0 if slices fit
+    together as in ``target``; NaN without a pair.
     """
     size, within = mask.shape[slice_axis] - 1, tuple(axis for axis in range(3) if axis != slice_axis)
     both = mask.narrow(slice_axis, 0, size) & mask.narrow(slice_axis, 1, size)
@@ -416,8 +380,6 @@ class BraSynProtocol(Protocol):
     ``brasyn_reference``: both are clipped and scaled by the 0.5th and 99.5th percentile of the true brain outside the
     tumor; SSIM map averaged inside the tumor, MSE and PSNR inside the tumor, data range 1.
 
-    Args:
-        available: see ``Protocol``.
     """
 
     whole = True
@@ -433,7 +395,6 @@ class BraSynProtocol(Protocol):
         super().__init__(available)
 
     def start(self, target: StudyTarget) -> None:
-        """See ``Protocol``."""
         self.has_tumor = bool(target.tumor.any())
         if not self.has_tumor:
             return
@@ -448,7 +409,6 @@ class BraSynProtocol(Protocol):
         self.around = bounding_box(self.tumor, REACH)
 
     def score(self, contrast: int, prediction: torch.Tensor) -> dict[str, Scores]:
-        """See ``Protocol``."""
         if not self.has_tumor:
             return {}
         target, prediction = self.images[contrast], prediction[self.crop]

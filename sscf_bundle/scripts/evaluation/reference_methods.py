@@ -44,8 +44,7 @@ def brain_histogram(images: torch.Tensor) -> torch.Tensor:
 def mean_histograms(studies: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Mean histogram of each contrast over studies, each study counting the same: K x ``LEVELS`` float64.
 
-    Args:
-        studies: items with ``target`` (Z x K x H x W in [-1, 1]) and ``has_contrast`` (K).
+    ``studies`` have ``target`` (Z x K x H x W in [-1, 1]) and ``has_contrast`` (K).
     """
     total, number = torch.zeros(NUM_CONTRASTS, LEVELS, dtype=torch.float64), torch.zeros(NUM_CONTRASTS, 1)
     for study in studies:
@@ -77,10 +76,7 @@ def match_histogram(image: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 class NearestContrast:
     """Reference method: every missing contrast is the most similar available one with its brain histogram matched.
 
-    The histogram is matched to the mean histogram of the target contrast in the training studies.
-
-    Args:
-        histograms: K x ``LEVELS``, see ``mean_histograms``.
+    The histogram is matched to that of the target contrast in the training studies, see ``mean_histograms``.
     """
 
     def __init__(self, histograms: torch.Tensor) -> None:

@@ -101,14 +101,10 @@ class StudyScores:
 
     @torch.no_grad()
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes in one study under one scenario; the scenarios of a study follow each other.
+        """Takes in one study under one scenario and writes nothing; the scenarios of a study follow each other.
 
-        Args:
-            data: of ``list_scenarios``, with ``pred``: after ``prediction_transforms``, or, where there are ``slices``
-                (of ``SliceScenarios``), the prediction for those that are shown, 7 x H x W x Z.
-
-        Returns:
-            Nothing that was written.
+        ``data`` is of ``list_scenarios`` with ``pred``: after ``prediction_transforms``, or, where there are ``slices``
+        (of ``SliceScenarios``), the prediction for those that are shown, 7 x H x W x Z.
         """
         started = time.perf_counter()
         whole, scenario = "slices" not in data, SCENARIOS[data["scenario"]]
@@ -141,13 +137,9 @@ class StudyScores:
     def score(
         self, scenario: Sequence[int], images: Mapping[str, torch.Tensor], classes: torch.Tensor | None, whole: bool
     ) -> dict[Key, torch.Tensor]:
-        """Scores of all methods.
+        """Scores of the missing contrasts of all methods, N x K x spatial in [0, 1], and of the mask of the network.
 
-        Args:
-            scenario: 0/1 vector over ``CONTRASTS``.
-            images: for each method N x K x spatial in [0, 1], of which the missing contrasts are read.
-            classes: N x 1 x spatial, the mask of the network; None if it has no segmentation branch.
-            whole: whether this is a whole study.
+        ``classes`` is N x 1 x spatial, None without a segmentation branch; ``whole`` says whether it is a whole study.
         """
         protocols = [one for one in self.protocols if one.whole == whole and sum(scenario) in one.available]
         values: dict[Key, torch.Tensor] = {}

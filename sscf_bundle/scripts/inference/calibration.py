@@ -37,15 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str = "validation") -> Iterator[dict]:
-    """The studies of a part of a cohort, preprocessed, one after the other.
+    """The studies of a part of the split of a cohort, preprocessed, one after the other.
 
     One that cannot be read or lacks a contrast is named in the log and in ``cohort.failures``, so that
     ``cohort.finish`` tells of it.
-
-    Args:
-        cohort: its split is read, not its slices.
-        transform: preprocessing of one study.
-        part: of the split.
 
     Raises:
         StudyError: at the end, if no study could be used.
@@ -72,10 +67,8 @@ def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str 
 
 def measure_cohort(cohort: Cohort) -> list[dict[str, Any]]:
     """``measure`` of the complete studies of a cohort, for ``fit``."""
-    measured = []
-    for d in complete_studies(cohort, StudyCompose([LoadStudyd()])):
-        measured.append(measure(d["image"].as_tensor(), *grid_of(d["image"].affine), [True] * NUM_CONTRASTS))
-    return measured
+    studies = (item["image"] for item in complete_studies(cohort, StudyCompose([LoadStudyd()])))
+    return [measure(image.as_tensor(), *grid_of(image.affine), [True] * NUM_CONTRASTS) for image in studies]
 
 
 def fit(studies: Sequence[Mapping[str, Any]], margin: float, slack: Mapping[str, float]) -> dict[str, Any]:
@@ -128,10 +121,8 @@ def _discriminant(x: np.ndarray) -> np.ndarray:
 def conformal_limit(values: Sequence[float], coverage: float) -> float | None:
     """What the value of one more patient stays below with at least this probability, if all are exchangeable.
 
-    Split conformal prediction (Vovk et al. 2005): the value of rank ``coverage`` (n + 1), rounded up, of n.
-
-    Returns:
-        ``None`` where n is too small for it.
+    Split conformal prediction (Vovk et al. 2005): the value of rank ``coverage`` (n + 1), rounded up, of n; ``None``
+    where n is too small.
     """
     rank = math.ceil(coverage * (len(values) + 1) - 1e-9)
     return sorted(values)[rank - 1] if 0 < rank <= len(values) else None
@@ -233,23 +224,21 @@ def calibrate(
             patient: list[Mapping[str, Any]] = []
             for kept in map(torch.tensor, subsets):
                 shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-                scores = assessor(shown, network.eval(), device)["scores"]["contrasts"]
-                patient.append(scores)
+                patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
             rows.append(patient)
     if judged_file is not None:
         write_whole(judged_file, {"patients": rows})
 
     def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
+        table: dict[str, Any] = {name: {} for name in SCORES}
         for scores in itertools.chain.from_iterable(chosen):
             for contrast, of_contrast in scores.items():
                 for name, value in of_contrast.items():
-                    found[name].setdefault(place(name, contrast, len(scores)), []).append(value)
-        table: dict[str, Any] = {name: {} for name in SCORES}
-        for name, by_key in found.items():
+                    table[name].setdefault(place(name, contrast, len(scores)), []).append(value)
+        for by_key in table.values():
             for key, values in by_key.items():
                 deviation = max(float(np.std(values)), least_spread * abs(float(np.mean(values))), 1e-4)
-                table[name][key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
+                by_key[key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
         return table
 
     limits: dict[str, float | None] = {}

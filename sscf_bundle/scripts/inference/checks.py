@@ -8,7 +8,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Quick checks of the volumes of a study, before anything is computed: each finding is a code and one sentence."""
+"""Quick checks of the volumes of a study, before anything is computed: each finding is a code and one sentence.
+
+A coarse volume has intensities >= 0, averaged over cells of about 4 mm (X x Y x Z), and 0 outside the brain.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,13 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from scipy import ndimage, stats
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRASTS, StudyError
 
 #: Codes of the findings.
 CHECKS = (
-    "not_skull_stripped",
-    "not_coregistered",
-    "normalized",
-    "unusual_intensities",
-    "mislabelled",
-    "noisy",
-    "blurred",
-    "uneven",
+    *("not_skull_stripped", "not_coregistered", "normalized", "unusual_intensities"),
+    *("mislabelled", "noisy", "blurred", "uneven"),
 )
 #: What is measured of each contrast and has the same limit for all.
 QUALITY = ("noise", "blur", "sides")
@@ -61,10 +59,7 @@ def coarse_volumes(image: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
 
 
 def volume_features(volume: np.ndarray) -> np.ndarray:
-    """What tells the contrasts apart: quantiles of the brain relative to the 99.5th percentile, and of its depths.
-
-    Args:
-        volume: X x Y x Z coarse intensities, 0 outside the brain.
+    """What tells the contrasts apart: quantiles of a coarse volume relative to the 99.5th percentile, and its depths.
 
     Returns:
         Ten numbers: seven quantiles, ln(maximum / 95th percentile), and the mean of the rim (two outermost cells) and
@@ -82,11 +77,7 @@ def volume_features(volume: np.ndarray) -> np.ndarray:
 
 
 def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """What tells a head from a brain.
-
-    Args:
-        volume: X x Y x Z coarse intensities, 0 outside the head.
-        spacing: of the volume on file, in mm.
+    """What tells a head from a brain, of a coarse volume and the spacing on file in mm.
 
     Returns:
         ``filled``, share of the field above 0, in [0, 1]; ``ml``, the volume of that; ``shell``, mean of the outermost
@@ -101,10 +92,7 @@ def shape_features(volume: np.ndarray, spacing: Sequence[float]) -> dict[str, fl
 
 
 def grain(volume: torch.Tensor) -> dict[str, float]:
-    """Noise and blur of a volume at its full resolution, from a few slices in the middle of the brain.
-
-    Args:
-        volume: X x Y x Z intensities on file, 0 outside the brain.
+    """Noise and blur of a volume on file (X x Y x Z, 0 outside the brain), from a few slices in its middle.
 
     Returns:
         ``noise``, robust standard deviation of the second differences along both axes (Immerkaer 1996; white noise
@@ -130,11 +118,7 @@ def grain(volume: torch.Tensor) -> dict[str, float]:
 
 
 def side_slope(volume: np.ndarray, axis: int) -> float:
-    """How much the brightness of the brain changes from one side to the other.
-
-    Args:
-        volume: X x Y x Z coarse intensities, 0 outside the brain.
-        axis: of the volume that runs from left to right.
+    """How much the brightness of a coarse volume changes along the ``axis`` from left to right.
 
     Returns:
         Slope of ln(intensity) for each standard deviation of the place along the axis, >= 0: a brain is much the same
@@ -157,10 +141,6 @@ def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
 
 def alignment(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """How two coarse volumes lie on each other.
-
-    Args:
-        one: X x Y x Z intensities on cells of about 4 mm, 0 outside the brain.
-        other: the same.
 
     Returns:
         Dice overlap of the brains in [0, 1]; and by what share the best of 12 small movements raises normalized
@@ -193,11 +173,11 @@ def alignment(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def label_odds(features: Mapping[int, np.ndarray], statistics: Mapping[str, Any]) -> tuple[float, tuple[int, ...]]:
-    """The likeliest names of some contrasts by Fisher's linear discriminant.
+    """The likeliest names of contrasts by Fisher's linear discriminant (``weights`` of ``calibration.fit``).
 
     Args:
         features: of ``volume_features``, by the index of a contrast as it is named.
-        statistics: ``weights``, see ``calibration.fit``.
+        statistics: has the ``weights``.
 
     Returns:
         Log odds (natural logarithm, >= 0) of the likeliest names against those given, 0 where they agree; the likeliest
@@ -221,13 +201,7 @@ def grid_of(affine: torch.Tensor) -> tuple[list[float], int]:
 
 
 def measure(image: torch.Tensor, spacing: Sequence[float], sides: int, available: Sequence[bool]) -> dict[str, Any]:
-    """All measurements of a study.
-
-    Args:
-        image: 4 x X x Y x Z intensities on file, >= 0.
-        spacing: of the voxels, in mm.
-        sides: spatial axis that runs from left to right.
-        available: which contrasts there are.
+    """All measurements of a study on file, 4 x X x Y x Z; ``spacing`` and ``sides`` are of ``grid_of``.
 
     Returns:
         ``features``, ``shape``, ``quality`` (see ``QUALITY``) and ``top`` by the index of a contrast, ``pairs`` (of
@@ -246,8 +220,8 @@ def measure(image: torch.Tensor, spacing: Sequence[float], sides: int, available
 
 def findings(
     measured: Mapping[str, Any], statistics: Mapping[str, Any], registered: bool = False
-) -> list[dict[str, str]]:
-    """What is suspicious of a study.
+) -> tuple[list[dict[str, str]], dict[str, float]]:
+    """What is suspicious of a study, and how near it is to that.
 
     Args:
         measured: of ``measure``.
@@ -255,69 +229,54 @@ def findings(
         registered: whether the contrasts were registered here, so that it helps nobody to advise it.
 
     Returns:
-        ``code``, one of ``CHECKS``, and ``finding``, one sentence, of each.
+        ``code``, one of ``CHECKS``, and ``finding``, one sentence, of each finding; by code the worst measurement
+        relative to its limit, where there is one: above 1 there is the finding.
     """
     found: list[dict[str, str]] = []
+    doubts = dict.fromkeys(("not_skull_stripped", "noisy", "blurred", "uneven", "not_coregistered"), 0.0)
 
-    def add(code: str, sentence: str) -> None:
-        found.append({"code": code, "finding": sentence})
+    def judge(code: str, doubt: float, sentence: str) -> None:
+        doubts[code] = max(doubts.get(code, 0.0), doubt)
+        if doubt > 1:
+            found.append({"code": code, "finding": sentence})
 
     limits, given = statistics["limits"], list(measured["features"])
     for i in given:
-        shape, name = measured["shape"][i], CONTRASTS[i]
-        if shape["filled"] > limits["filled"]:
-            add("not_skull_stripped", f"{name} has no background of 0: strip the skull.")
-        elif shape["ml"] > limits["ml"] or shape["shell"] > limits["shell"]:
-            about = f"{shape['ml']:.0f} ml, rim {shape['shell']:.2f} times as bright as the inside"
-            add("not_skull_stripped", f"{name} does not look skull-stripped ({about}): strip the skull.")
+        name, shape, quality = CONTRASTS[i], measured["shape"][i], measured["quality"][i]
+        relative = {part: shape[part] / limits[part] for part in ("filled", "ml", "shell")}
+        about = f"{shape['ml']:.0f} ml, rim {shape['shell']:.2f} times as bright as the inside"
+        looks = "has no background of 0" if relative["filled"] > 1 else f"does not look skull-stripped ({about})"
+        judge("not_skull_stripped", max(relative.values()), f"{name} {looks}: strip the skull.")
         if measured["top"][i] <= limits["top"]:
-            add("normalized", f"{name} has no value above {measured['top'][i]:.3g}: give intensities as acquired.")
-        noise, blur = measured["quality"][i]["noise"], measured["quality"][i]["blur"]
-        if noise > limits["noise"]:
-            about = f"standard deviation {100 * noise:.1f}% of the brightest brain"
-            add("noisy", f"{name} is noisy ({about}): denoise it, or leave it out to have it synthesized.")
-        if blur > limits["blur"]:
-            add("blurred", f"{name} is blurred: give it as acquired, or leave it out to have it synthesized.")
-        slope = measured["quality"][i]["sides"]
-        if slope > limits["sides"]:
-            about = f"one side is {100 * math.expm1(2 * slope):.0f}% brighter"
-            add("uneven", f"{name} is uneven ({about}): correct the bias field, unless a tumor explains it.")
+            sentence = f"{name} has no value above {measured['top'][i]:.3g}: give intensities as acquired."
+            found.append({"code": "normalized", "finding": sentence})
+        about = f"standard deviation {100 * quality['noise']:.1f}% of the brightest brain"
+        sentence = f"{name} is noisy ({about}): denoise it, or leave it out to have it synthesized."
+        judge("noisy", quality["noise"] / limits["noise"], sentence)
+        sentence = f"{name} is blurred: give it as acquired, or leave it out to have it synthesized."
+        judge("blurred", quality["blur"] / limits["blur"], sentence)
+        about = f"one side is {100 * math.expm1(2 * quality['sides']):.0f}% brighter"
+        sentence = f"{name} is uneven ({about}): correct the bias field, unless a tumor explains it."
+        judge("uneven", quality["sides"] / limits["sides"], sentence)
         features = measured["features"][i][: len(_QUANTILES) + 1]
-        low, high = np.asarray(statistics["low"])[:, : len(features)], np.asarray(statistics["high"])
-        if (features < low.min(axis=0)).any() or (features > high[:, : len(features)].max(axis=0)).any():
+        low, high = (np.asarray(statistics[end])[:, : len(features)] for end in ("low", "high"))
+        if (features < low.min(axis=0)).any() or (features > high.max(axis=0)).any():
             cause = "another scanner, a normalization or a wrong name"
-            add("unusual_intensities", f"{name} has intensities as no study of the reference: look for {cause}.")
+            sentence = f"{name} has intensities as no study of the reference: look for {cause}."
+            found.append({"code": "unusual_intensities", "finding": sentence})
+    advice = "although it was registered: use another tool" if registered else "so give --register True"
     for (i, j), (dice, gain) in measured["pairs"].items():
-        # where every small movement makes it worse, a smaller overlap is of masks that differ, not of a movement
-        if gain > limits["gain"] or (dice < limits["dice"] and gain >= 0):
-            about = f"overlap {dice:.2f}, {100 * gain:.0f}% better when moved"
-            advice = "although it was registered: use another tool" if registered else "so give --register True"
-            add("not_coregistered", f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}), {advice}.")
+        # a limit below 0 is of studies that every small movement makes worse
+        moved = gain / limits["gain"] if limits["gain"] > 0 else 1 + gain - limits["gain"]
+        # where every one makes it worse, a smaller overlap is of masks that differ, not of a movement
+        doubt = max(moved, (gain >= 0) * (1 - dice) / (1 - limits["dice"]))
+        about = f"overlap {dice:.2f}, {100 * gain:.0f}% better when moved"
+        judge("not_coregistered", doubt, f"{CONTRASTS[j]} does not lie on {CONTRASTS[i]} ({about}), {advice}.")
     odds, best = label_odds(measured["features"], statistics)
-    if odds > limits["odds"]:
-        both = [(i, label) for i, label in zip(given, best, strict=True) if i != label]
-        wrong = [f"{CONTRASTS[i]} looks like {CONTRASTS[label]}" for i, label in both]
-        add("mislabelled", f"{' and '.join(wrong)}: check which file is which.")
-    return found
-
-
-def doubts(measured: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, float]:
-    """How near a study is to those ``findings`` that have a limit.
-
-    Returns:
-        By code the worst measurement relative to its limit; above 1 there is the finding.
-    """
-    limits, found = statistics["limits"], {"mislabelled": label_odds(measured["features"], statistics)[0]}
-    found["mislabelled"] /= limits["odds"]
-    shape = [shape[name] / limits[name] for shape in measured["shape"].values() for name in ("filled", "ml", "shell")]
-    found["not_skull_stripped"] = max(shape)
-    for code, name in (("noisy", "noise"), ("blurred", "blur"), ("uneven", "sides")):
-        found[code] = max(quality[name] for quality in measured["quality"].values()) / limits[name]
-    moved = [
-        max(gain / limits["gain"], (gain >= 0) * (1 - dice) / (1 - limits["dice"]), 0.0)
-        for dice, gain in measured["pairs"].values()
-    ]
-    return {**found, "not_coregistered": max(moved, default=0.0)}
+    both = [(i, label) for i, label in zip(given, best, strict=True) if i != label]
+    wrong = " and ".join(f"{CONTRASTS[i]} looks like {CONTRASTS[label]}" for i, label in both)
+    judge("mislabelled", odds / limits["odds"], f"{wrong}: check which file is which.")
+    return found, doubts
 
 
 class CheckStudyd(MapTransform):
@@ -341,9 +300,7 @@ class CheckStudyd(MapTransform):
         registered: bool = False,
     ) -> None:
         super().__init__(keys)
-        unknown = set(rejecting) - set(CHECKS)
-        if unknown:
-            raise StudyError(f"There is no check {sorted(unknown)[0]}: choose from {', '.join(CHECKS)}.")
+        refuse_unknown("rejecting_checks", rejecting, CHECKS)
         self.rejecting, self.registered = tuple(rejecting), registered
         self.statistics: Mapping[str, Any] = (
             statistics if isinstance(statistics, Mapping) else json.loads(Path(statistics or _STATISTICS).read_text())
@@ -354,8 +311,7 @@ class CheckStudyd(MapTransform):
         started = time.perf_counter()
         for key in self.key_iterator(d):
             measured = measure(d[key].as_tensor(), *grid_of(d[key].affine), d["has_contrast"].tolist())
-            d["checks"] = findings(measured, self.statistics, self.registered)
-            d["doubts"] = doubts(measured, self.statistics)
+            d["checks"], d["doubts"] = findings(measured, self.statistics, self.registered)
         d["check_seconds"] = time.perf_counter() - started
         for found in d["checks"]:
             if found["code"] in self.rejecting:

@@ -34,7 +34,7 @@ from ..data.transforms import StudyCompose
 from ..networks.sscf import SSCFNet, network_input
 from ..networks.weights import read_state
 from .calibration import complete_studies
-from .trust import central_slices
+from .trust import central_slices, patients_in_bank
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,7 @@ def fit_correction(cohort: Cohort, transform: StudyCompose, network: nn.Module, 
     Raises:
         StudyError: for less than three patients.
     """
-    device, known = next(network.parameters()).device, set()
-    if isinstance(network, SSCFNet) and network.uses_bank:
-        bank = network.stored_bank()
-        known = set(bank.patient[bank.present.any(dim=1)].tolist())
+    device, known = next(network.parameters()).device, patients_in_bank(network)
     moments: dict[tuple[str, str], dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     for item in complete_studies(cohort, transform, "training"):
         patient = str(item.get("patient", item["study"]))

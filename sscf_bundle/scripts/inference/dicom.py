@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import uuid
@@ -56,30 +55,22 @@ class DicomStudyWriter(StudyWriter):
     patient and study are those of the first available contrast; **names of patients are written as they are there.**
 
     Args:
-        output_dir: see ``StudyWriter``.
-        output_scale: intensity that becomes the stored value 4095, where an item has no ``"output_scale"``.
         mask_labels: tumor class to its value in the volumes.
-        options: see ``StudyWriter``.
+        options: of ``StudyWriter``.
 
     Raises:
         StudyError: when pydicom or highdicom is not installed; from the call, when the first available contrast is no
             folder with a DICOM series, or what ``StudyWriter`` refuses.
     """
 
-    def __init__(
-        self, output_dir: str | os.PathLike[str], output_scale: float, mask_labels: Mapping[str, int], **options: Any
-    ) -> None:
+    def __init__(self, mask_labels: Mapping[str, int], **options: Any) -> None:
         if not (_has_pydicom and _has_highdicom):
             raise StudyError("DICOM output needs two more packages: pip install pydicom highdicom.")
-        super().__init__(output_dir, **options)
-        self.output_scale, self.mask_labels = output_scale, dict(mask_labels)
+        super().__init__(**options)
+        self.mask_labels = dict(mask_labels)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
-        """Write one study; see ``StudyWriter``.
-
-        Returns:
-            Path of each written NIfTI volume, by its key.
-        """
+        """Write one study; gives the NIfTI volumes, as ``StudyWriter``."""
         study = str(data["study"])
         given = [key for key, kept in zip(CONTRAST_KEYS, data["has_contrast"], strict=True) if kept]
         self.prepare()
@@ -89,19 +80,20 @@ class DicomStudyWriter(StudyWriter):
             pred = data["pred"]
             sources = read_series(data[given[0]], pred.affine.numpy(), pred.shape[1:])
             named = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
-            made_from = ", ".join(named[key] for key in given)
+            made_from, version = ", ".join(named[key] for key in given), self.bundle["bundle_version"]
             for number, (key, volume) in enumerate(zip(data["output_keys"], pred.as_tensor().numpy(), strict=True)):
                 # X x Y x Z to slices of rows and columns
                 slices = volume.transpose(2, 1, 0)
                 if key == MASK_KEY:
-                    (new / f"{study}_{MASK_KEY}.dcm").parent.mkdir(exist_ok=True)
-                    segmentation(slices, sources, self.mask_labels).save_as(new / f"{study}_{MASK_KEY}.dcm")
+                    new.mkdir(exist_ok=True)
+                    mask = segmentation(slices, sources, self.mask_labels, version)
+                    mask.save_as(new / f"{study}_{MASK_KEY}.dcm")
                     continue
                 folder = new / f"{study}_{key}_synthetic"
                 folder.mkdir(parents=True)
-                scale = data.get("output_scale", {}).get(key, self.output_scale)
-                values = np.rint(slices * (_FULL_SCALE / scale)).clip(0, _FULL_SCALE).astype(np.uint16)
-                series = synthetic_series(values, sources, named[key], made_from, 9000 + number)
+                values = np.rint(slices * (_FULL_SCALE / data["output_scale"][key])).clip(0, _FULL_SCALE)
+                pixels = values.astype(np.uint16)
+                series = synthetic_series(pixels, sources, named[key], made_from, 9000 + number, version)
                 for index, dataset in enumerate(series, start=1):
                     dataset.save_as(folder / f"{index:04d}.dcm", enforce_file_format=True)
             paths = super().__call__(data)
@@ -120,9 +112,6 @@ def read_series(folder: str | os.PathLike[str], affine: np.ndarray, shape: Seque
         folder: with one series.
         affine: 4 x 4, from voxels to mm in RAS.
         shape: X, Y, Z of the volume.
-
-    Returns:
-        Z data sets.
 
     Raises:
         StudyError: when ``folder`` is none, or its images do not lie where the volume has its slices.
@@ -152,9 +141,9 @@ def read_series(folder: str | os.PathLike[str], affine: np.ndarray, shape: Seque
 
 
 def synthetic_series(
-    values: np.ndarray, sources: Sequence[Dataset], contrast: str, made_from: str, number: int
+    values: np.ndarray, sources: Sequence[Dataset], contrast: str, made_from: str, number: int, version: str
 ) -> list[Dataset]:
-    """One synthetic contrast as MR images.
+    """One synthetic contrast as the MR images of a new series.
 
     Args:
         values: Z x rows x columns, uint16 up to 4095.
@@ -162,9 +151,7 @@ def synthetic_series(
         contrast: name of what was synthesized.
         made_from: names of the available contrasts.
         number: of the series.
-
-    Returns:
-        Z data sets of one new series.
+        version: of the bundle.
     """
     now = datetime.datetime.now()
     series_uid = pydicom.uid.generate_uid(prefix=None)
@@ -193,7 +180,7 @@ def synthetic_series(
         code.CodeMeaning = purpose.meaning
         reference.PurposeOfReferenceCodeSequence = [code]
         image.SourceImageSequence = [reference]
-        image.Manufacturer, image.ManufacturerModelName, image.SoftwareVersions = _MAKER, "SSCF", _version()
+        image.Manufacturer, image.ManufacturerModelName, image.SoftwareVersions = _MAKER, "SSCF", version
         image.BurnedInAnnotation = "NO"
         image.SeriesDate = image.ContentDate = image.InstanceCreationDate = now.strftime("%Y%m%d")
         image.SeriesTime = image.ContentTime = image.InstanceCreationTime = now.strftime("%H%M%S")
@@ -211,21 +198,15 @@ def synthetic_series(
     return made
 
 
-def segmentation(mask: np.ndarray, sources: Sequence[Dataset], mask_labels: Mapping[str, int]) -> Dataset:
-    """The tumor mask as a segmentation object.
+def segmentation(mask: np.ndarray, sources: Sequence[Dataset], mask_labels: Mapping[str, int], version: str) -> Dataset:
+    """The tumor mask as an object with a binary segment for each class, numbered in the order of ``mask_labels``.
 
-    Args:
-        mask: Z x rows x columns with the values of ``mask_labels``.
-        sources: Z images of the contrast that gives patient, study and geometry.
-        mask_labels: tumor class to value.
-
-    Returns:
-        Data set with one binary segment for each class, numbered in the order of the values.
+    ``mask`` is Z x rows x columns with these values, ``sources`` are as for ``synthetic_series``.
     """
     codes = pydicom.sr.codedict.codes
     kinds = {"ED": codes.SCT.Edema, "ET": codes.NCIt.EnhancingLesion, "NET": codes.NCIt.NonEnhancingLesion}
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="SSCF", family=codes.DCM.ArtificialIntelligence, version=_version()
+        name="SSCF", family=codes.DCM.ArtificialIntelligence, version=version
     )
     ordered = sorted(TUMOR_CLASSES, key=lambda name: mask_labels[name])
     numbers = np.zeros(mask.shape, np.uint8)
@@ -252,14 +233,9 @@ def segmentation(mask: np.ndarray, sources: Sequence[Dataset], mask_labels: Mapp
         instance_number=1,
         manufacturer=_MAKER,
         manufacturer_model_name="SSCF",
-        software_versions=_version(),
+        software_versions=version,
         device_serial_number="none",
         content_label="TUMOR",
         content_description="Predicted tumor mask (SSCF), not for diagnosis",
         series_description="PREDICTED TUMOR (SSCF), not for diagnosis",
     )
-
-
-def _version() -> str:
-    """Version of the bundle."""
-    return json.loads((Path(__file__).resolve().parents[2] / "configs" / "metadata.json").read_text())["version"]

@@ -32,7 +32,7 @@ from ..data.randomness import stable_hash
 from ..networks.weights import load_weights
 from .inferer import predict
 from .preprocessing import FILE_BRAIN_KEY, failure_reason
-from .trust import TrustAssessor
+from .trust import TrustAssessor, patients_in_bank
 from .writer import StudyWriter
 
 #: What of an item is not needed once its prediction is on the grid on file.
@@ -64,9 +64,6 @@ class StudyEvaluator(Evaluator):
         num_writers: number of threads that write. No more than this many finished studies are in memory beside the one
             that is being computed. 0 writes each study before the next is computed.
         trust: judges each study.
-
-    Raises:
-        ValueError: when ``num_writers`` is negative.
     """
 
     def __init__(
@@ -83,8 +80,6 @@ class StudyEvaluator(Evaluator):
         num_writers: int = 1,
         trust: TrustAssessor | None = None,
     ) -> None:
-        if num_writers < 0:
-            raise ValueError(f"num_writers must not be negative, got {num_writers}.")
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
@@ -94,8 +89,7 @@ class StudyEvaluator(Evaluator):
             decollate=False,
         )
         self.network, self.inferer, self.writer = network, inferer, writer
-        self.ckpt_path, self.num_writers = ckpt_path, num_writers
-        self.trust = trust
+        self.ckpt_path, self.num_writers, self.trust = ckpt_path, num_writers, trust
         self.weights_sha256: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.failures: list[dict[str, str]] = []
@@ -104,10 +98,7 @@ class StudyEvaluator(Evaluator):
         self._pending: deque[tuple[str, Future[dict[str, Path]]]] = deque()
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """Fill in all studies.
-
-        Args:
-            global_epoch: see ``monai.engines.Evaluator``.
+        """Fill in all studies; ``global_epoch`` as of ``monai.engines.Evaluator``.
 
         Raises:
             StudyError: when the weights or the output folder cannot be used, or, after all others are done, when a
@@ -167,10 +158,8 @@ class StudyEvaluator(Evaluator):
         ``patient_in_bank`` says that the network retrieves from the patient's own slices, which makes the result better
         than it can be for a new patient.
         """
-        patient, in_bank = str(item.get("patient", item["study"])), False
-        if hasattr(self.network, "bank_patient"):
-            used = self.network.get_buffer("bank_patient")[self.network.get_buffer("bank_present").any(dim=1)]
-            in_bank = bool((used == stable_hash(patient)).any())
+        patient = str(item.get("patient", item["study"]))
+        in_bank = stable_hash(patient) in patients_in_bank(self.network)
         if in_bank:
             logger.warning("Patient %s is in the memory bank of the network: its result is no test of it.", patient)
         found: dict[str, Any] = {"weights_sha256": self.weights_sha256, "patient_in_bank": in_bank}

@@ -25,9 +25,12 @@ from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, TUMOR_CLASSES, StudyError
 
+#: Slices are padded to multiples of this, as the five scales of the network need.
+_DIVISOR = 16
+
 
 class BrainSliceInferer(Inferer):
-    """Slice-by-slice inference that leaves out axial slices without brain and pads as the network needs.
+    """Slice-by-slice inference that leaves out axial slices without brain.
 
     Takes B x 8 x X x Y x Z (four contrasts in [-1, 1] with background -1, four planes of 0/1 availability) and gives
     B x 7 x X x Y x Z (four contrasts in [-1, 1], three probabilities). A slice in which every contrast is -1 is not
@@ -38,16 +41,13 @@ class BrainSliceInferer(Inferer):
 
     Args:
         sw_batch_size: number of slices in one call of the network.
-        divisor: slices are padded to multiples of this.
         compile: call the network through ``torch.compile``, once for each scenario. The last batch of a volume is then
             filled up with copies of its last slice, so that its shape is known already.
     """
 
-    def __init__(self, sw_batch_size: int = 8, divisor: int = 16, compile: bool = False) -> None:
+    def __init__(self, sw_batch_size: int = 8, compile: bool = False) -> None:
         super().__init__()
-        self.sw_batch_size = sw_batch_size
-        self.divisor = divisor
-        self.compile = compile
+        self.sw_batch_size, self.compile = sw_batch_size, compile
         self._network: Callable[..., torch.Tensor] | None = None
         self._modules: dict[tuple[bool, ...], Callable[..., torch.Tensor]] = {}
 
@@ -92,7 +92,7 @@ class BrainSliceInferer(Inferer):
         """Write the prediction for some slices of a volume (8 x X x Y x Z) to ``result`` (7 x X x Y x Z)."""
         padding: list[int] = []  # in the order of torch.nn.functional.pad
         for extent in (sample.shape[2], sample.shape[1]):
-            missing = -extent % self.divisor
+            missing = -extent % _DIVISOR
             padding += [missing // 2, missing - missing // 2]
         left, top = padding[2], padding[0]
         axial, axial_result = sample.permute(3, 0, 1, 2), result.permute(3, 0, 1, 2)
@@ -106,14 +106,7 @@ class BrainSliceInferer(Inferer):
 def predict(
     image: torch.Tensor, network: nn.Module, inferer: Inferer, device: torch.device | str, amp: bool = False
 ) -> torch.Tensor:
-    """Run the network over one study.
-
-    Args:
-        image: 8 x X x Y x Z, after ``inference_transforms``.
-        network: on ``device``.
-        inferer: how the network is called.
-        device: where to compute.
-        amp: with autocast to bfloat16; else in float32.
+    """Run the network over one study, 8 x X x Y x Z after ``inference_transforms``; ``amp`` is autocast to bfloat16.
 
     Returns:
         7 x X x Y x Z float32: contrasts in [-1, 1], probabilities.

@@ -22,6 +22,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Invertd, MapTransform
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map
 from ..data.transforms import StudyCompose
 from ..networks.weights import read_state
@@ -55,15 +56,11 @@ class SelectOutputsd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        target = d.get("target")
-        if target is None:
-            available = torch.as_tensor(d["has_contrast"]).tolist()
-            missing = [key for key, given in zip(CONTRAST_KEYS, available, strict=True) if not given]
-            wanted = (*missing, MASK_KEY)
-        elif target in OUTPUT_KEYS:
-            wanted = (target,)
-        else:
-            raise StudyError(f"The target {target} is unknown: give one of {', '.join(OUTPUT_KEYS)}.")
+        missing = [key for key, given in zip(CONTRAST_KEYS, d["has_contrast"], strict=True) if not given]
+        wanted = (*missing, MASK_KEY)
+        if d.get("target") is not None:
+            refuse_unknown("target", d["target"], OUTPUT_KEYS)
+            wanted = (d["target"],)
         contrasts = [CONTRAST_KEYS.index(key) for key in wanted if key != MASK_KEY]
         classes = range(NUM_CONTRASTS, NUM_CONTRASTS + len(TUMOR_CLASSES)) if MASK_KEY in wanted else ()
         for key in self.key_iterator(d):
@@ -118,9 +115,8 @@ class FinishPredictiond(MapTransform):
         num_contrasts = sum(key != MASK_KEY for key in wanted)
         scales = [self.output_scale] * num_contrasts
         if self.statistics is not None:
-            scales = [
-                study_scale(self.statistics, d["intensity_scale"].tolist(), key) for key in wanted[:num_contrasts]
-            ]
+            acquired = d["intensity_scale"].tolist()
+            scales = [study_scale(self.statistics, acquired, key) for key in wanted[:num_contrasts]]
         d["output_scale"] = dict(zip(wanted, scales, strict=False))
         brain = torch.as_tensor(d[FILE_BRAIN_KEY])[0].bool().cpu()
         for key in self.key_iterator(d):
@@ -140,12 +136,9 @@ class FinishPredictiond(MapTransform):
 
 
 def study_scale(statistics: Mapping[str, Any], acquired: Sequence[float], key: str) -> float:
-    """The likely scale of a contrast that was not acquired: the geometric mean of what each acquired one suggests.
+    """The likely scale of the contrast ``key``: the geometric mean of what each acquired one suggests.
 
-    Args:
-        statistics: of ``intensity_statistics``.
-        acquired: scale of each contrast, see ``ScaleBraind``; 0 where it is missing.
-        key: of the contrast.
+    ``statistics`` are of ``intensity_statistics``, ``acquired`` the scales of ``ScaleBraind``, 0 of missing contrasts.
 
     Raises:
         StudyError: when the cohort of the statistics never had the contrast and an acquired one together.
@@ -160,22 +153,14 @@ def study_scale(statistics: Mapping[str, Any], acquired: Sequence[float], key: s
 
 
 def read_statistics(path: str, intensities: str) -> dict[str, Any] | None:
-    """What ``intensities`` needs of a file of weights, for configs.
-
-    Args:
-        path: of the weights.
-        intensities: ``"relative"`` or ``"study"``.
-
-    Returns:
-        ``None`` for relative intensities, else what ``intensity_statistics`` had put into the weights.
+    """What ``intensity_statistics`` put into a file of weights, for configs; ``None`` for relative intensities.
 
     Raises:
         StudyError: when ``intensities`` is neither, or the weights have no statistics.
     """
+    refuse_unknown("intensities", intensities, ("relative", "study"))
     if intensities == "relative":
         return None
-    if intensities != "study":
-        raise StudyError(f"intensities must be relative or study, got {intensities!r}.")
     statistics = read_state(path)[1].get("intensities")
     if statistics is None:
         raise StudyError(
@@ -199,9 +184,7 @@ def prediction_transforms(
 
     Args:
         preprocessing: the transforms that made ``image``.
-        output_scale: see ``FinishPredictiond``.
-        mask_labels: see ``FinishPredictiond``.
-        statistics: see ``FinishPredictiond``.
+        output_scale, mask_labels, statistics: see ``FinishPredictiond``.
         correction: see ``CorrectPredictiond``.
 
     Returns:

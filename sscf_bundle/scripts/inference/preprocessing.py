@@ -41,9 +41,6 @@ class FindStudyd(MapTransform):
 
     This is how MONAI Label names what it wants to be inferred. Items with a path of a contrast stay as they are.
 
-    Args:
-        keys: key of the path.
-
     Raises:
         StudyError: from the call, when the path leads to no study or to several.
     """
@@ -74,9 +71,6 @@ class ForgetFileNamed(MapTransform):
 
     Where it is there, ``Spacingd`` takes every entry ``image_...`` of the item for metadata, and fails at the
     ``image_path`` of MONAI Label.
-
-    Args:
-        keys: keys of ``MetaTensor``.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -87,11 +81,7 @@ class ForgetFileNamed(MapTransform):
 
 
 class KeepAcquiredd(MapTransform):
-    """Add ``"acquired"``, the contrasts as they are on file in 8 bits, which a panel shows long after they were read.
-
-    Args:
-        keys: key of the stacked contrasts, 4 x X x Y x Z with intensities >= 0.
-    """
+    """Add ``"acquired"``, the contrasts on file (4 x X x Y x Z, >= 0) in 8 bits, for a panel long after reading."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -164,19 +154,12 @@ def list_studies(
     """Datalist for inference: one study from loose files, those of a list, or all below a folder. Masks are left out.
 
     Args:
-        dataset_dir: folder of studies, see ``find_studies``; ignored where a file or a list is given.
-        flair: path of the FLAIR volume; likewise ``t1``, ``t1ce`` and ``t2``.
-        t1: of T1.
-        t1ce: of T1ce.
-        t2: of T2.
+        dataset_dir, pattern: see ``find_studies``; ignored where a file or a list is given.
+        flair, t1, t1ce, t2: paths of the volumes of a single study.
         study: name of the single study.
-        pattern: see ``find_studies``.
         output_dir: where results go; must not lie in ``dataset_dir``.
         datalist_file: see ``read_datalist``.
         shard: ``"2/4"`` takes the second of every four studies, for four machines.
-
-    Returns:
-        Datalist items.
 
     Raises:
         StudyError: when there is no study, ``output_dir`` lies in ``dataset_dir``, or ``shard`` is no part.

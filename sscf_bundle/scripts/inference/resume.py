@@ -35,13 +35,8 @@ def unfinished(
     """The studies that are still to be done, for configs.
 
     A study is done if its record names the same input files by their content, the same weights, settings and version
-    of the bundle, and all of its volumes are there. A file of equal size and time counts as unchanged.
-
-    Args:
-        items: datalist items.
-        writer: that of the run.
-        ckpt_path: weights of the run.
-        overwrite: do all of them.
+    of the bundle, and all of its volumes are there. A file of equal size and time counts as unchanged. ``overwrite``
+    does all of them.
     """
     if overwrite:
         return list(items)
@@ -71,10 +66,11 @@ def _is_finished(item: Mapping[str, Any], writer: StudyWriter, same: Mapping[str
 
 
 def _is_unchanged(path: str, recorded: Mapping[str, Any]) -> bool:
-    size, modified = _stamp(path)
-    if size != recorded["bytes"]:
-        return False
-    return modified == recorded["modified"] or describe_file(path)["sha256"] == recorded["sha256"]
+    stamp = _stamp(path)
+    # another size is another content, without reading it
+    return stamp == (recorded["bytes"], recorded["modified"]) or (
+        stamp[0] == recorded["bytes"] and describe_file(path)["sha256"] == recorded["sha256"]
+    )
 
 
 def describe_file(path: str) -> dict[str, Any]:

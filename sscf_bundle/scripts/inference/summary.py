@@ -26,9 +26,12 @@ import jinja2
 from ..contrasts import StudyError
 from ..data.datalist import write_whole
 from .resume import read_record
+from .trust import OVERALL
 
 #: Columns of the table that every study has; what a record says under ``scores`` adds one for each number.
 COLUMNS = ("study", "status", "verdict", "reasons", "available", "synthesized", "checks", "seconds", "patient_in_bank")
+#: Those of the page, on which pictures must stay in sight: the reasons say what the checks found.
+_PAGE = (*(name for name in COLUMNS if name != "checks"), *(f"score {name}" for name in (*OVERALL, "doubt")))
 
 
 def write_summary(output_dir: str | os.PathLike[str]) -> None:
@@ -36,9 +39,6 @@ def write_summary(output_dir: str | os.PathLike[str]) -> None:
 
     It reads what is there: all shards of a run, those still running, a run that was killed. A study that failed in the
     last run is shown as failed, whatever an earlier run left.
-
-    Args:
-        output_dir: folder of the results.
 
     Raises:
         StudyError: when there is no such folder.
@@ -67,23 +67,21 @@ def write_summary(output_dir: str | os.PathLike[str]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(root / "summary.csv", table.getvalue())
+    template = Path(__file__).resolve().parent / "templates" / "index.html.j2"
+    page = render(template, rows=rows, columns=_PAGE, runs=list(runs.values()), failed=len(failures))
+    write_whole(root / "index.html", page)
+
+
+def render(template: Path, **content: Any) -> str:
+    """A page of HTML from a template of jinja2, every text escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "templates"),
+        loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # pictures must stay in sight: the table alone has what reasons say already, and the parts of a score
-    told = all(row.get("reasons") for row in rows if row.get("checks"))
-    shown = [name for name in columns if not (name.startswith("score contrasts ") or (name == "checks" and told))]
-    page = environment.get_template("index.html.j2").render(
-        rows=rows,
-        columns=[name for name in shown if any(row.get(name) not in (None, "") for row in rows)],
-        runs=list(runs.values()),
-        failed=len(failures),
-    )
-    write_whole(root / "index.html", page)
+    return environment.get_template(template.name).render(**content)
 
 
 def _row(record: Mapping[str, Any], path: Path, root: Path) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def _row(record: Mapping[str, Any], path: Path, root: Path) -> dict[str, Any]:
         "synthesized": _text(record.get("synthesized")),
         "checks": _text(record.get("checks")),
         "seconds": "" if seconds is None else round(seconds, 1),
-        "patient_in_bank": record.get("patient_in_bank"),
+        "patient_in_bank": record.get("patient_in_bank", ""),
         "record": quote(path.relative_to(root).as_posix()),
     }
     row |= {f"score {name}": value for name, value in _numbers(record.get("scores") or {})}

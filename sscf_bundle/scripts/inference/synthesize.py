@@ -45,10 +45,7 @@ def synthesize_study(
         json.loads((paths["t1ce"].parent / "a_synthesis.json").read_text())["verdict"]
 
     Args:
-        flair: path of the FLAIR volume, ``None`` if it is missing; likewise ``t1``, ``t1ce`` and ``t2``.
-        t1: see ``flair``.
-        t1ce: see ``flair``.
-        t2: see ``flair``.
+        flair, t1, t1ce, t2: paths of the volumes, ``None`` of those that are missing.
         output_dir: the study gets a folder in here, see ``StudyWriter``.
         settings: any ids of ``configs/inference.json`` with their values, for example ``study`` (a name), ``ckpt_path``
             (by default the weights of the bundle), ``device``, ``amp``, ``intensities`` or ``rejecting_checks``.

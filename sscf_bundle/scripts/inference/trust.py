@@ -40,17 +40,21 @@ _ENHANCEMENT = (
 )
 
 
+def patients_in_bank(network: nn.Module) -> set[int]:
+    """Hashes of the patients whose slices a network retrieves from; none for a network without a bank."""
+    if not hasattr(network, "bank_patient"):
+        return set()
+    filled = network.get_buffer("bank_present").any(dim=1)
+    return set(network.get_buffer("bank_patient")[filled].tolist())
+
+
 def central_slices(image: torch.Tensor, number: int, slices_for_one: int) -> torch.Tensor:
-    """Axial slices from the middle of the brain (30 to 70% of its height), evenly spread.
+    """Axial slices from the middle of the brain (30 to 70% of its height), evenly spread: N x 8 x X x Y, N >= 1.
 
     Args:
         image: 8 x X x Y x Z network input.
         number: of slices at most.
-        slices_for_one: slices with brain for each one that is taken; thick slices are few, and the cost of the scores
-            must stay a small part of the study's.
-
-    Returns:
-        N x 8 x X x Y, N >= 1.
+        slices_for_one: slices with brain for each one that is taken: thick ones are few, and scores must cost little.
     """
     z = (image[:NUM_CONTRASTS] > -1).flatten(0, 2).any(dim=0).nonzero().flatten()
     number = min(number, max(1, len(z) // slices_for_one))
@@ -127,7 +131,7 @@ def study_scores(
                 others = [[f for j, f in zip(given, scale, strict=True) if j != i] for scale in features]
                 pred = single.decode(i, [scale[0] for scale in single.predict(others, bank, allowed)])[:, 0]
             scores["consistency"] = float((pred - slices[:, i]).abs()[brain].mean() / 2)
-    prototypes = {}
+    prototypes: dict[str, list[dict[str, Any]]] = {}
     if num_prototypes and network.retrieval == "nearest" and len(network.key_lengths) == 1:
         for i in module.targets:
             # as the network itself retrieves, the patient's own entries included
@@ -164,15 +168,9 @@ def place(name: str, contrast: str, number: int) -> str:
 def worst(
     scores: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any], names: Sequence[str]
 ) -> float | None:
-    """The score of a study from those of its contrasts.
+    """The greatest of the scores of these names over the contrasts of a study, ``None`` without any.
 
-    Args:
-        scores: of ``study_scores``.
-        reference: of ``calibrate``, mean and standard deviation by score and ``place``.
-        names: of ``SCORES``.
-
-    Returns:
-        The greatest in standard deviations above the mean of the calibration, without bounds; ``None`` without any.
+    It is in standard deviations above the mean of ``reference``, which ``calibrate`` gives by score and ``place``.
     """
     values = [
         (value - reference[name][key][0]) / reference[name][key][1]
@@ -207,12 +205,7 @@ class TrustAssessor:
         self.number, self.slices_for_one, self.num_prototypes = number, slices_for_one, num_prototypes
 
     def __call__(self, item: Mapping[str, Any], network: nn.Module, device: torch.device | str) -> dict[str, Any]:
-        """Judge one study.
-
-        Args:
-            item: after ``inference_transforms``.
-            network: on ``device``, in evaluation mode; other networks than ``SSCFNet`` get no scores.
-            device: where to compute.
+        """Judge one study, after ``inference_transforms``; other networks than ``SSCFNet`` get no scores.
 
         Returns:
             ``scores`` (those of ``study_scores`` under ``contrasts``, those of ``OVERALL`` in standard deviations, and
@@ -261,14 +254,11 @@ class TrustAssessor:
     def _expected(self, available: Sequence[bool]) -> dict[str, Any]:
         """What synthetic contrasts of this scenario were worth in other patients; empty where the weights tell none."""
         known = (self.reference or {}).get("expected", {})
-        contrasts = known.get("scenarios", {}).get(scenario_name(available))
-        if contrasts is None:
-            return {}
         named = {
             contrast: {score: {"median": values[2 * k], "worst": values[2 * k + 1]} for k, score in enumerate(EXPECTED)}
-            for contrast, values in contrasts.items()
+            for contrast, values in known.get("scenarios", {}).get(scenario_name(available), {}).items()
         }
-        return {"patients": known["patients"], "contrasts": named}
+        return {"patients": known["patients"], "contrasts": named} if named else {}
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:

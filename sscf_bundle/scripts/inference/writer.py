@@ -29,6 +29,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, StudyError
 from ..data.datalist import write_whole
 from .panel import draw_panel
@@ -48,19 +49,11 @@ _ABANDONED = 3600
 _LEVELS = 100
 #: What later steps may add to an item for the record.
 _FINDINGS = (
-    "checks",
-    "scores",
-    "prototypes",
-    "expected",
-    "verdict",
-    "reasons",
-    "warnings",
-    "correction",
-    "seconds_of_checks",
+    *("checks", "scores", "prototypes", "expected", "verdict", "reasons", "warnings"),
+    *("correction", "seconds_of_checks"),
 )
 #: What BIDS calls a contrast: entity of a contrast agent, suffix.
 _BIDS_NAMES = {"flair": ("", "FLAIR"), "t1": ("", "T1w"), "t1ce": ("_ce-gadolinium", "T1w"), "t2": ("", "T2w")}
-NAMINGS = ("study", "bids")
 _NOTICE = "Synthetic volumes and masks for research only, not for clinical use."
 
 logger = logging.getLogger(__name__)
@@ -126,12 +119,8 @@ class StudyWriter:
         page: bool = False,
         shard: str | None = None,
     ) -> None:
-        for name, value, known in (
-            ("naming", naming, NAMINGS),
-            ("output_dtype", output_dtype, ("float32", "reference")),
-        ):
-            if value not in known:
-                raise StudyError(f"{name} must be {' or '.join(known)}, got {value!r}.")
+        refuse_unknown("naming", naming, ("study", "bids"))
+        refuse_unknown("output_dtype", output_dtype, ("float32", "reference"))
         self.output_dir = Path(str(output_dir)).expanduser()
         self.settings = json.loads(json.dumps({**(settings or {}), "written_by": type(self).__name__}))
         self.naming, self.output_dtype, self.page = naming, output_dtype, page
@@ -204,7 +193,7 @@ class StudyWriter:
                 if key == MASK_KEY:
                     values = values.astype(np.uint8)
                 else:
-                    scale = data.get("output_scale", {}).get(key, 1.0)
+                    scale = data["output_scale"][key]
                     if dtype.kind in "iu" and not _LEVELS <= scale <= np.iinfo(dtype).max:
                         raise StudyError(
                             f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype "
@@ -213,16 +202,12 @@ class StudyWriter:
                     values = (np.rint(values) if dtype.kind in "iu" else values).astype(dtype, copy=False)
                 _save_volume(values, data["pred"].affine, source, new / files.volumes[key], is_mask=key == MASK_KEY)
                 if self.naming == "bids":
-                    about = {
-                        "Description": _NOTICE,
-                        "SkullStripped": True,
-                        "Sources": sorted(Path(path).name for path in inputs.values()),
-                    }
+                    sources = sorted(Path(path).name for path in inputs.values())
+                    about = {"Description": _NOTICE, "SkullStripped": True, "Sources": sources}
                     (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
             if "acquired" in data:
                 draw_panel(new / files.panel, data)
-            outputs = {key: files.volumes[key] for key in made}
-            record = self._record(data, inputs, outputs)
+            record = self._record(data, inputs, {key: files.volumes[key] for key in made})
             (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
             _place(new, folder, files)
         except OSError as error:
@@ -236,12 +221,8 @@ class StudyWriter:
     def finish(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
         """Write ``failures.json``, or take that of an earlier run away where nothing failed, and the page.
 
-        Args:
-            failures: study and reason of each.
-            total: number of studies.
-
         Raises:
-            StudyError: when there are failures.
+            StudyError: when there are failures, of how many of a ``total`` of studies.
         """
         # a whole run takes the place of its parts
         for path in self.output_dir.glob("failures*.json" if self.failures.stem == "failures" else self.failures.name):
@@ -274,7 +255,7 @@ class StudyWriter:
                 for key, value in zip(CONTRAST_KEYS, data.get("intensity_scale", ()), strict=False)
                 if key in inputs
             },
-            "output_scale": data.get("output_scale", {}),
+            "output_scale": data["output_scale"],
             **{name: data[name] for name in _FINDINGS if name in data},
             "patient_in_bank": data.get("patient_in_bank"),
             "seconds": data.get("seconds"),

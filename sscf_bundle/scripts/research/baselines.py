@@ -188,11 +188,8 @@ class MMGANGenerator(ConfiguredNetwork):
 class MMGANDiscriminator(nn.Module):
     """Discriminator of MM-GAN: one PatchGAN that judges every contrast of a stack, given the real stack.
 
-    It is pix2pix's (MONAI's ``PatchDiscriminator``, three layers); the published code halves once more.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: of the first layer.
+    It is pix2pix's (MONAI's ``PatchDiscriminator``, three layers); the published code halves once more. ``channels``
+    are of the first layer.
     """
 
     def __init__(self, spatial_dims: int = 2, channels: int = 64) -> None:

@@ -71,9 +71,7 @@ def after(owners: Iterable[nn.Module], name: str, function: Callable) -> Iterato
 def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, AbstractContextManager]:
     """Contexts that each take out one part of a network, by what they do; what the network lacks is left out.
 
-    Args:
-        net: the network.
-        label: gives the B x 1 x spatial classes of the batch that is being shown.
+    ``label`` gives the B x 1 x spatial classes of the batch that is being shown.
     """
     found: dict[str, AbstractContextManager] = {}
     if net.with_citim:
@@ -111,8 +109,7 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
 def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
     """Scores of a validation, and what becomes of them and of the predictions without each part.
 
-    Args:
-        evaluator: of an ``SSCFNet``, without a handler that freezes the bank anew.
+    The evaluator is of an ``SSCFNet``, without a handler that freezes the bank anew.
 
     Returns:
         A row for each intervention: ``image_change``, mean absolute change of the missing contrasts (of a range of 2);
@@ -151,9 +148,7 @@ def effects(evaluator: SliceEvaluator) -> pd.DataFrame:
 def gradient_shares(trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tensor]]) -> pd.DataFrame:
     """Who moves the weights: share of each term of the objective in its value and in the gradients of each part.
 
-    Args:
-        trainer: its network, bank and loss are used; nothing is trained. The bank is filled with all batches first.
-        batches: of the training loader, a few.
+    Nothing is trained. The bank is filled with all ``batches`` first.
 
     Returns:
         A row for each term: ``value``, the weighted term over the sum of all; and for each of ``GROUPS`` the norm of

@@ -36,10 +36,7 @@ REAL = "real"
 def build_segmenter(spatial_dims: int, channels: Sequence[int]) -> BasicUNet:
     """A standard U-Net from four contrasts to the logits of ED, ET, NET.
 
-    Args:
-        spatial_dims: 2 or 3.
-        channels: six widths, the ``features`` of ``monai.networks.nets.BasicUNet``. The instance normalization of its
-            coarsest scale needs images of at least 32 voxels along each axis.
+    ``channels`` are six widths. The instance normalization of the coarsest scale needs 32 voxels along each axis.
     """
     norm = ("instance", {"affine": True})
     return BasicUNet(spatial_dims, NUM_CONTRASTS, NUM_TUMOR_CLASSES, features=tuple(channels), norm=norm)
@@ -73,11 +70,7 @@ def segmentation_batch(
 
 
 class BrainInferer(Inferer):
-    """Runs a segmenter over the slices of a study in batches; where all four contrasts are background, no tumor is.
-
-    Args:
-        batch_size: slices in one call of the network.
-    """
+    """Runs a segmenter over the slices of a study in batches; where all four contrasts are background, no tumor is."""
 
     def __init__(self, batch_size: int = 16) -> None:
         super().__init__()
@@ -99,15 +92,9 @@ def load_segmenter(
 ) -> nn.Module:
     """The segmenter from its weights and the settings in them, in eval mode.
 
-    Args:
-        path: of the weights.
-        device: where it computes.
-        dataset: what it shall be tested on.
-        preprocessing: ``image_size``, ``scaling`` and ``spacing`` of that dataset.
-
     Raises:
-        StudyError: if the file is missing or damaged, if it was trained on patients of ``dataset``
-            or with another preprocessing.
+        StudyError: if the file is missing or damaged, if it was trained on patients of ``dataset``, which it shall be
+            tested on, or with another preprocessing (``image_size``, ``scaling`` and ``spacing``).
     """
     try:
         known = read_state(path)[1]
@@ -139,9 +126,8 @@ class DownstreamScores(StudyScores):
     Args:
         segmenter: images to logits, see ``build_segmenter``.
         segmenter_path: file of its weights, for the metadata.
-        reference_methods: functions of contrasts and availability by their names, see ``reference_methods``.
+        reference_methods, device: see ``StudyScores``.
         batch_size: slices in one call of the segmenter.
-        device: where it computes.
     """
 
     def __init__(

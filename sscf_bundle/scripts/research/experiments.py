@@ -28,6 +28,7 @@ import pandas as pd
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import StudyError
 from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
 from .tables import Table
@@ -50,22 +51,18 @@ def write_splits(
     held_out: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """Writes a split for each fold, each patient outside the untouched part being tested once.
+    """Writes a split for each fold, each patient outside the untouched part being tested once, and gives the files.
 
     Args:
         directory: gets ``fold_<f>.json``, and ``untouched.json``, a split with the untouched part as its test part for
             the one final run.
-        dataset_dir: folder of the studies.
-        file_pattern, patient_pattern: see ``find_studies``.
+        dataset_dir, file_pattern, patient_pattern: see ``find_studies``.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
         split_file: the one split to use in the place of folds, as ``split_patients`` reads it.
         validation_fraction: see ``cross_validation_splits``.
         held_out: names of studies or patients that no fold contains, the untouched part, all studies of each patient.
         seed: of the splits.
-
-    Returns:
-        The file of each fold.
 
     Raises:
         StudyError: if the studies cannot be split so.
@@ -158,7 +155,6 @@ class Step:
         return self.file("done").is_file() and self.writes.is_file() and self.other_setting() is None
 
     def write(self) -> None:
-        """Writes the settings."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file("done").unlink(missing_ok=True)
         self.file("json").write_text(json.dumps(self.config, indent=1) + "\n")
@@ -221,11 +217,8 @@ class Experiments:
     def __post_init__(self) -> None:
         # the runs have another working directory
         self.output_dir, self.bundle_root = Path(self.output_dir).absolute(), Path(self.bundle_root).absolute()
-        if self.weights not in ("last", "best"):
-            raise StudyError(f"weights must be last or best, got {self.weights!r}.")
-        for name in self.evaluate_with:
-            if name not in self.evaluations:
-                raise StudyError(f"There is no evaluation {name}: choose from {', '.join(self.evaluations)}.")
+        refuse_unknown("weights", self.weights, ("last", "best"))
+        refuse_unknown("evaluate_with", self.evaluate_with, list(self.evaluations))
         self.experiments = {name: Experiment(**definition) for name, definition in self.experiments.items()}
         self.evaluations = {name: Evaluation(**self.evaluations[name]) for name in self.evaluate_with}
         self.names = self._with_needs(self._members([self.names] if isinstance(self.names, str) else self.names))
@@ -253,8 +246,7 @@ class Experiments:
         waiting = list(names)
         while waiting:
             name = waiting.pop(0)
-            if name not in self.experiments:
-                raise StudyError(f"There is no experiment {name}: choose from {', '.join(self.experiments)}.")
+            refuse_unknown("experiments", name, list(self.experiments))
             graph[name] = self._needs(name)
             waiting += [needed for needed in graph[name] if needed not in graph]
         try:
@@ -269,8 +261,7 @@ class Experiments:
         found: dict[str, set[int]] = {name: set() for name in self.names}
         for entry, values in by_entry.items():
             for name in self._members([entry]):
-                if name not in self.experiments:
-                    raise StudyError(f"seeds names {name}, which is no set and no experiment: correct or remove it.")
+                refuse_unknown("seeds", name, [*self.experiments, *self.sets])
                 found.setdefault(name, set()).update(values)
         for name in reversed(self.names):  # what is needed stands before what needs it
             for needed in self._needs(name):

@@ -39,11 +39,7 @@ from ..networks.weights import with_weights
 
 
 def predict_one_missing(network: nn.Module, target: torch.Tensor) -> torch.Tensor:
-    """What a network makes of one slice in each of the four scenarios with a single missing contrast.
-
-    Args:
-        network: B x 8 x H x W to B x 7 x H x W, or to B x 4 x H x W.
-        target: K x H x W, the complete slice in [-1, 1].
+    """What a network makes of a complete slice (K x H x W in [-1, 1]) without each contrast in turn.
 
     Returns:
         K x H x W on the CPU: image k was made without contrast k; background outside the available brains.
@@ -105,12 +101,10 @@ def _tumor_box(axis: Axes, label: torch.Tensor) -> None:
 
 
 def runs_panel(runs: Mapping[str, Mapping[str, Any]], study: str | None = None) -> Figure:
-    """``one_missing_panel`` of several trained runs for the slice with the largest tumor of one test study.
+    """``one_missing_panel`` of several trained runs for the slice with the largest tumor of the first or a named study.
 
-    Args:
-        runs: for each name the ``config_file`` list, as ``monai.bundle run`` takes it, and overrides of the configs,
-            ``ckpt_path`` and ``output_dir`` for example; all with the same split and preprocessing.
-        study: name; None takes the first one.
+    ``runs`` give for each name the ``config_file`` list, as ``monai.bundle run`` takes it, and overrides of the
+    configs, ``ckpt_path`` and ``output_dir`` for example; all with the same split and preprocessing.
 
     Raises:
         StudyError: if the study is not in the test part, or weights cannot be loaded.

@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..contrasts import StudyError
+from ..checked_settings import refuse_unknown
 from ..data.datalist import write_whole
 from ..evaluation.bootstrap import MEASURE, MIN_PATIENTS
+from ..inference.summary import render
 from .figures import difference_plot, patient_plot, runs_panel
 from .tables import SCORES, Runs, Table, methods_of, read_runs, recorded, standard_tables, write_tables
 
@@ -70,14 +70,12 @@ def write_report(
     """Writes ``tables`` and ``index.html`` of some evaluations; the page needs no other file and no network.
 
     Args:
-        runs: folders of the evaluations by name, see ``read_runs``.
+        runs, bootstrap_samples: see ``read_runs``.
         directory: where to write.
-        tables: see ``standard_tables``; ``reference`` is put in where a definition has none.
-        paper_values: JSON file; None shows nothing of the paper.
+        tables, paper_values: see ``standard_tables``; ``reference`` is put in where a definition has none.
         reference: run from which differences are taken; None takes the first.
         panels: networks to show side by side, see ``runs_panel``; None shows none.
         panel_study: study of the panel; None takes the first one.
-        bootstrap_samples: of the patients.
         notes: see ``build_table``.
         more_tables: shown last.
 
@@ -87,8 +85,7 @@ def write_report(
     read = read_runs(runs, bootstrap_samples)
     names = [*read.metadata, *(notes or {})]
     reference = names[0] if reference is None else reference
-    if reference not in names:
-        raise StudyError(f"The reference {reference} is no run: write one of {', '.join(names)}.")
+    refuse_unknown("reference", reference, names)
     definitions = {name: {"reference": reference} | dict(one) for name, one in tables.items()}
     built = [*standard_tables(read, definitions, paper_values, notes), *more_tables]
     sections = plots(read, reference)
@@ -96,18 +93,13 @@ def write_report(
         sections["Panels"] = {PANEL_CAPTION: encode(runs_panel(panels, panel_study), facecolor="black")}
     directory = Path(directory)
     write_tables(built, directory / "tables")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     styled = [
         table.style(html.escape, "font-weight: bold").set_table_attributes('class="remarks"' if table.remarks else "")
         for table in built
     ]
     everything = [one for entries in read.metadata.values() for one in entries]
-    text = environment.get_template("report.html.j2").render(
+    text = render(
+        Path(__file__).resolve().parent / "templates" / "report.html.j2",
         title="Synthesis of missing contrasts",
         purpose="Research figures. Synthetic contrasts are estimates and not for diagnosis.",
         metadata=metadata_html(read),

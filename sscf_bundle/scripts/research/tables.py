@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRASTS, NUM_CONTRASTS, REGIONS, SCENARIOS, SYNTHESIZED, StudyError, scenario_name
 from ..evaluation.bootstrap import (
     COLUMNS,
@@ -83,10 +84,7 @@ DICE_PROTOCOLS = {*PROTOCOLS.values(), "segmentation_per_slice"}
 class Runs:
     """Scores of some runs over the same studies, and the numbers made of them, each computed once.
 
-    Args:
-        frame: ``bootstrap.COLUMNS`` and ``run``, ``seed``.
-        metadata: for each run those of its evaluations.
-        bootstrap_samples: of every bootstrap over patients.
+    ``frame`` has ``bootstrap.COLUMNS`` and ``run``, ``seed``; ``metadata`` for each run those of its evaluations.
     """
 
     def __init__(
@@ -133,10 +131,9 @@ class Runs:
         entries = paired_differences(ours, theirs, self.bootstrap_samples)
         found = next(entry for entry in entries if (entry["group"], entry["of"]) == ("all", "all"))
         seeds = max(self.summary(name, "network", *measure)["all", "all"]["range"] for name in (run, reference))
+        patients = f"{found['patients']} patients" if found["patients"] > 1 else "a single patient"
         reasons = {
-            f"{found['patients']} patients" if found["patients"] > 1 else "a single patient": (
-                found["patients"] < MIN_PATIENTS
-            ),
+            patients: found["patients"] < MIN_PATIENTS,
             "interval covers 0": found["low"] is not None and found["low"] <= 0 <= found["high"],
             "inside the seeds' range": abs(found["mean"]) <= seeds,
         }
@@ -374,12 +371,9 @@ def describe(runs: Runs, names: Sequence[str], protocol: str, rows: pd.DataFrame
 def protocol_differences(
     metadata: Sequence[Mapping[str, Any]], patients: int, protocol: Mapping[str, Any]
 ) -> list[str]:
-    """In what evaluations differ from the protocol of published values, one text for each difference.
+    """In what evaluations of ``patients`` differ from the protocol of published values, a text for each difference.
 
-    Args:
-        metadata: of the evaluations, all runs, folds and seeds.
-        patients: how many were evaluated.
-        protocol: ``cohort``, ``studies``, ``fractions``, and ``metadata`` that must be as they are there.
+    ``protocol`` has ``cohort``, ``studies``, ``fractions``, and ``metadata`` that must be as they are there.
     """
     differences = []
     wanted = round(protocol["fractions"][2] * protocol["studies"])
@@ -410,9 +404,7 @@ def build_table(
     """One table of some runs.
 
     Args:
-        runs: scores.
-        name: stem of its files.
-        title: a few words.
+        name, title: see ``Table``.
         kind: one of ``KINDS``, or ``protocols``: every protocol, region and score that there is, side by side.
         rows: labels of the runs, in order; None takes all runs under their own names.
         reference: run from which differences of the mean over scenarios are taken, in the last column; None or a run
@@ -428,8 +420,7 @@ def build_table(
     Raises:
         StudyError: for an unknown kind.
     """
-    if kind not in {*KINDS, "protocols"}:
-        raise StudyError(f"There is no kind of table {kind}: write one of {', '.join(KINDS)} or protocols.")
+    refuse_unknown("kind", kind, [*KINDS, "protocols"])
     protocol, notes = protocol or PROTOCOLS.get(kind, "per_slice"), notes or {}
     labels = dict(rows) if rows is not None else {run: run for run in (*runs.metadata, *notes)}
     frame = runs.frame[runs.frame["run"].isin(labels)]
@@ -498,11 +489,8 @@ def standard_tables(
 ) -> list[Table]:
     """The tables that a config names, each followed by the paper's where it has one.
 
-    Args:
-        runs: scores.
-        definitions: for each name the arguments of ``build_table`` and ``paper``, an entry of ``paper_values``.
-        paper_values: JSON file; None shows none.
-        notes: see ``build_table``.
+    ``definitions`` have for each name the arguments of ``build_table`` and ``paper``, an entry of the JSON file
+    ``paper_values``, without which none of the paper is shown.
     """
     published = None if paper_values is None else json.loads(Path(paper_values).read_text())
     tables = []
