@@ -17,14 +17,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from builders import bundle_workflow
+from builders import bundle_workflow, run_bundle, run_python
 from conftest import BUNDLE_ROOT, REPOSITORY
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.transforms import Compose
@@ -176,12 +175,11 @@ def test_monai_loads_every_tensor_from_any_folder(tmp_path, monkeypatch):
         "state = network.state_dict()\n"
         "assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)\n"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run([*command, "inference"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, printed = run_python(["-c", script, "inference"], tmp_path / "log.txt", tmp_path)
+    assert status == 0, printed
     # the config of training builds another network, which is said, not filled with random numbers
-    done = subprocess.run([*command, "train"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "do not fit this network: bank_size is 5, not 300" in done.stderr
+    status, printed = run_python(["-c", script, "train"], tmp_path / "log.txt", tmp_path)
+    assert status == 1 and "do not fit this network: bank_size is 5, not 300" in printed
 
 
 def test_weights(tmp_path, caplog):
@@ -269,39 +267,24 @@ def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "monai.bundle", "run", "inference", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_command_for_a_folder_from_the_repository(tmp_path, weights):
     for name in ("A1", "B2"):
         write_study(tmp_path / "in" / name, ["t1", "t2"], name)
     (tmp_path / "in" / "B2" / "B2_t1.nii.gz").write_bytes(b"damaged")
+    settings = {"bundle_root": BUNDLE_ROOT.name, "ckpt_path": weights}
+    settings |= {"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out"}
     config = str(CONFIG.relative_to(REPOSITORY))
-    done = run(
-        [
-            *("--config_file", config, "--bundle_root", BUNDLE_ROOT.name, "--ckpt_path", str(weights)),
-            *("--dataset_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")),
-        ],
-        REPOSITORY,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("1 of 2 studies failed: B2")
+    status, printed = run_bundle("inference", [config], settings, tmp_path / "log.txt", REPOSITORY)
+    assert status == 1 and "Traceback" not in printed, printed
+    assert printed.strip().splitlines()[-1].startswith("1 of 2 studies failed: B2")
     assert sorted(os.listdir(tmp_path / "out")) == ["A1", "failures.json", "index.html", "summary.csv"]
 
 
 def test_command_for_one_study_from_the_bundle(tmp_path, weights):
     paths = write_study(tmp_path / "in", ["flair", "t1ce"])
-    done = run(
-        [
-            *("--config_file", "configs/inference.json", "--ckpt_path", str(weights)),
-            *("--flair", paths["flair"], "--t1ce", paths["t1ce"], "--output_dir", str(tmp_path / "out")),
-        ],
-        BUNDLE_ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+    settings = {"ckpt_path": weights, "output_dir": tmp_path / "out", **paths}
+    status, printed = run_bundle("inference", ["configs/inference.json"], settings, tmp_path / "log.txt")
+    assert status == 0, printed
     made = nib.load(tmp_path / "out" / "S1" / "S1_t1_synthetic.nii.gz")
     np.testing.assert_array_equal(made.affine, nib.load(paths["flair"]).affine)
     assert load(tmp_path / "out" / "S1" / "S1_seg.nii.gz").dtype == np.uint8

@@ -21,6 +21,8 @@ import torch
 CONTRASTS = ("FLAIR", "T1", "T1ce", "T2")
 #: The same, as keys of a datalist item, of a config and of file names.
 CONTRAST_KEYS = ("flair", "t1", "t1ce", "t2")
+#: Name of each by its key.
+CONTRAST_NAMES = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
 #: What follows the name of a contrast in scores whose target is synthesized itself, as T2 of UCSF-BMSR is.
 SYNTHESIZED = " (synthesized)"
 #: Key of the tumor mask file in a datalist item.

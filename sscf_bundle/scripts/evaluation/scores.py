@@ -25,6 +25,7 @@ import torch
 
 from ..contrasts import (
     CONTRAST_KEYS,
+    CONTRAST_NAMES,
     CONTRASTS,
     MASK_KEY,
     NUM_CONTRASTS,
@@ -195,8 +196,7 @@ class StudyScores:
         common = {"study": data["study"], "patient": data["patient"]}
         common |= {"scenario": scenario_name(scenario), "available": sum(scenario)}
         # a target that is itself synthesized, as T2 of UCSF-BMSR, is told apart
-        keys = data.get("complete", {}).get("synthesized", ())
-        synthesized = {CONTRASTS[CONTRAST_KEYS.index(key)] for key in keys}
+        synthesized = {CONTRAST_NAMES[key] for key in data.get("complete", {}).get("synthesized", ())}
         # the one synchronization
         numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
         for key, number in zip(values, numbers, strict=True):

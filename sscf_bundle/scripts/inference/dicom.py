@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from monai.utils import optional_import
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, TUMOR_CLASSES, StudyError
+from ..contrasts import CONTRAST_KEYS, CONTRAST_NAMES, MASK_KEY, TUMOR_CLASSES, StudyError
 from .writer import StudyWriter
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class DicomStudyWriter(StudyWriter):
         try:
             pred = data["pred"]
             sources = read_series(data[given[0]], pred.affine.numpy(), pred.shape[1:])
-            named = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
-            made_from, version = ", ".join(named[key] for key in given), self.bundle["bundle_version"]
+            made_from, version = ", ".join(CONTRAST_NAMES[key] for key in given), self.bundle["bundle_version"]
             for number, (key, volume) in enumerate(zip(data["output_keys"], pred.as_tensor().numpy(), strict=True)):
                 # X x Y x Z to slices of rows and columns
                 slices = volume.transpose(2, 1, 0)
@@ -93,7 +92,7 @@ class DicomStudyWriter(StudyWriter):
                 folder.mkdir(parents=True)
                 values = np.rint(slices * (_FULL_SCALE / data["output_scale"][key])).clip(0, _FULL_SCALE)
                 pixels = values.astype(np.uint16)
-                series = synthetic_series(pixels, sources, named[key], made_from, 9000 + number, version)
+                series = synthetic_series(pixels, sources, CONTRAST_NAMES[key], made_from, 9000 + number, version)
                 for index, dataset in enumerate(series, start=1):
                     dataset.save_as(folder / f"{index:04d}.dcm", enforce_file_format=True)
             paths = super().__call__(data)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY
+from ..contrasts import CONTRAST_KEYS, CONTRAST_NAMES, MASK_KEY
 
 #: Height of a tile in pixels, that of its title, and the color of the outline.
 _HEIGHT, _TITLE, _OUTLINE = 220, 16, (255, 60, 60)
@@ -37,11 +37,12 @@ def draw_panel(path: Path, data: Mapping[Hashable, Any]) -> None:
     affine = data["pred"].affine.numpy()
     volumes = dict(zip(data["output_keys"], data["pred"].as_tensor(), strict=True))
     mask = volumes.pop(MASK_KEY, None)
-    named = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
     acquired = zip(CONTRAST_KEYS, data["acquired"], data["has_contrast"], strict=True)
     # title, volume, what is white
-    tiles = [(f"{named[key]} acquired", volume, 255.0) for key, volume, given in acquired if given]
-    tiles += [(f"{named[key]} SYNTHETIC", volume, data["output_scale"][key]) for key, volume in volumes.items()]
+    tiles = [(f"{CONTRAST_NAMES[key]} acquired", volume, 255.0) for key, volume, given in acquired if given]
+    tiles += [
+        (f"{CONTRAST_NAMES[key]} SYNTHETIC", volume, data["output_scale"][key]) for key, volume in volumes.items()
+    ]
 
     to_ras = nib.orientations.io_orientation(affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(to_ras[:, 0])]

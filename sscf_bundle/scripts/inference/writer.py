@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from ..checked_settings import refuse_unknown
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, MASK_KEY, StudyError
+from ..contrasts import CONTRAST_KEYS, CONTRAST_NAMES, MASK_KEY, StudyError
 from ..data.datalist import write_whole
 from .panel import draw_panel
 from .resume import describe_file, read_record
@@ -240,12 +240,11 @@ class StudyWriter:
         self, data: Mapping[Hashable, Any], inputs: Mapping[str, str], outputs: Mapping[str, str]
     ) -> dict[str, Any]:
         """What was made from what, for the JSON file beside the volumes."""
-        named = dict(zip(CONTRAST_KEYS, CONTRASTS, strict=True))
         return {
             "notice": _NOTICE,
             "study": data["study"],
-            "available": [named[key] for key in inputs],
-            "synthesized": [named[key] for key in outputs if key in named],
+            "available": [CONTRAST_NAMES[key] for key in inputs],
+            "synthesized": [CONTRAST_NAMES[key] for key in outputs if key != MASK_KEY],
             "inputs": {key: Path(path).name for key, path in inputs.items()},
             "inputs_synthesized_by_others": [key for key in data.get("synthesized", ()) if key in inputs],
             "grid_of": data.get("grid"),
