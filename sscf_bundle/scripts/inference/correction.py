@@ -95,9 +95,9 @@ def fit_correction(cohort: Cohort, transform: StudyCompose, network: nn.Module, 
         if np.mean(gains) > 0:
             found = (*_line(rows.mean(axis=0)), float(np.mean(gains)))
             scenarios.setdefault(name, {})[contrast] = [float(f"{v:.4g}") for v in found]
-    kept = [gain for by_contrast in scenarios.values() for _, _, gain in by_contrast.values()]
-    mean = sum(kept) / max(len(kept), 1)
-    logger.info("Corrected: %d of %d missing contrasts, by %.2f dB in patients left out", len(kept), len(moments), mean)
+    helped = [gain for by_contrast in scenarios.values() for *_, gain in by_contrast.values()]
+    told = "Corrected: %d of %d missing contrasts of all scenarios, by %.2f dB in patients left out."
+    logger.info(told, len(helped), len(moments), sum(helped) / max(len(helped), 1))
     return {"patients": patients, "scenarios": scenarios}
 
 
