@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -30,6 +31,7 @@ from scripts.inference.calibration import conformal_limit, expected_scores, fit
 from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
+from scripts.networks import sscf
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.sscf import SSCFNet, network_input
@@ -351,22 +353,26 @@ def test_brain_at_the_far_edge_is_checked(statistics: dict) -> None:
     assert measure(image, (1.0, 1.0, 1.0), 0, ALL)["shape"][0]["ml"] > 0
 
 
-def test_prototypes_are_those_that_the_network_retrieves() -> None:
+def test_prototypes_are_those_that_the_network_retrieves(monkeypatch: pytest.MonkeyPatch) -> None:
     net, slices = filled_net(), torch.rand(2, 8, 48, 48)
     available = [True, True, False, False]
     slices[:, 4:] = torch.tensor(available).float()[None, :, None, None]
-    seen = []
-    prototypes = net.prototypes
+    targets, indices, of_network, nearest = [], [], net.retrieve, sscf.retrieve
 
-    def watch(distance: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen.append((distance.argmin(dim=2), others[2]))
-        return prototypes(distance, *others)
+    def watch(*given: Any) -> Any:
+        targets.append(given[5])
+        return of_network(*given)
 
-    net.prototypes = watch  # type: ignore[method-assign]
+    def watch_nearest(*given: Any) -> torch.Tensor:
+        indices.append(nearest(*given))
+        return indices[-1]
+
+    monkeypatch.setattr(net, "retrieve", watch)
+    monkeypatch.setattr(sscf, "retrieve", watch_nearest)
     with torch.no_grad():
         net.for_scenario(available)(slices)
+    (target,), (index,) = targets, indices
     _, named = study_scores(slices, available, net, num_prototypes=6)
-    (index, target) = seen[0]
     for i, key in ((2, "t1ce"), (3, "t2")):
         slots, counts = index[target == i].unique(return_counts=True)
         shares = dict(zip(slots.tolist(), (counts / counts.sum()).tolist(), strict=True))
