@@ -147,7 +147,7 @@ def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:
     by_name = {row["study"]: row for row in csv.DictReader((tmp_path / "summary.csv").open())}
     assert sorted(by_name) == ["<b>B2", "A1", "D4"]
     told = by_name["<b>B2"]
-    assert (told["verdict"], told["reasons"], told["checks"]) == ("review", "far; dark", "skull: left on")
+    assert (told["verdict"], told["reasons"], told["checks"]) == ("review", "far dark", "skull: left on")
     assert (told["score doubt"], told["score contrasts t1 far"], told["seconds"]) == ("0.1235", "2", "1.3")
     assert by_name["D4"]["reasons"] == "is <damaged>" and by_name["A1"]["verdict"] == ""
     page = (tmp_path / "index.html").read_text()

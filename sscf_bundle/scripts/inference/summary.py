@@ -91,7 +91,7 @@ def _row(record: Mapping[str, Any], path: Path, root: Path) -> dict[str, Any]:
         "study": record["study"],
         "status": "written",
         "verdict": record.get("verdict", ""),
-        "reasons": _text(record.get("reasons")),
+        "reasons": " ".join(record.get("reasons") or []),
         "available": _text(record.get("available")),
         "synthesized": _text(record.get("synthesized")),
         "checks": _text(record.get("checks")),
