@@ -150,10 +150,13 @@ def walk(average: MovingAverage, steps: int, seed: int) -> list[list[torch.Tenso
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
-def test_moving_average_is_the_normalized_weighted_sum_of_all_steps(decay: float) -> None:
-    average = averaged(decay)
-    steps = 40
-    history = walk(average, steps, seed=1)
+def test_moving_average_is_the_normalized_weighted_sum_of_all_steps_before_and_after_a_resume(decay: float) -> None:
+    stopped, average = averaged(decay), averaged(decay)
+    history = walk(stopped, 5, seed=1)
+    average.load_state_dict(stopped.state_dict())
+    average.source.load_state_dict(stopped.source.state_dict())
+    history += walk(average, 35, seed=2)
+    steps = len(history)
     weights = [decay ** (steps - 1 - i) for i in range(steps)]
     for k, parameter in enumerate(average.average.parameters()):
         literal = sum(w * past[k] for w, past in zip(weights, history, strict=True)) / sum(weights)
