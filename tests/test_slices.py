@@ -134,14 +134,15 @@ def test_other_errors_are_not_hidden(items, tmp_path):
 
 
 def test_choice_of_slices():
-    info = {"tumor_area": [0, 0, 5, 9, 2, 0], "brain_fraction": [0.01, 0.2, 0.4, 0.5, 0.3, 0.1]}
+    info = {"tumor_area": [0, 0, 5, 9, 2, 0], "brain_fraction": [0.01, 0.45, 0.4, 0.5, 0.3, 0.1], "z": range(3, 9)}
     assert select_slices(info, "largest_tumor", count=2) == [2, 3]
     assert select_slices(info, "largest_tumor", count=4) == [1, 2, 3, 4]
-    assert select_slices({**info, "tumor_area": [0] * 6}, "largest_tumor", count=3) == [2, 3, 4]
+    assert select_slices({**info, "tumor_area": [0] * 6}, "largest_tumor", count=3) == [1, 2, 3]
     assert select_slices(info, "largest_tumor", count=50) == [0, 1, 2, 3, 4, 5]
     assert select_slices(info, "tumor") == [2, 3, 4]
     assert select_slices(info, "brain") == [1, 2, 3, 4, 5]
-    assert select_slices(info, "brain", min_brain=0.25) == [2, 3, 4]
+    assert select_slices(info, "brain", min_brain=0.25) == [1, 2, 3, 4]
+    assert select_slices(info, [4, 8, 9]) == [1, 5]
     with pytest.raises(ValueError, match="choice"):
         select_slices(info, "all")
 
@@ -170,6 +171,13 @@ def test_dataset_items(items, tmp_path):
     assert int(incomplete["study_index"]) == 1 and not incomplete["has_mask"]
     assert incomplete["has_contrast"].tolist() == [True, True, False, True]
     assert (incomplete["target"][2] == -1).all() and not incomplete["label"].any()
+
+
+def test_what_is_brighter_than_the_scale_is_cut_for_the_network_and_kept_for_scores(items, tmp_path):
+    data = SliceDataset(prepare(items[:1], tmp_path, study_transforms(32, clip=False)), unclipped=True)
+    item = data[1]
+    assert float(item["unclipped"].max()) > 1
+    assert torch.equal(item["target"], item["unclipped"].clamp(max=1))
 
 
 def test_choices_of_the_dataset(items, tmp_path):

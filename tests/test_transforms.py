@@ -212,7 +212,9 @@ def test_what_is_accepted(study, tmp_path):
     study["t1ce"] = write(tmp_path / "rescaled.nii.gz", brain_volume(2).astype(np.float32) - 1e-7)
     out = study_transforms(32)(study)
     assert out["image"].shape == (4, 32, 32, 6) and float(out["image"].min()) == -1
-    np.testing.assert_array_equal(LoadStudyd()(study)["image"][0], brain_volume(0))
+    loaded = LoadStudyd()(study)["image"]
+    np.testing.assert_array_equal(loaded[0], brain_volume(0))
+    assert float(loaded.min()) == 0
 
 
 def test_axes_in_another_order_are_the_same_grid(study, tmp_path):
@@ -234,6 +236,8 @@ def test_another_grid_of_the_same_frame_is_resampled_where_asked_for(study, tmp_
     out = LoadStudyd(resample=True)(study)
     assert out["image"].shape[1:] == SHAPE
     np.testing.assert_allclose(out["image"][1][::2, ::2], coarse.get_fdata(), rtol=1e-4, atol=0.01)
+    chosen = LoadStudyd(resample="t1")(study)
+    assert chosen["grid"] == "t1" and chosen["image"].shape[1:] == coarse.shape
     nib.save(nib.Nifti1Image(brain_volume(1), shifted(500)), tmp_path / "far.nii.gz")
     with pytest.raises(StudyError, match="no place in common"):
         LoadStudyd(resample=True)({**study, "t1": str(tmp_path / "far.nii.gz")})
@@ -267,10 +271,10 @@ def test_scale_brain_against_a_loop(study):
 
 
 def test_scale_slice_against_a_loop(study):
-    study["t2"] = None
-    out = ScaleSliced("image")(LoadStudyd()(study))["image"]
-    for channel, key in enumerate(CONTRAST_KEYS):
-        raw = np.zeros(SHAPE) if study[key] is None else nib.load(study[key]).get_fdata()
+    loaded = LoadStudyd()({**study, "t2": None})
+    loaded["image"][0] += 100 * torch.arange(SHAPE[2])  # slices without background have minima of their own
+    out = ScaleSliced("image")(loaded)["image"]
+    for channel, raw in enumerate(loaded["image"].numpy()):
         for z in range(SHAPE[2]):
             low, high = raw[..., z].min(), raw[..., z].max()
             expected = (raw[..., z] - low) / (high - low) * 2 - 1 if high > low else np.full(SHAPE[:2], -1.0)
@@ -367,6 +371,15 @@ def test_resampling_is_in_the_plane_only_and_goes_back(tmp_path):
     np.testing.assert_allclose(restored[inside], smooth[inside], rtol=0.02)
     kept = study_transforms(48, spacing=None)({"study": "S", "t1": path})
     np.testing.assert_allclose(kept["image"].affine.diagonal()[:3], [0.5, 0.5, 3])
+
+
+def test_brain_at_the_edge_of_the_field_of_view_keeps_its_intensity(tmp_path):
+    slab = np.full((16, 16, 4), 500, np.int16)
+    slab[8, 8] = 1000
+    out = study_transforms(32)({"study": "S", "t1": write(tmp_path / "slab.nii.gz", slab, np.diag([1.5, 1.5, 3, 1]))})
+    brain = out["image"][1][out["brain"][0] > 0]
+    assert len(brain) == 24 * 24 * 4
+    assert float(brain.min() + 1) / 2 * float(out["intensity_scale"][1]) == pytest.approx(500, rel=1e-5)
 
 
 def test_spacing_within_one_percent_is_not_resampled(tmp_path):
