@@ -144,6 +144,15 @@ def test_intensities_change_by_power_and_factor_of_each_contrast() -> None:
     assert len(set(fitted)) == len(fitted)
 
 
+def test_powers_and_factors_are_drawn_evenly_from_their_whole_ranges() -> None:
+    gray, occurrence = torch.zeros(1000, 1, 1, 1), torch.arange(1000)
+    batch = {"target": gray, "label": gray, "has_contrast": torch.ones(1000, 1).bool(), "occurrence": occurrence}
+    power = ((Augmentation(gamma=0.3)(batch, 0, 1)["source"] + 1) / 2).log() / math.log(0.5)
+    factor = Augmentation(brightness=0.2)(batch, 0, 1)["source"] + 1
+    for values in (power.log() / math.log(1.3), (factor - 1) / 0.2):
+        assert kstest(values.flatten().numpy(), "uniform", (-1, 2)).statistic < 0.05
+
+
 @pytest.mark.parametrize("changes", [{"rotation": -1}, {"scale": 1.0}, {"flip": 1.5}, {"brightness": 1.0}])
 def test_strength_out_of_range_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -469,6 +469,17 @@ def test_available_contrasts_of_a_batch_are_those_that_were_drawn() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_reconstructed_contrast_is_drawn_anew_in_every_epoch() -> None:
+    trainer = make_trainer([training_batch(2)], shared_scenarios=True, reconstructions=1, curriculum=[[20, [3]]])
+    places = set()
+    for epoch in range(1, 21):
+        trainer.state.epoch = epoch
+        _, scenario = trainer.draw_batch_scenarios(torch.arange(2), torch.ones(2, NUM_CONTRASTS).bool())
+        assert scenario is not None
+        places.add([i for i, given in enumerate(scenario.available) if given].index(*scenario.decoded))
+    assert places == {0, 1, 2}
+
+
 class Rows(Dataset):
     """A batch as a dataset."""
 
