@@ -480,6 +480,18 @@ def test_reconstructed_contrast_is_drawn_anew_in_every_epoch() -> None:
     assert places == {0, 1, 2}
 
 
+def test_entries_of_the_dependency_loss_are_drawn_anew_in_every_epoch() -> None:
+    trainer = make_trainer([training_batch(2)], loss=GeneratorLoss(ctdl_entries=1))
+    trainer.bank.enqueue(random_entries(trainer.bank, range(1, trainer.bank.size + 1)))
+    slots = set()
+    for epoch in range(1, 21):
+        trainer.state.epoch = epoch
+        draw = trainer.draw_bank_entries({"occurrence": torch.arange(1), "patient": torch.zeros(1, dtype=torch.int64)})
+        assert draw is not None and draw.usable.all()
+        slots.add(int(draw.slots))
+    assert len(slots) > 2
+
+
 class Rows(Dataset):
     """A batch as a dataset."""
 
