@@ -150,7 +150,7 @@ def test_entries_are_stored_without_a_graph() -> None:
 def test_statistics_equal_numpy(filled: int) -> None:
     bank = small_bank(5)
     ids = list(range(1, filled + 1))
-    patients = [s // 2 for s in ids]
+    patients = [(s + 1) // 2 for s in ids]  # none is the 0 of an empty slot
     for s, p in zip(ids, patients, strict=True):
         new = random_entries(bank, [s], seed=s, patients=[p])
         new.present[0, 1] = s % 2 == 0
