@@ -29,6 +29,7 @@ from builders import (
     tiny_step,
 )
 from monai.networks.nets import PatchDiscriminator
+from skimage.metrics import structural_similarity
 
 from scripts.contrasts import scenario_table
 from scripts.data.randomness import hash_uniform
@@ -535,6 +536,36 @@ def test_truth_that_a_study_lacks_may_hold_nan() -> None:
     assert not mixed.logits.grad[~mixed.has_mask].any()
     for p in mixed.predicted:
         assert not p.grad[mixed.available | ~mixed.has_contrast].any()
+
+
+def test_ssim_term_is_that_of_scikit_image_on_missing_contrasts_with_truth() -> None:
+    draw, batch = generator(3), 16
+    available = all_availabilities()
+    has_contrast = available | (torch.rand((batch, K), generator=draw) > 0.3)
+    target = torch.rand((batch, K, 12, 9), generator=draw) * 2 - 1
+    images = (target + 0.4 * torch.randn(target.shape, generator=draw)).clamp(-1, 1)
+    expected = 0.0
+    for b in range(batch):
+        found = [
+            1
+            - structural_similarity(
+                images[b, i].numpy(), target[b, i].numpy(), data_range=2, use_sample_covariance=False
+            )
+            for i in range(K)
+            if has_contrast[b, i] and not available[b, i]
+        ]
+        expected += sum(found) / len(found) / batch if found else 0.0
+    target[~has_contrast] = float("nan")
+    output = {"pred": torch.cat([images, images[:, :3]], dim=1).requires_grad_(), "available": available}
+    truth = target, random_labels(batch, (12, 9), 0), has_contrast, torch.ones(batch, dtype=torch.bool)
+    terms = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, ssim_weight=3)(output, *truth)
+    assert terms["ssim"].item() == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    assert terms["loss"].item() == pytest.approx(3 * expected, rel=1e-5)
+    terms["loss"].backward()
+    gradient = output["pred"].grad
+    assert torch.isfinite(gradient).all()
+    missing = ~available & has_contrast
+    assert torch.equal(gradient[:, :K].flatten(2).abs().sum(2) > 0, missing)
 
 
 def test_set_mean_counts_a_sample_without_members_as_zero() -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
+from monai.metrics import compute_ssim_and_cs
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
@@ -32,6 +33,8 @@ from ..networks.precision import half_weights
 
 #: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
 AFFINITY_EPS = 1e-6
+#: Side of the uniform window of the SSIM term, in pixels: that of the protocol ``per_slice``.
+SSIM_WINDOW = 7
 
 
 def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
@@ -239,6 +242,23 @@ def class_map_cross_entropy(
     return torch.where(has_mask, error[:, 0] + own, 0.0).mean()
 
 
+def structural_dissimilarity(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - SSIM (Wang et al. 2004) of each image, in [0, 2]: uniform windows inside the image, data range 2.
+
+    Args:
+        images: B x K x spatial in [-1, 1], sides of at least ``SSIM_WINDOW``.
+        target: the same.
+
+    Returns:
+        B x K.
+    """
+    dims = images.dim() - 2
+    window = [SSIM_WINDOW] * dims
+    pairs = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (images, target))
+    similarity, _ = compute_ssim_and_cs(*pairs, dims, window, [1.0] * dims, data_range=2.0, kernel_type="uniform")
+    return 1 - similarity.flatten(1).mean(dim=1).view(images.shape[:2])
+
+
 class GeneratorLoss(nn.Module):
     """The whole objective of the network: the weighted sum of eq. 11 and eq. 14.
 
@@ -261,6 +281,7 @@ class GeneratorLoss(nn.Module):
         relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
             that features which grow in training do not come to be most of the objective; False is the paper.
         perceptual_weight: of the perceptual distance between synthesized and true contrasts; 0 is the paper.
+        ssim_weight: of ``structural_dissimilarity`` between synthesized and true contrasts; 0 is the paper.
         own_maps: see ``dependency_loss``.
         printed_order: see ``dependency_loss``.
         sums: sums over the sets of contrasts in the place of means, but for eq. 10, as printed in eq. 14.
@@ -281,6 +302,7 @@ class GeneratorLoss(nn.Module):
         head_weight: float = 0.0,
         relative_feature: bool = False,
         perceptual_weight: float = 0.0,
+        ssim_weight: float = 0.0,
         own_maps: bool = True,
         printed_order: bool = False,
         sums: bool = False,
@@ -296,6 +318,7 @@ class GeneratorLoss(nn.Module):
             "dice": segmentation_weight,
             **dict(zip(names, beta, strict=True)),
             "perceptual": perceptual_weight,
+            "ssim": ssim_weight,
         }
         self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
         self.own_maps, self.printed_order, self.sums = own_maps, printed_order, sums
@@ -327,7 +350,7 @@ class GeneratorLoss(nn.Module):
 
         Returns:
             Scalars, unweighted, those that apply of ``ctdl, head, bce, dice, synthesis, reconstruction, feature, tumor,
-            adversarial, perceptual``; and the weighted sum ``loss``.
+            adversarial, perceptual, ssim``; and the weighted sum ``loss``.
         """
         used = {name for name, weight in self.weights.items() if weight}
         available = output["available"]
@@ -345,10 +368,13 @@ class GeneratorLoss(nn.Module):
             )
         if "bce" in used and "logits" in output:
             terms |= self.segmentation(output["logits"].float(), label, has_mask)
-        if used & {"synthesis", "reconstruction", "tumor"}:
+        if used & {"synthesis", "reconstruction", "tumor", "ssim"}:
             images = output["pred"][:, :NUM_CONTRASTS].float()
-            known = expand_dims_like(has_contrast, target)
-            error = torch.where(known, (images - target.float()).abs(), 0.0)
+            # what a study lacks may hold NaN
+            known = torch.where(expand_dims_like(has_contrast, target), target.float(), images.detach())
+            if "ssim" in used:
+                sets["ssim"] = structural_dissimilarity(images, known), missing, missing
+            error = (images - known).abs()
             absolute = error.flatten(2).mean(dim=2)
             shown = available & output["decoded"] if "decoded" in output else available
             if "synthesis" in used:
