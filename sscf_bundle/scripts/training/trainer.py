@@ -82,14 +82,16 @@ class Curriculum:
     """
 
     def __init__(self, phases: Sequence[Sequence[Any]] | None = None) -> None:
-        self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
-        lasts = [last for last, _ in self.phases]
-        if lasts != sorted(set(lasts)) or not all(
-            numbers and all(1 <= number < NUM_CONTRASTS for number in numbers) for _, numbers in self.phases
-        ):
+        try:
+            self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
+            lasts = [last for last, _ in self.phases]
+            possible = all(n and all(1 <= number < NUM_CONTRASTS for number in n) for _, n in self.phases)
+        except (TypeError, ValueError):
+            lasts, possible = [], False
+        if lasts != sorted(set(lasts)) or not possible:
             raise ValueError(
                 f"a curriculum is pairs of an ascending last epoch and some of 1 to {NUM_CONTRASTS - 1} contrasts, got "
-                f"{self.phases}."
+                f"{phases}."
             )
 
     def numbers(self, epoch: int) -> tuple[int, ...] | None:
