@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -99,6 +100,11 @@ def test_right_setting_is_taken_as_it_is(name: str, value: object) -> None:
     assert checked_settings(config_files("train"), {name: value}, ("tracking_uri", "run_id")) == {}
 
 
+def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:
+    # by default val_slice_choice is slice_choice, a text
+    assert checked_settings(config_files("train"), {"slice_choice": [70, 71], "val_slice_choice": "brain"}) == {}
+
+
 def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Path) -> None:
     given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off"}
     expected = {"compile": False, "resume": False, "val_at_start": True, "amp": False}
@@ -113,16 +119,18 @@ def test_unknown_choice_is_refused() -> None:
         refuse_unknown("protocols", ["volume", "per_slize"], ["per_slice", "volume"])
 
 
-def test_setting_whose_default_fails_is_held_against_the_configs_alone_or_named_in_the_log(
+def test_setting_whose_default_fails_is_held_against_what_is_given_or_named_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tmp_path / "config.json"
-    config.write_text('{"number": 3, "double": "$2 * len([0] * @number)", "broken": "$1 / 0"}')
-    with pytest.raises(StudyError, match="double must be a whole number, got 'many'"):
-        checked_settings(str(config), {"number": "$None", "double": "many"})
+    config, nowhere = tmp_path / "config.json", str(tmp_path / "nowhere")
+    for default, other in ((nowhere, str(config)), (str(config), nowhere)):
+        config.write_text(json.dumps({"path": default, "size": "$len(open(@path).read())"}))
+        with pytest.raises(StudyError, match="size must be a whole number, got 'many'"):
+            checked_settings(str(config), {"path": other, "size": "many"})
     assert not caplog.records
-    assert checked_settings(str(config), {"broken": "any"}) == {}
-    assert [r.getMessage() for r in caplog.records] == ["broken is taken without a check: what the configs give fails."]
+    config.write_text(json.dumps({"path": nowhere, "size": "$len(open(@path).read())"}))
+    assert checked_settings(str(config), {"size": "many"}) == {}
+    assert [r.getMessage() for r in caplog.records] == ["size is taken without a check: what the configs give fails."]
 
 
 @pytest.mark.parametrize(

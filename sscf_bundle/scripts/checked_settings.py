@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -109,17 +108,16 @@ def _is_made(value: Any) -> bool:
 
 
 def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:
-    """What the configs make a setting of, with the others as they are given or, where that fails, as they were."""
+    """What the configs make a setting of by themselves or, where that fails, with the other settings as given."""
     parser = ConfigParser()
     parser.read_config(files)
-    before, content = parser.get(), parser[name]
-    parser = ConfigParser(copy.deepcopy(before))
-    parser.update({other: value for other, value in given.items() if other in parser})
-    parser[name] = content
+    content = parser[name]
     try:
         return parser.get_parsed_content(name)
     except Exception:
-        return ConfigParser(before).get_parsed_content(name)
+        parser.update({other: value for other, value in given.items() if other in parser})
+        parser[name] = content
+        return parser.get_parsed_content(name)
 
 
 def refuse_unknown(name: str, given: Sequence[Any], known: Sequence[Any]) -> None:
