@@ -35,7 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.contrasts import StudyError
 from scripts.data.transforms import find_study_error
-from scripts.networks.weights import network_from_weights
+from scripts.networks.weights import network_from_weights, read_state, save_weights
 
 ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
 REPOSITORY = BUNDLE_ROOT.parent
@@ -135,6 +135,8 @@ def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Pa
     # the network is that of the weights, whatever train.json says
     changes = {"pretrained_path": str(trained / "model.pt"), "channels": "base", **ONE_EPOCH}
     overrides = tiny_run(phantom_cohort, tmp_path, **changes)
+    with pytest.raises(StudyError, match=r"does not fit \(image_size is 64, not 32\)"):
+        train_in_process(config_files("train", "finetune"), overrides | {"image_size": 32})
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
     train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
     assert_same(load(tmp_path / "model.pt"), load(trained / "model.pt"))
@@ -146,6 +148,28 @@ def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Pa
         float((ours[k] - theirs[k]).abs().max()) for k in ours if ours[k].is_floating_point() and "bank" not in k
     )
     assert 0 < moved < 0.01
+
+
+def test_what_was_measured_with_the_network_is_left_out_of_another_one_with_a_warning(
+    trained: Path, tmp_path: Path, phantom_cohort: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, network = tmp_path / "source.pt", network_from_weights(trained / "model.pt")
+    measured = {"correction": {"patients": 3, "scenarios": {}}, "trust": {"studies": 9}, "intensities": {"studies": 3}}
+    save_weights(source, network, measured)
+    assert not caplog.records
+    changes = {"source_path": str(source), "site_path": str(tmp_path / "site.pt"), "pretrained_path": str(source)}
+    fractions = {"build_bank": [1.0, 0.0, 0.0], "finetune": [0.6, 0.2, 0.2]}
+    for config, written in (("build_bank", "site.pt"), ("finetune", "model_last.pt")):
+        known = json.loads(Path(config_files(config)[0]).read_text())
+        overrides = tiny_run(phantom_cohort, tmp_path, split_fractions=fractions[config], **ONE_EPOCH)
+        overrides |= {name: value for name, value in changes.items() if name in known}
+        caplog.clear()
+        (tmp_path / "split.json").unlink(missing_ok=True)
+        train_in_process(config_files("train", config), overrides)
+        settings = read_state(tmp_path / written)[1]
+        assert not {"correction", "trust"} & set(settings) and settings["intensities"]["studies"] in (3, 5)
+        (told,) = {r.getMessage() for r in caplog.records if "Left out" in r.getMessage()}
+        assert told.endswith("source.pt: correction and trust; run correcting and calibrating with the new weights.")
 
 
 def test_bank_of_a_site_is_built_without_training(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:

@@ -159,6 +159,23 @@ def test_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
     assert Run(tmp_path, settings={"seed": 3, "betas": [0.5, 0.9]}).run(2).epochs == [2]
 
 
+@pytest.mark.parametrize("message", ["one line.", "Error(s) in loading Linear:\n\tone line.\n\tanother line.", ""])
+def test_first_thing_that_does_not_fit_is_named_however_long_the_message_is(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, expected = Run(tmp_path).run(1), "one line" if message else "RuntimeError"
+    save_weights(tmp_path / "model.pt", run.net)
+
+    def load(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(nn.Linear, "load_state_dict", load)
+    with pytest.raises(StudyError, match=rf"does not fit \({expected}\): "):
+        with_weights(run.net, tmp_path / "model.pt")
+    with pytest.raises(StudyError, match=rf"does not fit the configured run \({expected}\): "):
+        Run(tmp_path).run(2)
+
+
 def test_checkpoint_without_a_part_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     run = Run(tmp_path)
     del run.checkpoint.objects["optimizer"]

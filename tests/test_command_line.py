@@ -11,11 +11,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, config_files, run_bundle, run_python, tiny_run
+from monai.bundle import ConfigParser
 
 from scripts.checked_settings import checked_settings, refuse_unknown
 from scripts.contrasts import StudyError
@@ -58,6 +61,10 @@ def weights(tmp_path: Path) -> Path:
         ("ctdl_entries", -1, "ctdl_entries must be at least 0, got -1."),
         ("run_id", "training", "There is no setting run_id"),  # unless it is known elsewhere
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
+        ("settings", 3, "settings must be a mapping"),
+        # --name without a value is True to the command line
+        ("output_dir", True, "output_dir needs a value, got True."),
+        ("bank_samples", True, "bank_samples needs a value, got True."),
     ],
 )
 def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
@@ -84,10 +91,18 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("tracking_uri", "x"),  # of MONAI's tracking
         ("run_id", "training"),
         ("output_dir", "no"),  # a folder of this name
+        ("output_dir", 2026),
+        ("resample", True),
+        ("train#handlers#5#disable", True),
     ],
 )
 def test_right_setting_is_taken_as_it_is(name: str, value: object) -> None:
     assert checked_settings(config_files("train"), {name: value}, ("tracking_uri", "run_id")) == {}
+
+
+def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:
+    # by default val_slice_choice is slice_choice, a text
+    assert checked_settings(config_files("train"), {"slice_choice": [70, 71], "val_slice_choice": "brain"}) == {}
 
 
 def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Path) -> None:
@@ -102,6 +117,62 @@ def test_unknown_choice_is_refused() -> None:
     refuse_unknown("protocols", ["volume"], ["per_slice", "volume"])
     with pytest.raises(StudyError, match="protocols has no per_slize: choose from per_slice, volume"):
         refuse_unknown("protocols", ["volume", "per_slize"], ["per_slice", "volume"])
+
+
+def test_setting_whose_default_fails_is_held_against_what_is_given_or_named_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, nowhere = tmp_path / "config.json", str(tmp_path / "nowhere")
+    for default, other in ((nowhere, str(config)), (str(config), nowhere)):
+        config.write_text(json.dumps({"path": default, "size": "$len(open(@path).read())"}))
+        with pytest.raises(StudyError, match="size must be a whole number, got 'many'"):
+            checked_settings(str(config), {"path": other, "size": "many"})
+    assert not caplog.records
+    config.write_text(json.dumps({"path": nowhere, "size": "$len(open(@path).read())"}))
+    assert checked_settings(str(config), {"size": "many"}) == {}
+    assert [r.getMessage() for r in caplog.records] == ["size is taken without a check: what the configs give fails."]
+
+
+@pytest.mark.parametrize(
+    ("configs", "name", "value", "words"),
+    [
+        (["train"], "resample", 3, "resample must be True, False or one of flair, t1, t1ce, t2, got 3."),
+        (["train"], "slice_choice", 3, "or a list of slice numbers, got 3."),
+        (["train"], "slice_choice", [1.5], r"or a list of slice numbers, got \[1.5\]."),
+        (["train"], "file_pattern", 3, "must give a file name glob for each contrast by its key, got 3."),
+        (["train"], "curriculum", "late", "a curriculum is pairs of an ascending last epoch"),
+        (["train"], "best_by", 3, "best_by has no 3: choose from psnr, ssim, dice."),
+        (["train"], "best_by", ["psnr"], r"best_by has no \['psnr'\]"),
+        (["train"], "val_scenarios", 3, "scenarios has no 3: choose from FLAIR, "),
+        (["train", "evaluate"], "evaluated_part", "tests", "evaluated_part has no tests: choose from training, "),
+        (["train", "evaluate"], "evaluated_slices", "ALL", "evaluated_slices has no ALL: choose from all, largest"),
+        (["train", "evaluate"], "brasyn_available", [4], "available has no 4: choose from 1, 2, 3."),
+        (["train", "evaluate"], "reference_methods", ["x"], "no x: choose from mean_of_available, nearest_contrast, "),
+    ],
+)
+def test_value_that_makes_no_sense_is_refused_where_it_is_used(
+    configs: list[str], name: str, value: object, words: str, tmp_path: Path, phantom_cohort: Path
+) -> None:
+    overrides = tiny_run(phantom_cohort, tmp_path, slice_choice="brain", lpips=False) | {name: value}
+    parser = ConfigParser()
+    parser.read_config(config_files(*configs))
+    parser.update({key: one for key, one in overrides.items() if key in parser})
+    used = ("evaluation#datalist", "evaluation#scores") if "evaluate" in configs else ("train#trainer",)
+    with pytest.raises(Exception) as raised:  # of MONAI, around ours
+        for part in used:
+            parser.get_parsed_content(part)
+    root: BaseException = raised.value
+    while root.__cause__ is not None:
+        root = root.__cause__
+    assert isinstance(root, ValueError) and re.search(words, str(root)), root
+
+
+@pytest.mark.parametrize("name", ["naming", "output_dtype", "intensities"])
+def test_list_is_no_choice_of_one(name: str, tmp_path: Path, weights: Path) -> None:
+    value = {"naming": "bids", "output_dtype": "reference", "intensities": "study"}[name]
+    workflow = bundle_workflow("inference", ckpt_path=weights, output_dir=tmp_path, flair=weights, **{name: [value]})
+    with pytest.raises(StudyError, match=rf"{name} has no \['{value}'\]"):
+        workflow.run()
 
 
 def test_errors_are_exceptions_in_python(tmp_path: Path, weights: Path) -> None:

@@ -227,6 +227,27 @@ def test_segmenter_learns_classes_that_the_contrasts_show() -> None:
     assert float(study_dice({"pred": probabilities, "label": truth})) > 0.9
 
 
+def test_rate_of_the_segmenter_falls_to_zero_and_an_extended_training_has_its_own() -> None:
+    def build(epochs: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        parser = ConfigParser()
+        parser.read_config(config_files("train", "downstream_train"))
+        parser.update(TINY_SEGMENTER | {"segmenter_epochs": epochs, "device": "cpu"})
+        return parser.get_parsed_content("optimizer"), parser.get_parsed_content("lr_scheduler")
+
+    (optimizer, scheduler), (extended, later) = build(4), build(8)
+    reference = torch.optim.lr_scheduler.PolynomialLR(torch.optim.SGD([torch.zeros(1)], lr=0.01), 4, 0.9)
+    for _ in range(4):
+        assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+        reference.optimizer.step()
+        reference.step()
+    assert scheduler.get_last_lr() == [0]
+    extended.load_state_dict(optimizer.state_dict())
+    later.load_state_dict(scheduler.state_dict())
+    assert extended.param_groups[0]["lr"] == later.get_last_lr()[0] == 0.01 * 0.5**0.9
+
+
 def test_configs_train_a_segmenter_and_test_a_network_with_it(tmp_path: Path, phantom_cohort: Path) -> None:
     segmenter = tmp_path / "segmenter.pt"
     overrides = tiny_run(phantom_cohort, tmp_path, segmenter_path=str(segmenter))

@@ -336,6 +336,8 @@ def test_unknown_names_are_refused(data: Path) -> None:
         ({"names": "thrid"}, "experiments has no thrid: choose from first, second, control"),
         ({"evaluate_with": ["x"]}, "evaluate_with has no x"),
         ({"weights": "newest"}, "weights has no newest: choose from last, best"),
+        ({"reference": "frist"}, "reference has no frist: choose from None, first"),
+        ({"panels": ["frist"]}, "panels has no frist: choose from first"),
         ({"seeds": {"frist": [0]}}, "seeds has no frist: choose from first"),
         ({"seeds": {"second": [0]}}, "seeds gives none for control: name it or a set that has it"),
         ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "a and b need each other"),

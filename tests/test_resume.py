@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_same, bundle_command, run_bundle, run_python, tiny_run
+from builders import assert_same, bundle_command, bundle_workflow, run_bundle, run_python, tiny_run
+from ignite.engine import Engine, Events
 
 CONFIG = ["configs/train.json"]
 EPOCHS, BATCHES = 4, 4
@@ -144,3 +145,31 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
     assert f"going on after epoch {EPOCHS}" in printed and "Epoch[" not in printed
     assert newest.stat().st_mtime_ns == written
     assert_same_result(copy, unbroken)
+
+
+def rates_of(cohort: Path, output_dir: Path, **changes: object) -> dict[int, tuple[float, float]]:
+    """Learning rates of network and discriminators in every epoch that a run goes on with."""
+    workflow = bundle_workflow("train", **tiny_run(cohort, output_dir, **changes))
+    parser = workflow.parser
+    rates: dict[int, tuple[float, float]] = {}
+    optimizers = [parser.get_parsed_content(name) for name in ("optimizer", "discriminator_optimizer")]
+
+    def note(engine: Engine) -> None:
+        one, other = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+        rates[engine.state.epoch] = one, other
+
+    parser.get_parsed_content("train#trainer").add_event_handler(Events.ITERATION_STARTED, note)
+    workflow.run()
+    return rates
+
+
+def test_run_with_another_schedule_has_its_rates_from_the_first_epoch_on(
+    copy: Path, phantom_cohort: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # the checkpoint of the end has a rate of 0
+    with caplog.at_level("INFO"):
+        rates = rates_of(phantom_cohort, copy, max_epochs=6, decay_start=2)
+    assert rates == {5: (1e-4, 1e-4), 6: (5e-5, 5e-5)}
+    told = "The learning rate after epoch 4 is 0.0001, not 0.0: its schedule is not that of the checkpoint."
+    assert [record.getMessage() for record in caplog.records].count(told) == 2
+    assert rates_of(phantom_cohort, copy, max_epochs=7, decay_start=7) == {7: (2e-4, 2e-4)}

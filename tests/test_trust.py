@@ -36,7 +36,7 @@ from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.sscf import SSCFNet, network_input
 from scripts.networks.weights import network_from_weights, save_weights
-from scripts.research.reliability import corruptions
+from scripts.research.reliability import corruptions, reliability
 
 SPACING = (4.0, 4.0, 4.0)
 ALL = [True] * NUM_CONTRASTS
@@ -378,3 +378,8 @@ def test_prototypes_are_those_that_the_network_retrieves(monkeypatch: pytest.Mon
         shares = dict(zip(slots.tolist(), (counts / counts.sum()).tolist(), strict=True))
         assert {one["entry"]: one["share"] for one in named[key]} == pytest.approx(shares, abs=1e-3)
         assert all(one["distance"] > 0 for one in named[key])
+
+
+def test_unknown_scenario_of_the_evidence_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="scenarios has no FLAIR\\+T3: choose from FLAIR, "):
+        reliability([], None, None, None, "FLAIR+T3", [1.0], tmp_path)  # type: ignore[arg-type]

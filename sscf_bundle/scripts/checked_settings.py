@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from .contrasts import StudyError
+
+logger = logging.getLogger(__name__)
 
 #: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -29,6 +32,7 @@ _ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     list: ((list, tuple, dict), 'a list, for example "[1,2]"'),
+    dict: ((dict,), "a mapping, for example \"{'a': 1}\""),
 }
 
 
@@ -38,7 +42,8 @@ def checked_settings(
     """Holds settings against the configs that they change.
 
     A setting must be of the type that the configs give it, by a value or an expression; what counts something must
-    not be negative. An expression is taken as it is: ``$None`` gives none of a number.
+    not be negative. An expression is taken as it is: ``$None`` gives none of a number. What is a text or nothing may
+    become anything but a truth value, and is held against what it can be where it is used.
 
     Args:
         files: of the configs.
@@ -65,8 +70,16 @@ def checked_settings(
             continue
         default: Any = parser[name]
         if _is_made(default):
-            default = _made(files, name, given)
+            try:
+                default = _made(files, name, given)
+            except Exception:  # such as of weights that are not there, which the run names
+                logger.warning("%s is taken without a check: what the configs give fails.", given_name)
+                continue
         wanted = type(default)
+        # resample is one or the other; deep inside there are arguments of others
+        if isinstance(value, bool) and (wanted is str or default is None) and "::" not in name and name != "resample":
+            # --name with nothing behind it is True to the command line
+            raise StudyError(f"{given_name} needs a value, got {value}.")
         if wanted is bool and isinstance(value, str) and value.lower() in _TRUTH:
             changed[name] = value = _TRUTH[value.lower()]
         if wanted in _ACCEPTED:
@@ -95,29 +108,29 @@ def _is_made(value: Any) -> bool:
 
 
 def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:
-    """What the configs make a setting of, with the other settings as they are given; None where that fails."""
+    """What the configs make a setting of by themselves or, where that fails, with the other settings as given."""
     parser = ConfigParser()
     parser.read_config(files)
     content = parser[name]
-    parser.update({other: value for other, value in given.items() if other in parser})
-    parser[name] = content
     try:
         return parser.get_parsed_content(name)
-    except Exception:  # such as of weights that are not there, which the run names
-        return None
+    except Exception:
+        parser.update({other: value for other, value in given.items() if other in parser})
+        parser[name] = content
+        return parser.get_parsed_content(name)
 
 
-def refuse_unknown(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses a choice that does not exist, for configs.
+def refuse_unknown(name: str, given: Sequence[Any], known: Sequence[Any]) -> None:
+    """Refuses choices that do not exist, for configs.
 
     Args:
         name: of the setting.
-        given: what was chosen.
+        given: what was chosen, ``[value]`` of a setting that is no list.
         known: what there is.
 
     Raises:
         StudyError: if something was chosen that does not exist.
     """
-    unknown = [one for one in ([given] if isinstance(given, str) else given) if one not in known]
+    unknown = [one for one in given if one not in known]
     if unknown:
-        raise StudyError(f"{name} has no {unknown[0]}: choose from {', '.join(known)}.")
+        raise StudyError(f"{name} has no {unknown[0]}: choose from {', '.join(map(str, known))}.")

@@ -398,6 +398,8 @@ def _match_built_in(path: Path) -> _Match | None:
 
 def _compile_globs(pattern: Mapping[str, str]) -> list[tuple[str, re.Pattern[str]]]:
     """Expressions from globs, the part matched by the first ``*`` as group ``prefix``."""
+    if not isinstance(pattern, Mapping):
+        raise StudyError(f"The pattern must give a file name glob for each contrast by its key, got {pattern!r}.")
     unknown = set(pattern) - {*CONTRAST_KEYS, MASK_KEY}
     if unknown or not set(pattern) & set(CONTRAST_KEYS):
         raise StudyError(

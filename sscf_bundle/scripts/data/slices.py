@@ -168,16 +168,18 @@ def select_slices(
     """
     area = np.asarray(info["tumor_area"])
     brain = np.asarray(info["brain_fraction"])
-    if not isinstance(choice, str):
-        rows = np.flatnonzero(np.isin(info["z"], choice))
-    elif choice == "largest_tumor":
+    if choice == "largest_tumor":
         rows = np.sort(np.lexsort((brain, area))[::-1][:count])
     elif choice == "tumor":
         rows = np.flatnonzero(area > 0)
     elif choice == "brain":
         rows = np.flatnonzero(brain > min_brain)
+    elif isinstance(choice, Sequence) and all(isinstance(number, int) for number in choice):
+        rows = np.flatnonzero(np.isin(info["z"], choice))
     else:
-        raise ValueError(f"choice must be one of largest_tumor, tumor, brain or numbers of slices, got {choice!r}.")
+        raise ValueError(
+            f"choice must be one of largest_tumor, tumor, brain or a list of slice numbers, got {choice!r}."
+        )
     return rows.tolist()
 
 

@@ -127,7 +127,7 @@ class LoadStudyd(MapTransform):
                 f"mask_values must map {', '.join(TUMOR_CLASSES)} or background to distinct values other than 0, "
                 f"got {self.mask_values}."
             )
-        if isinstance(resample, str) and resample not in CONTRAST_KEYS:
+        if resample not in (None, False, True, *CONTRAST_KEYS):
             raise ValueError(f"resample must be True, False or one of {', '.join(CONTRAST_KEYS)}, got {resample!r}.")
         self.resample = resample
         self.register = register

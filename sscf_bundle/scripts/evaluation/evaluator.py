@@ -30,11 +30,14 @@ from ..inference.trust import patients_in_bank
 from ..networks.sscf import network_input
 
 
-def scenario_indices(names: Sequence[str] | None) -> list[int]:
+def scenario_indices(names: str | Sequence[str] | None) -> list[int]:
     """Positions in ``SCENARIOS`` of names as ``FLAIR+T2``; None means all 14, an unknown one is a ``StudyError``."""
     known = {scenario_name(row): i for i, row in enumerate(SCENARIOS)}
-    refuse_unknown("scenarios", names or (), list(known))
-    return list(known.values()) if names is None else [known[name] for name in names]
+    if names is None:
+        return list(known.values())
+    names = names if isinstance(names, list | tuple) else [str(names)]
+    refuse_unknown("scenarios", names, list(known))
+    return [known[name] for name in names]
 
 
 class ScenarioSlices(Dataset):

@@ -29,6 +29,7 @@ import torch
 from monai.transforms import generate_spatial_bounding_box
 from torch import nn
 
+from ..checked_settings import refuse_unknown
 from ..contrasts import StudyError, class_masks, region_masks
 from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ssim_map
 
@@ -172,6 +173,9 @@ class Protocol(ABC):
 
     Args:
         available: numbers of available contrasts of the scenarios in which the protocol is defined.
+
+    Raises:
+        StudyError: for another number than 1 to 3.
     """
 
     #: One line for each value of the column ``protocol``, for the metadata of an evaluation.
@@ -180,6 +184,7 @@ class Protocol(ABC):
     whole: bool = False
 
     def __init__(self, available: Sequence[int] = (1, 2, 3)) -> None:
+        refuse_unknown("available", available, (1, 2, 3))
         self.available = tuple(available)
 
     @abstractmethod

@@ -59,7 +59,7 @@ class SelectOutputsd(MapTransform):
         missing = [key for key, given in zip(CONTRAST_KEYS, d["has_contrast"], strict=True) if not given]
         wanted = (*missing, MASK_KEY)
         if d.get("target") is not None:
-            refuse_unknown("target", d["target"], OUTPUT_KEYS)
+            refuse_unknown("target", [d["target"]], OUTPUT_KEYS)
             wanted = (d["target"],)
         contrasts = [CONTRAST_KEYS.index(key) for key in wanted if key != MASK_KEY]
         classes = range(NUM_CONTRASTS, NUM_CONTRASTS + len(TUMOR_CLASSES)) if MASK_KEY in wanted else ()
@@ -158,7 +158,7 @@ def read_statistics(path: str, intensities: str) -> dict[str, Any] | None:
     Raises:
         StudyError: when ``intensities`` is neither, or the weights have no statistics.
     """
-    refuse_unknown("intensities", intensities, ("relative", "study"))
+    refuse_unknown("intensities", [intensities], ("relative", "study"))
     if intensities == "relative":
         return None
     statistics = read_state(path)[1].get("intensities")

@@ -119,8 +119,8 @@ class StudyWriter:
         page: bool = False,
         shard: str | None = None,
     ) -> None:
-        refuse_unknown("naming", naming, ("study", "bids"))
-        refuse_unknown("output_dtype", output_dtype, ("float32", "reference"))
+        refuse_unknown("naming", [naming], ("study", "bids"))
+        refuse_unknown("output_dtype", [output_dtype], ("float32", "reference"))
         self.output_dir = Path(str(output_dir)).expanduser()
         self.settings = json.loads(json.dumps({**(settings or {}), "written_by": type(self).__name__}))
         self.naming, self.output_dtype, self.page = naming, output_dtype, page

@@ -38,6 +38,9 @@ PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
 #: says is imported.
 NETWORKS = {"SSCFNet": "..networks.sscf", "PlainUNet": "..research.baselines", "MMGANGenerator": "..research.baselines"}
 
+#: What settings hold that was measured with the network and its bank, and the run that measures it anew.
+MEASURED = {"correction": "correcting", "trust": "calibrating"}
+
 #: Tensors of fewer values are never kept in half precision.
 _SMALL = 1024
 
@@ -204,15 +207,25 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def network_from_weights(path: str | Path, bank_size: int | None = None) -> ConfiguredNetwork:
+def network_from_weights(
+    path: str | Path,
+    bank_size: int | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    to_train: bool = False,
+) -> ConfiguredNetwork:
     """The network that a file of weights is of, with these weights.
+
+    With a new bank or more training it gives other images: what was measured with it as it is (``MEASURED``) is left
+    out of its settings then, which the log says.
 
     Args:
         path: see ``find_weights``.
         bank_size: of a new, empty bank in the place of that of the weights; None keeps theirs.
+        preprocessing: see ``load_weights``; of no effect with a new bank.
+        to_train: the network is going to be trained.
 
     Raises:
-        StudyError: as ``read_state``, or if the file names an unknown network.
+        StudyError: as ``read_state``, or if the file names an unknown network or does not fit ``preprocessing``.
     """
     state, settings, _ = read_state(path)
     name = settings.get("network")
@@ -227,8 +240,23 @@ def network_from_weights(path: str | Path, bank_size: int | None = None) -> Conf
     except (TypeError, ValueError, RuntimeError) as error:
         raise StudyError(f"{path} names settings that build no {name} ({error}): update the bundle.") from error
     if bank_size is None:
-        load_weights(network, path)
+        load_weights(network, path, preprocessing)
+    lost = [name for name in MEASURED if name in settings]
+    if lost and (bank_size is not None or to_train):
+        kept = {name: value for name, value in network.read_settings().items() if name not in MEASURED}
+        network.get_buffer(SETTINGS_KEY).copy_(encode_settings(kept))
+        logger.warning(
+            "Left out, as measured with the network and bank of %s: %s; run %s with the new weights.",
+            path,
+            " and ".join(lost),
+            " and ".join(MEASURED[name] for name in lost),
+        )
     return network.eval()
+
+
+def first_reason(error: BaseException) -> str:
+    """The first thing that the error of a ``load_state_dict`` names; torch's first line names the class alone."""
+    return str(error).strip().split("\n")[:2][-1].strip(" \t.") or type(error).__name__
 
 
 def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> str:
@@ -253,7 +281,7 @@ def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip(" \t.")
+            reason = first_reason(error)
     if reason:
         raise StudyError(f"{path} does not fit ({reason}): use the config files and settings of its training.")
     if isinstance(network, ConfiguredNetwork):

@@ -217,8 +217,10 @@ class Experiments:
     def __post_init__(self) -> None:
         # the runs have another working directory
         self.output_dir, self.bundle_root = Path(self.output_dir).absolute(), Path(self.bundle_root).absolute()
-        refuse_unknown("weights", self.weights, ("last", "best"))
+        refuse_unknown("weights", [self.weights], ("last", "best"))
         refuse_unknown("evaluate_with", self.evaluate_with, list(self.evaluations))
+        refuse_unknown("reference", [self.reference], [None, *self.experiments])
+        refuse_unknown("panels", self.panels, list(self.experiments))
         self.experiments = {name: Experiment(**definition) for name, definition in self.experiments.items()}
         self.evaluations = {name: Evaluation(**self.evaluations[name]) for name in self.evaluate_with}
         self.names = self._with_needs(self._members([self.names] if isinstance(self.names, str) else self.names))
@@ -246,7 +248,7 @@ class Experiments:
         waiting = list(names)
         while waiting:
             name = waiting.pop(0)
-            refuse_unknown("experiments", name, list(self.experiments))
+            refuse_unknown("experiments", [name], list(self.experiments))
             graph[name] = self._needs(name)
             waiting += [needed for needed in graph[name] if needed not in graph]
         try:
@@ -261,7 +263,7 @@ class Experiments:
         found: dict[str, set[int]] = {name: set() for name in self.names}
         for entry, values in by_entry.items():
             for name in self._members([entry]):
-                refuse_unknown("seeds", name, [*self.experiments, *self.sets])
+                refuse_unknown("seeds", [name], [*self.experiments, *self.sets])
                 found.setdefault(name, set()).update(values)
         for name in reversed(self.names):  # what is needed stands before what needs it
             for needed in self._needs(name):

@@ -27,8 +27,9 @@ from monai.transforms import Affine, RandBiasField, RandGibbsNoise, RandKSpaceSp
 from scipy import ndimage
 from torch import nn
 
-from ..contrasts import SCENARIOS, scenario_name
+from ..contrasts import SCENARIOS
 from ..data.transforms import LoadStudyd, StudyCompose
+from ..evaluation.evaluator import scenario_indices
 from ..inference.trust import TrustAssessor
 
 logger = logging.getLogger(__name__)
@@ -105,14 +106,14 @@ def reliability(
         preprocessing: ``inference_transforms`` with checks.
         network: on ``device``.
         assessor: gives scores and verdicts.
-        scenario: name as ``scenario_name`` gives it.
+        scenario: name as ``scenario_name`` gives it; another one is a ``StudyError``.
         severities: of ``corruptions``, in (0, 1].
         output_dir: made if needed.
         device: where to compute.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = torch.tensor({scenario_name(s): s for s in SCENARIOS}[scenario], dtype=torch.bool)
+    kept = torch.tensor(SCENARIOS[scenario_indices(scenario)[0]], dtype=torch.bool)
     place = next(i for i, step in enumerate(preprocessing.transforms) if isinstance(step, LoadStudyd)) + 1
     load, rest = (StudyCompose(part) for part in (preprocessing.transforms[:place], preprocessing.transforms[place:]))
     verdicts: list[dict[str, Any]] = []

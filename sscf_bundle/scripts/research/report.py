@@ -85,7 +85,7 @@ def write_report(
     read = read_runs(runs, bootstrap_samples)
     names = [*read.metadata, *(notes or {})]
     reference = names[0] if reference is None else reference
-    refuse_unknown("reference", reference, names)
+    refuse_unknown("reference", [reference], names)
     definitions = {name: {"reference": reference} | dict(one) for name, one in tables.items()}
     built = [*standard_tables(read, definitions, paper_values, notes), *more_tables]
     sections = plots(read, reference)

@@ -420,7 +420,7 @@ def build_table(
     Raises:
         StudyError: for an unknown kind.
     """
-    refuse_unknown("kind", kind, [*KINDS, "protocols"])
+    refuse_unknown("kind", [kind], [*KINDS, "protocols"])
     protocol, notes = protocol or PROTOCOLS.get(kind, "per_slice"), notes or {}
     labels = dict(rows) if rows is not None else {run: run for run in (*runs.metadata, *notes)}
     frame = runs.frame[runs.frame["run"].isin(labels)]

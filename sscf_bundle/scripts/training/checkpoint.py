@@ -28,7 +28,7 @@ from torch import nn
 
 from ..contrasts import StudyError
 from ..networks.settings import first_difference
-from ..networks.weights import atomic_saver, is_intact, remove_leftovers, save_weights
+from ..networks.weights import atomic_saver, first_reason, is_intact, remove_leftovers, save_weights
 from .bank_builder import BankFreezer
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,9 @@ class TrainingCheckpoint:
                 for name, item in self.objects.items():
                     item.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
                 raise StudyError(
-                    f"{path} does not fit the configured run ({reason}): restore the settings it was trained with, or "
-                    "give another --output_dir, or --resume false to start anew."
+                    f"{path} does not fit the configured run ({first_reason(error)}): restore the settings it was "
+                    "trained with, or give another --output_dir, or --resume false to start anew."
                 ) from error
             engine.state.epoch = state["engine"]["epoch"]
             engine.state.iteration = engine.state.epoch * (engine.state.epoch_length or 0)

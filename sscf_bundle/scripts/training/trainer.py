@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ from ..networks.precision import half_dtype
 from ..networks.sscf import network_input
 from .losses import Draw, GeneratorLoss, draw_entries, samples_to_judge
 from .step import Scenario, SSCFTrainingStep
+
+logger = logging.getLogger(__name__)
 
 #: What a slice dataset gives and the engine needs.
 BATCH_KEYS = ("target", "label", "has_contrast", "has_mask", "patient", "slice_id")
@@ -79,14 +82,16 @@ class Curriculum:
     """
 
     def __init__(self, phases: Sequence[Sequence[Any]] | None = None) -> None:
-        self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
-        lasts = [last for last, _ in self.phases]
-        if lasts != sorted(set(lasts)) or not all(
-            numbers and all(1 <= number < NUM_CONTRASTS for number in numbers) for _, numbers in self.phases
-        ):
+        try:
+            self.phases = [(int(last), tuple(int(n) for n in numbers)) for last, numbers in phases or ()]
+            lasts = [last for last, _ in self.phases]
+            possible = all(n and all(1 <= number < NUM_CONTRASTS for number in n) for _, n in self.phases)
+        except (TypeError, ValueError):
+            lasts, possible = [], False
+        if lasts != sorted(set(lasts)) or not possible:
             raise ValueError(
                 f"a curriculum is pairs of an ascending last epoch and some of 1 to {NUM_CONTRASTS - 1} contrasts, got "
-                f"{self.phases}."
+                f"{phases}."
             )
 
     def numbers(self, epoch: int) -> tuple[int, ...] | None:
@@ -453,6 +458,28 @@ class TimeLimit(ignite.handlers.TimeLimit):
         """Starts the clock at ``STARTED`` and looks at it after every iteration."""
         engine.add_event_handler(Events.STARTED, lambda: setattr(self, "start_time", time.time()))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+
+class LambdaLR(torch.optim.lr_scheduler.LambdaLR):
+    """torch's, but a training that goes on has the rate of the schedule of now, not the one in its checkpoint.
+
+    They differ where the training was ended and is extended. Load it after its optimizer.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores ``state_dict`` and sets the rates of the optimizer."""
+        super().load_state_dict(state_dict)
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        before, self._last_lr = self._last_lr, [r * f for r, f in zip(self.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+        if self._last_lr != before:
+            logger.info(
+                "The learning rate after epoch %d is %s, not %s: its schedule is not that of the checkpoint.",
+                self.last_epoch,
+                self._last_lr[0],
+                before[0],
+            )
 
 
 def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
