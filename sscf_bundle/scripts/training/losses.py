@@ -254,8 +254,8 @@ def structural_dissimilarity(images: torch.Tensor, target: torch.Tensor) -> torc
     """
     dims = images.dim() - 2
     window = [SSIM_WINDOW] * dims
-    pairs = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (images, target))
-    similarity, _ = compute_ssim_and_cs(*pairs, dims, window, [1.0] * dims, data_range=2.0, kernel_type="uniform")
+    ours, theirs = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (images, target))
+    similarity, _ = compute_ssim_and_cs(ours, theirs, dims, window, [1.0] * dims, data_range=2.0, kernel_type="uniform")
     return 1 - similarity.flatten(1).mean(dim=1).view(images.shape[:2])
 
 
