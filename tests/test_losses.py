@@ -33,6 +33,7 @@ from skimage.metrics import structural_similarity
 
 from scripts.contrasts import scenario_table
 from scripts.data.randomness import hash_uniform
+from scripts.evaluation.metrics import slice_ssim_map
 from scripts.networks.citim import PredictionHead
 from scripts.networks.memory_bank import BankEntries, MemoryBank
 from scripts.training.losses import (
@@ -470,6 +471,8 @@ def test_default_weights_are_those_of_section_3_2_and_there_must_be_five() -> No
     assert [weights[name] for name in names] == [100, 30, 50, 50, 1]
     with pytest.raises(ValueError, match="five"):
         GeneratorLoss(beta=(1, 2, 3))
+    with pytest.raises(ValueError, match="similarity"):
+        GeneratorLoss(ssim_weight=1)
 
 
 @pytest.mark.parametrize(
@@ -547,10 +550,7 @@ def test_ssim_term_is_that_of_scikit_image_on_missing_contrasts_with_truth() -> 
     expected = 0.0
     for b in range(batch):
         found = [
-            1
-            - structural_similarity(
-                images[b, i].numpy(), target[b, i].numpy(), data_range=2, use_sample_covariance=False
-            )
+            1 - structural_similarity(((images + 1) / 2)[b, i].numpy(), ((target + 1) / 2)[b, i].numpy(), data_range=1)
             for i in range(K)
             if has_contrast[b, i] and not available[b, i]
         ]
@@ -558,8 +558,10 @@ def test_ssim_term_is_that_of_scikit_image_on_missing_contrasts_with_truth() -> 
     target[~has_contrast] = float("nan")
     output = {"pred": torch.cat([images, images[:, :3]], dim=1).requires_grad_(), "available": available}
     truth = target, random_labels(batch, (12, 9), 0), has_contrast, torch.ones(batch, dtype=torch.bool)
-    terms = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, ssim_weight=3)(output, *truth)
-    assert terms["ssim"].item() == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    terms = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, ssim_weight=3, similarity=slice_ssim_map)(
+        output, *truth
+    )
+    assert terms["ssim"].item() == pytest.approx(expected, rel=1e-5) and expected > 0.05
     assert terms["loss"].item() == pytest.approx(3 * expected, rel=1e-5)
     terms["loss"].backward()
     gradient = output["pred"].grad

@@ -17,13 +17,12 @@ sample, so that accumulation over batches or processes equals one large batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
-from monai.metrics import compute_ssim_and_cs
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
@@ -33,8 +32,6 @@ from ..networks.precision import half_weights
 
 #: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
 AFFINITY_EPS = 1e-6
-#: Side of the uniform window of the SSIM term, in pixels: that of the protocol ``per_slice``.
-SSIM_WINDOW = 7
 
 
 def set_mean(values: torch.Tensor, members: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
@@ -242,23 +239,6 @@ def class_map_cross_entropy(
     return torch.where(has_mask, error[:, 0] + own, 0.0).mean()
 
 
-def structural_dissimilarity(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - SSIM (Wang et al. 2004) of each image, in [0, 2]: uniform windows inside the image, data range 2.
-
-    Args:
-        images: B x K x spatial in [-1, 1], sides of at least ``SSIM_WINDOW``.
-        target: the same.
-
-    Returns:
-        B x K.
-    """
-    dims = images.dim() - 2
-    window = [SSIM_WINDOW] * dims
-    ours, theirs = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (images, target))
-    similarity, _ = compute_ssim_and_cs(ours, theirs, dims, window, [1.0] * dims, data_range=2.0, kernel_type="uniform")
-    return 1 - similarity.flatten(1).mean(dim=1).view(images.shape[:2])
-
-
 class GeneratorLoss(nn.Module):
     """The whole objective of the network: the weighted sum of eq. 11 and eq. 14.
 
@@ -281,7 +261,8 @@ class GeneratorLoss(nn.Module):
         relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
             that features which grow in training do not come to be most of the objective; False is the paper.
         perceptual_weight: of the perceptual distance between synthesized and true contrasts; 0 is the paper.
-        ssim_weight: of ``structural_dissimilarity`` between synthesized and true contrasts; 0 is the paper.
+        ssim_weight: of 1 - ``similarity`` of synthesized and true contrasts, a mean over the image; 0 is the paper.
+        similarity: map of SSIM of two B x K x spatial images in [0, 1], see ``slice_ssim_map``.
         own_maps: see ``dependency_loss``.
         printed_order: see ``dependency_loss``.
         sums: sums over the sets of contrasts in the place of means, but for eq. 10, as printed in eq. 14.
@@ -289,7 +270,7 @@ class GeneratorLoss(nn.Module):
     Attributes: ``weights``, the weight of each term in the sum.
 
     Raises:
-        ValueError: unless ``beta`` has five numbers.
+        ValueError: unless ``beta`` has five numbers, or for ``ssim_weight`` without ``similarity``.
     """
 
     def __init__(
@@ -303,6 +284,7 @@ class GeneratorLoss(nn.Module):
         relative_feature: bool = False,
         perceptual_weight: float = 0.0,
         ssim_weight: float = 0.0,
+        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         own_maps: bool = True,
         printed_order: bool = False,
         sums: bool = False,
@@ -310,6 +292,8 @@ class GeneratorLoss(nn.Module):
         super().__init__()
         if len(beta) != 5:
             raise ValueError(f"beta must have five weights (eq. 14), got {len(beta)}.")
+        if ssim_weight and similarity is None:
+            raise ValueError("ssim_weight needs similarity, a map of SSIM.")
         names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
         self.weights = {
             "ctdl": segmentation_weight * alpha,
@@ -320,7 +304,7 @@ class GeneratorLoss(nn.Module):
             "perceptual": perceptual_weight,
             "ssim": ssim_weight,
         }
-        self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
+        self.ctdl_entries, self.relative_feature, self.similarity = ctdl_entries, relative_feature, similarity
         self.own_maps, self.printed_order, self.sums = own_maps, printed_order, sums
         self.segmentation = SegmentationLoss(dice_eps)
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
@@ -372,8 +356,9 @@ class GeneratorLoss(nn.Module):
             images = output["pred"][:, :NUM_CONTRASTS].float()
             # what a study lacks may hold NaN
             known = torch.where(expand_dims_like(has_contrast, target), target.float(), images.detach())
-            if "ssim" in used:
-                sets["ssim"] = structural_dissimilarity(images, known), missing, missing
+            if "ssim" in used and self.similarity is not None:
+                alike = self.similarity((images + 1) / 2, (known + 1) / 2)
+                sets["ssim"] = 1 - alike.flatten(2).mean(dim=2), missing, missing
             error = (images - known).abs()
             absolute = error.flatten(2).mean(dim=2)
             shown = available & output["decoded"] if "decoded" in output else available
