@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,7 +150,7 @@ def test_torchscript_applies_the_correction_once_and_inference_from_it_too(
         ckpt_file=str(corrected_weights),
         config_file=config_files("inference"),
         bundle_root=str(BUNDLE_ROOT),
-        ckpt_path=str(corrected_weights),
+        ckpt_path=str(weights),  # builds the network only: the correction is that of ckpt_file
     )
     image, loaded = images(48, 32), torch.jit.load(exported)
     with torch.no_grad():
@@ -182,6 +184,17 @@ def test_without_a_correction_the_network_itself_is_exported(weights: Path, tmp_
     assert made.exported() is made
     nodes = [node.kind() for node in torch.jit.script(made).inlined_graph.nodes()]
     assert nodes[-1] == "aten::cat"
+
+
+def test_log_of_an_export_is_not_drowned_by_that_of_onnx() -> None:
+    script = (
+        "import logging, logging.config, sys\n"
+        "logging.config.fileConfig(sys.argv[1])\n"
+        "names = ('scripts.networks.export', 'onnx_ir.passes.common', 'onnxscript.rewriter')\n"
+        "print([logging.getLogger(name).isEnabledFor(logging.INFO) for name in names])"
+    )
+    command = [sys.executable, "-c", script, str(BUNDLE_ROOT / "configs" / "logging.conf")]
+    assert subprocess.check_output(command, text=True).strip() == "[True, False, False]"
 
 
 def test_export_that_differs_leaves_no_file(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
