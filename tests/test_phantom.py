@@ -17,6 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from builders import bundle_workflow
 from scipy import ndimage
 
 from scripts.contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
@@ -162,6 +163,15 @@ def test_writing_again_touches_only_what_is_missing(cohort):
     after = times()
     assert set(after) == set(before)
     assert all((after[name] == before[name]) == name.startswith(cohort[0].name) for name in before)
+
+
+def test_demo_training_with_another_seed_is_refused_before_anything_is_written(tmp_path):
+    write_phantom_cohort(tmp_path / "phantom", 1, seed=0, shape=SHAPE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    workflow = bundle_workflow("train", "demo_train", seed=1, output_dir=tmp_path, phantom_subjects=1)
+    with pytest.raises(StudyError, match="holds phantoms of seed 0, not 1: give --seed 0 or another --output_dir"):
+        workflow.run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_nothing_half_written_after_a_failure(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,6 +74,27 @@ def test_registration_finds_how_the_head_moved(study, pose, register):
     inside = np.argwhere(moving.numpy() > 0)[::100]
     distance = ((found - pose @ AFFINE) @ np.c_[inside, np.ones(len(inside))].T)[:3]
     assert np.linalg.norm(distance, axis=0).mean() < 1.0
+
+
+def test_each_volume_that_is_registered_is_a_line_of_the_log(study, caplog):
+    steps = []
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "scripts.data.transforms"]
+
+    def register(fixed: MetaTensor, moving: MetaTensor) -> np.ndarray:
+        steps.append(told())
+        return moving.affine.numpy()
+
+    item = {"study": "S", "t1": study["flair"], "t1ce": study["t2"]}
+    caplog.set_level("INFO")
+    LoadStudyd()(item)
+    assert told() == []
+    item["t2"] = str(shutil.copy(study["t2"], study["t2"].replace("S_t2", "S_other")))
+    LoadStudyd(resample="t2", register=register)(item)
+    # each is told before it begins
+    lines = ["Study S: registering t1 to t2", "Study S: registering t1ce to t2"]
+    assert steps == [lines[:1], lines]
 
 
 def test_a_registered_contrast_lies_where_it_would_without_the_movement(study, register):

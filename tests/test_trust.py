@@ -132,6 +132,16 @@ def test_brain_masks_that_differ_are_no_movement(statistics: dict) -> None:
     assert "not_coregistered" not in judged(image, statistics)[0]
 
 
+def test_a_limit_below_0_of_studies_that_every_movement_makes_worse_is_a_limit_too() -> None:
+    studies = [{**measure(head(seed), SPACING, 0, ALL), "pairs": {(0, 1): (1.0, -0.2 - 0.1 * seed)}} for seed in (0, 1)]
+    worse = fit(studies, margin=0.25, slack=SLACK)
+    assert worse["limits"]["gain"] == pytest.approx(-0.2 + 0.25 * 0.2 + SLACK["gain"])
+    for gain, doubt in ((-0.3, 0.84), (-0.14, 1.0), (-0.1, 1.04), (0.1, 1.24)):
+        found, doubts = findings({**studies[0], "pairs": {(0, 1): (1.0, gain)}}, worse)
+        assert doubts["not_coregistered"] == pytest.approx(doubt)
+        assert ("not_coregistered" in {one["code"] for one in found}) == (gain > -0.14)
+
+
 def test_normalized_and_unusual_intensities_are_found(statistics: dict) -> None:
     image = head(9)
     assert "normalized" in judged(image / image.max(), statistics)[0]

@@ -154,6 +154,7 @@ class LoadStudyd(MapTransform):
             elif key in paths:
                 volume = self._read_contrast(paths[key])
                 if self.register is not None:
+                    logger.info("Study %s: registering %s to %s", d.get("study", first_path), key, reference)
                     volume.affine = torch.as_tensor(self.register(first, volume))
                 image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
         d["grid"] = reference

@@ -206,7 +206,17 @@ def write_phantom_cohort(
 def phantom_dataset(
     directory: str | os.PathLike, num_subjects: int, seed: int = 0, shape: Sequence[int] = FULL_SHAPE
 ) -> str:
-    """``write_phantom_cohort`` as the ``dataset_dir`` of a config; arguments as there. Returns ``directory``."""
+    """``write_phantom_cohort`` as the ``dataset_dir`` of a config; arguments as there. Returns ``directory``.
+
+    Raises:
+        StudyError: if ``directory`` holds phantoms of another seed, before anything is written.
+    """
+    others = {path.name.split("_")[1] for path in Path(directory).glob("Phantom_*_*")} - {str(seed)}
+    if others:
+        raise StudyError(
+            f"{directory} holds phantoms of seed {min(others)}, not {seed}: give --seed {min(others)} or another "
+            "--output_dir."
+        )
     write_phantom_cohort(directory, num_subjects, seed, shape)
     return str(directory)
 

@@ -31,6 +31,7 @@ from ..contrasts import CONTRAST_KEYS, NUM_CONTRASTS, SCENARIOS, StudyError, sce
 from ..data.cohort import Cohort
 from ..data.randomness import stable_hash
 from ..data.transforms import StudyCompose
+from ..networks.correction_table import CORRECTION_KEY, for_network_range
 from ..networks.sscf import SSCFNet, network_input
 from ..networks.weights import read_state
 from .calibration import complete_studies
@@ -38,8 +39,6 @@ from .trust import central_slices, patients_in_bank
 
 logger = logging.getLogger(__name__)
 
-#: Key of the settings in the weights that holds what ``fit_correction`` found.
-CORRECTION_KEY = "correction"
 _LEAST_PATIENTS = 3
 
 
@@ -140,6 +139,6 @@ class CorrectPredictiond(MapTransform):
         for key in self.key_iterator(d) if d["correction"] else ():
             d[key] = d[key].clone()
             for contrast, (slope, offset, _) in d["correction"].items():
-                # slope p + offset in [0, 1], written for [-1, 1]
-                d[key][CONTRAST_KEYS.index(contrast)].mul_(slope).add_(slope - 1 + 2 * offset)
+                slope, offset = for_network_range(slope, offset)
+                d[key][CONTRAST_KEYS.index(contrast)].mul_(slope).add_(offset)
         return d

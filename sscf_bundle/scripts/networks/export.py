@@ -34,6 +34,8 @@ _MULTIPLE = 16
 def export_network(network: ConfiguredNetwork, filepath: str | Path, tolerance: float = 1e-4) -> None:
     """Writes a network with its bank and its settings, after a check of all scenarios against the network itself.
 
+    A correction in the settings is applied by what is written, see ``ConfiguredNetwork.exported``.
+
     Args:
         network: in eval mode, on the CPU, in float32.
         filepath: ``.pt2`` for ``torch.export.load``, the settings are in the state; or ``.onnx``, with the input
@@ -50,6 +52,8 @@ def export_network(network: ConfiguredNetwork, filepath: str | Path, tolerance: 
     temporary = path.with_name(f"tmp_{path.name}")
     sides = {2: _MULTIPLE * torch.export.Dim("rows", max=64), 3: _MULTIPLE * torch.export.Dim("columns", max=64)}
     example = _example(2, 48, 64)
+    network = network.exported()
+    logger.info("%s: tracing the network, the first of some steps that take seconds to minutes", path.name)
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -59,7 +63,9 @@ def export_network(network: ConfiguredNetwork, filepath: str | Path, tolerance: 
                 torch.export.save(program, temporary)
                 run: Callable[[torch.Tensor], torch.Tensor] = torch.export.load(temporary).module()
             else:
+                logger.info("%s: traced, translating to ONNX", path.name)
                 run = _write_onnx(program, example, network, temporary)
+            logger.info("%s: exported, comparing with the network", path.name)
             for shape in ((len(scenario_table()), 48, 64), (3, 96, 32)):
                 image = _example(*shape)
                 difference = float((run(image) - network(image)).abs().max())
@@ -70,6 +76,7 @@ def export_network(network: ConfiguredNetwork, filepath: str | Path, tolerance: 
                         "torch and onnxruntime, or raise the tolerance."
                     )
         temporary.replace(path)
+        logger.info("%s: written", path)
     finally:
         temporary.unlink(missing_ok=True)
 

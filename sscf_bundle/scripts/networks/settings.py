@@ -15,14 +15,16 @@ They are a uint8 buffer with JSON text, so that a state_dict, a TorchScript modu
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from ..contrasts import StudyError
+from .correction_table import CORRECTION_KEY, apply_table, correction_table
 
 #: Name of the buffer.
 SETTINGS_KEY = "settings"
@@ -72,10 +74,31 @@ class ConfiguredNetwork(nn.Module):
         kept = {name: value for name, value in arguments.items() if name != "self" and not name.startswith("_")}
         settings = {"network": type(self).__name__, "arguments": json.loads(json.dumps(kept))}
         self.register_buffer(SETTINGS_KEY, encode_settings(settings))
+        #: Of ``exported`` alone: where Python runs the network, ``CorrectPredictiond`` does it, and can be left out.
+        self.correction_table: torch.Tensor | None = None
 
     def read_settings(self) -> dict[str, Any]:
         """``network`` (name of the class), ``arguments`` and, if the weights have been saved, ``preprocessing``."""
         return decode_settings(self.get_buffer(SETTINGS_KEY))
+
+    def exported(self) -> Self:
+        """What an export holds: this network, or one of its tensors that applies the correction of the settings."""
+        scenarios = self.read_settings().get(CORRECTION_KEY, {}).get("scenarios")
+        if not scenarios:
+            return self
+        network = copy.copy(self)
+        network.correction_table = correction_table(scenarios)
+        return network
+
+    def __prepare_scriptable__(self) -> Self:
+        """What ``torch.jit.script`` compiles in the place of this network."""
+        return self.exported()
+
+    def corrected(self, pred: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+        """The result of ``forward``: B x 7 x spatial of samples with B x 4 ``available``, see ``exported``."""
+        if self.correction_table is not None:
+            pred = apply_table(pred, available, self.correction_table)
+        return pred
 
     def refusal(self, settings: Mapping[str, Any]) -> str | None:
         """Why weights with these settings are not weights of this network, in a few words; None if they are."""

@@ -502,7 +502,7 @@ class SSCFNet(ConfiguredNetwork):
         # what stands in a missing contrast is not read, and no NaN may enter the features
         images = torch.where(expand_dims_like(available, images), images, -1.0)
         out = self.run_branches(images, available, bank, allowed)
-        return torch.cat([out.images, torch.sigmoid(out.logits)], dim=1)
+        return self.corrected(torch.cat([out.images, torch.sigmoid(out.logits)], dim=1), available)
 
     def for_scenario(self, available: Sequence[bool]) -> ScenarioNetwork:
         """The same network for samples that all have one scenario; only what it needs is computed."""

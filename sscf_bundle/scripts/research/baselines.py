@@ -76,7 +76,7 @@ class PlainUNet(ConfiguredNetwork):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """B x 8 x spatial (multiples of 16) to B x 7 x spatial, as ``SSCFNet.forward``."""
         images, logits = self.run(image)
-        return torch.cat([images, torch.sigmoid(logits)], dim=1)
+        return self.corrected(torch.cat([images, torch.sigmoid(logits)], dim=1), read_availability(image))
 
 
 class PlainTrainingStep(nn.Module):
@@ -182,7 +182,8 @@ class MMGANGenerator(ConfiguredNetwork):
             x = torch.cat([stage(x), skips[len(skips) - 2 - k]], dim=1)
         made = torch.tanh(F.pad(self.head(x), [-m for m in margins]).float())
         images = torch.where(expand_dims_like(available, made), given.float(), made)
-        return torch.cat([images, torch.zeros_like(images[:, : self.num_tumor_classes])], dim=1)
+        masks = torch.zeros_like(images[:, : self.num_tumor_classes])
+        return self.corrected(torch.cat([images, masks], dim=1), available)
 
 
 class MMGANDiscriminator(nn.Module):
