@@ -112,12 +112,17 @@ def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> An
     parser = ConfigParser()
     parser.read_config(files)
     content = parser[name]
+    # a default may build a network, and what that logs is not of this run
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         return parser.get_parsed_content(name)
     except Exception:
         parser.update({other: value for other, value in given.items() if other in parser})
         parser[name] = content
         return parser.get_parsed_content(name)
+    finally:
+        logging.disable(disabled)
 
 
 def refuse_unknown(name: str, given: Sequence[Any], known: Sequence[Any]) -> None:
