@@ -26,7 +26,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.models import alexnet
 
 from scripts.contrasts import StudyError
-from scripts.evaluation.metrics import ssim_map
 from scripts.evaluation.protocols import (
     BraSynProtocol,
     PerceptualDistance,
@@ -40,6 +39,7 @@ from scripts.evaluation.protocols import (
     slice_jump,
     tumor_boxes,
 )
+from scripts.ssim import ssim_map
 
 SIZE = (14, 48, 40)
 #: Weights of the real AlexNet, where there are some.

@@ -33,7 +33,6 @@ from skimage.metrics import structural_similarity
 
 from scripts.contrasts import scenario_table
 from scripts.data.randomness import hash_uniform
-from scripts.evaluation.metrics import slice_ssim_map
 from scripts.networks.citim import PredictionHead
 from scripts.networks.memory_bank import BankEntries, MemoryBank
 from scripts.training.losses import (
@@ -471,8 +470,6 @@ def test_default_weights_are_those_of_section_3_2_and_there_must_be_five() -> No
     assert [weights[name] for name in names] == [100, 30, 50, 50, 1]
     with pytest.raises(ValueError, match="five"):
         GeneratorLoss(beta=(1, 2, 3))
-    with pytest.raises(ValueError, match="similarity"):
-        GeneratorLoss(ssim_weight=1)
 
 
 @pytest.mark.parametrize(
@@ -558,9 +555,7 @@ def test_ssim_term_is_that_of_scikit_image_on_missing_contrasts_with_truth() -> 
     target[~has_contrast] = float("nan")
     output = {"pred": torch.cat([images, images[:, :3]], dim=1).requires_grad_(), "available": available}
     truth = target, random_labels(batch, (12, 9), 0), has_contrast, torch.ones(batch, dtype=torch.bool)
-    terms = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, ssim_weight=3, similarity=slice_ssim_map)(
-        output, *truth
-    )
+    terms = GeneratorLoss(beta=(0, 0, 0, 0, 0), segmentation_weight=0, ssim_weight=3)(output, *truth)
     assert terms["ssim"].item() == pytest.approx(expected, rel=1e-5) and expected > 0.05
     assert terms["loss"].item() == pytest.approx(3 * expected, rel=1e-5)
     terms["loss"].backward()

@@ -31,7 +31,8 @@ from torch import nn
 
 from ..checked_settings import refuse_unknown
 from ..contrasts import StudyError, class_masks, region_masks
-from .metrics import GAUSSIAN, UNIFORM, psnr, scale_by_slice, slice_ssim_map, ssim_map
+from ..ssim import GAUSSIAN, UNIFORM, slice_ssim_map, ssim_map
+from .metrics import psnr, scale_by_slice
 
 #: What the windows of SSIM reach beyond their centers: that of volumes, and that of slices.
 REACH, SLICE_REACH = len(GAUSSIAN) // 2, len(UNIFORM) // 2

@@ -17,7 +17,7 @@ sample, so that accumulation over batches or processes equals one large batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
 from ..networks.blocks import STATISTICS_EPS, expand_dims_like, number_of, scale_statistics
 from ..networks.memory_bank import BankEntries
 from ..networks.precision import half_weights
+from ..ssim import slice_ssim_map
 
 #: Least distance of an affinity or a probability from 0 and 1 in a logarithm.
 AFFINITY_EPS = 1e-6
@@ -261,8 +262,7 @@ class GeneratorLoss(nn.Module):
         relative_feature: divide the feature loss (eq. 10) of each scale by the variance over space of the target, so
             that features which grow in training do not come to be most of the objective; False is the paper.
         perceptual_weight: of the perceptual distance between synthesized and true contrasts; 0 is the paper.
-        ssim_weight: of 1 - ``similarity`` of synthesized and true contrasts, a mean over the image; 0 is the paper.
-        similarity: map of SSIM of two B x K x spatial images in [0, 1], see ``slice_ssim_map``.
+        ssim_weight: of 1 - SSIM (``slice_ssim_map``) of synthesized and true contrasts in [0, 1]; 0 is the paper.
         own_maps: see ``dependency_loss``.
         printed_order: see ``dependency_loss``.
         sums: sums over the sets of contrasts in the place of means, but for eq. 10, as printed in eq. 14.
@@ -270,7 +270,7 @@ class GeneratorLoss(nn.Module):
     Attributes: ``weights``, the weight of each term in the sum.
 
     Raises:
-        ValueError: unless ``beta`` has five numbers, or for ``ssim_weight`` without ``similarity``.
+        ValueError: unless ``beta`` has five numbers.
     """
 
     def __init__(
@@ -284,7 +284,6 @@ class GeneratorLoss(nn.Module):
         relative_feature: bool = False,
         perceptual_weight: float = 0.0,
         ssim_weight: float = 0.0,
-        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         own_maps: bool = True,
         printed_order: bool = False,
         sums: bool = False,
@@ -292,8 +291,6 @@ class GeneratorLoss(nn.Module):
         super().__init__()
         if len(beta) != 5:
             raise ValueError(f"beta must have five weights (eq. 14), got {len(beta)}.")
-        if ssim_weight and similarity is None:
-            raise ValueError("ssim_weight needs similarity, a map of SSIM.")
         names = ("synthesis", "reconstruction", "feature", "tumor", "adversarial")
         self.weights = {
             "ctdl": segmentation_weight * alpha,
@@ -304,7 +301,7 @@ class GeneratorLoss(nn.Module):
             "perceptual": perceptual_weight,
             "ssim": ssim_weight,
         }
-        self.ctdl_entries, self.relative_feature, self.similarity = ctdl_entries, relative_feature, similarity
+        self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
         self.own_maps, self.printed_order, self.sums = own_maps, printed_order, sums
         self.segmentation = SegmentationLoss(dice_eps)
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
@@ -356,8 +353,8 @@ class GeneratorLoss(nn.Module):
             images = output["pred"][:, :NUM_CONTRASTS].float()
             # what a study lacks may hold NaN
             known = torch.where(expand_dims_like(has_contrast, target), target.float(), images.detach())
-            if "ssim" in used and self.similarity is not None:
-                alike = self.similarity((images + 1) / 2, (known + 1) / 2)
+            if "ssim" in used:
+                alike = slice_ssim_map((images + 1) / 2, (known + 1) / 2)
                 sets["ssim"] = 1 - alike.flatten(2).mean(dim=2), missing, missing
             error = (images - known).abs()
             absolute = error.flatten(2).mean(dim=2)
