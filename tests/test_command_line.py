@@ -105,6 +105,14 @@ def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:
     assert checked_settings(config_files("train"), {"slice_choice": [70, 71], "val_slice_choice": "brain"}) == {}
 
 
+def test_setting_may_be_of_any_type_that_one_of_the_configs_gives_it() -> None:
+    files = config_files("train", "paper_literal")
+    assert checked_settings(files, {"slice_choice": "brain"}) == {}
+    assert checked_settings(files, {"slice_choice": [70, 71]}) == {}
+    with pytest.raises(StudyError, match="slice_choice must be a list"):
+        checked_settings(files, {"slice_choice": 3})
+
+
 def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Path) -> None:
     given = {"compile": "false", "resume": "no", "val_at_start": "True", "amp": "off"}
     expected = {"compile": False, "resume": False, "val_at_start": True, "amp": False}

@@ -118,6 +118,16 @@ def corrected_as_inference_does(path: Path, image: torch.Tensor) -> torch.Tensor
     return done[..., 0].clamp(-1, 1)
 
 
+def test_missing_packages_of_onnx_are_named_before_the_network_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr(torch.export, "export", None)
+    with pytest.raises(StudyError, match="pip install onnx no_such_package"):
+        export_network(PlainUNet(2, TINY_CHANNELS).eval(), tmp_path / "new" / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_exports_apply_the_correction_of_the_weights_and_tell_each_stage(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 
 from .contrasts import StudyError
 
@@ -41,9 +42,10 @@ def checked_settings(
 ) -> dict[str, Any]:
     """Holds settings against the configs that they change.
 
-    A setting must be of the type that the configs give it, by a value or an expression; what counts something must
-    not be negative. An expression is taken as it is: ``$None`` gives none of a number. What is a text or nothing may
-    become anything but a truth value, and is held against what it can be where it is used.
+    A setting must be of the type that the configs give it, by a value or an expression; where an overlay gives another
+    type than what lies below it, of either. What counts something must not be negative. An expression is taken as it
+    is: ``$None`` gives none of a number. What is a text or nothing may become anything but a truth value, and is held
+    against what it can be where it is used.
 
     Args:
         files: of the configs.
@@ -84,7 +86,9 @@ def checked_settings(
             changed[name] = value = _TRUTH[value.lower()]
         if wanted in _ACCEPTED:
             accepted, words = _ACCEPTED[wanted]
-            if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
+            if (wanted is not bool and isinstance(value, bool)) or not isinstance(
+                value, accepted + _kinds(files, name)
+            ):
                 raise StudyError(f"{given_name} must be {words}, got {value!r}.")
         if wanted is int and default >= 0:
             least = 1 if name.endswith("_size") else 0
@@ -105,6 +109,13 @@ def _is_made(value: Any) -> bool:
     if isinstance(value, str):
         return value.startswith(("$", "@", "%"))
     return isinstance(value, dict) and "_target_" in value
+
+
+def _kinds(files: str | Sequence[str], name: str) -> tuple[type, ...]:
+    """Types of the plain values that single configs give a setting."""
+    parsers = [ConfigParser(ConfigParser.load_config_file(file)) for file in ensure_tuple(files)]
+    values = [parser[name] for parser in parsers if name in parser]
+    return tuple(type(value) for value in values if value is not None and not _is_made(value))
 
 
 def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from .sscf import network_input
 logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
+#: What an export to ONNX needs beside torch.
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 #: Sides of a slice are multiples of this.
 _MULTIPLE = 16
 
@@ -43,11 +46,14 @@ def export_network(network: ConfiguredNetwork, filepath: str | Path, tolerance: 
         tolerance: largest difference that is accepted.
 
     Raises:
-        StudyError: for another suffix, or if what was exported computes something else; no file is left then.
+        StudyError: for another suffix, without the packages of ONNX, or if what was exported computes something
+            else; no file is left then.
     """
     path = Path(filepath)
     if path.suffix not in (".pt2", ".onnx"):
         raise StudyError(f"{path} has no known suffix: write .pt2 or .onnx, or use monai.bundle ckpt_export for .ts.")
+    if path.suffix == ".onnx" and not all(map(find_spec, ONNX_PACKAGES)):
+        raise StudyError(f"ONNX needs more packages: pip install {' '.join(ONNX_PACKAGES)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"tmp_{path.name}")
     sides = {2: _MULTIPLE * torch.export.Dim("rows", max=64), 3: _MULTIPLE * torch.export.Dim("columns", max=64)}
@@ -92,11 +98,8 @@ def _write_onnx(
     program: torch.export.ExportedProgram, example: torch.Tensor, network: ConfiguredNetwork, path: Path
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Writes ONNX and returns a function that runs it."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise StudyError("ONNX needs more packages: pip install onnx onnxscript onnxruntime.") from error
+    import onnxruntime
+
     table = torch.export.default_decompositions()
     table[_aten.sort.stable] = _sort
     table[_aten.repeat_interleave.self_int] = _repeat

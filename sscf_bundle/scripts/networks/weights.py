@@ -208,26 +208,21 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def network_from_weights(
-    path: str | Path,
-    bank_size: int | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    to_train: bool = False,
+    path: str | Path, bank_size: int | None = None, preprocessing: Mapping[str, Any] | None = None
 ) -> ConfiguredNetwork:
     """The network that a file of weights is of, with these weights.
 
-    With a new bank or more training it gives other images: what was measured with it as it is (``MEASURED``) is left
-    out of its settings then, which the log says.
-
     Args:
         path: see ``find_weights``.
-        bank_size: of a new, empty bank in the place of that of the weights; None keeps theirs.
+        bank_size: of a new, empty bank in the place of that of the weights, without what was measured with theirs, see
+            ``leave_out_measured``; None keeps theirs.
         preprocessing: see ``load_weights``; of no effect with a new bank.
-        to_train: the network is going to be trained.
 
     Raises:
         StudyError: as ``read_state``, or if the file names an unknown network or does not fit ``preprocessing``.
     """
-    state, settings, _ = read_state(path)
+    content = read_state(path)
+    state, settings, _ = content
     name = settings.get("network")
     if name not in NETWORKS:
         raise StudyError(f"{path} holds weights of the unknown network {name}: known are {', '.join(NETWORKS)}.")
@@ -240,9 +235,29 @@ def network_from_weights(
     except (TypeError, ValueError, RuntimeError) as error:
         raise StudyError(f"{path} names settings that build no {name} ({error}): update the bundle.") from error
     if bank_size is None:
-        load_weights(network, path, preprocessing)
+        _load(network, path, content, preprocessing)
+    else:
+        leave_out_measured(network, settings, path)
+    return network.eval()
+
+
+def network_to_train(path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> ConfiguredNetwork:
+    """``network_from_weights`` without what was measured with it, for more training."""
+    network = network_from_weights(path, preprocessing=preprocessing)
+    leave_out_measured(network, network.read_settings(), path)
+    return network
+
+
+def leave_out_measured(network: ConfiguredNetwork, settings: Mapping[str, Any], path: str | Path) -> None:
+    """Drops ``MEASURED`` from a network that is going to give other images, which the log says.
+
+    Args:
+        network: loses them from its settings.
+        settings: of its weights.
+        path: of its weights.
+    """
     lost = [name for name in MEASURED if name in settings]
-    if lost and (bank_size is not None or to_train):
+    if lost:
         kept = {name: value for name, value in network.read_settings().items() if name not in MEASURED}
         network.get_buffer(SETTINGS_KEY).copy_(encode_settings(kept))
         logger.warning(
@@ -251,7 +266,6 @@ def network_from_weights(
             " and ".join(lost),
             " and ".join(MEASURED[name] for name in lost),
         )
-    return network.eval()
 
 
 def first_reason(error: BaseException) -> str:
@@ -274,7 +288,17 @@ def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[st
     Raises:
         StudyError: when there is no such file, or it cannot be read or fits neither network nor preprocessing.
     """
-    state, settings, sha256 = read_state(path)
+    return _load(network, path, read_state(path), preprocessing)
+
+
+def _load(
+    network: nn.Module,
+    path: str | Path,
+    content: tuple[dict[str, torch.Tensor], dict[str, Any], str],
+    preprocessing: Mapping[str, Any] | None,
+) -> str:
+    """``load_weights`` of what ``read_state`` gave."""
+    state, settings, sha256 = content
     reason = network.refusal(settings) if isinstance(network, ConfiguredNetwork) else None
     reason = reason or first_difference(preprocessing or {}, settings.get("preprocessing", {}))
     if not reason:
