@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,11 +87,10 @@ def checked_settings(
             changed[name] = value = _TRUTH[value.lower()]
         if wanted in _ACCEPTED:
             accepted, words = _ACCEPTED[wanted]
-            if (wanted is not bool and isinstance(value, bool)) or not isinstance(
-                value, accepted + _kinds(files, name)
-            ):
+            fits = isinstance(value, accepted + _kinds(files, name))
+            if not fits or (wanted is not bool and isinstance(value, bool)):
                 raise StudyError(f"{given_name} must be {words}, got {value!r}.")
-        if wanted is int and default >= 0:
+        if wanted is int and default >= 0 and isinstance(value, int | float):
             least = 1 if name.endswith("_size") else 0
             if value < least:
                 raise StudyError(f"{given_name} must be at least {least}, got {value!r}.")
@@ -113,6 +113,8 @@ def _is_made(value: Any) -> bool:
 
 def _kinds(files: str | Sequence[str], name: str) -> tuple[type, ...]:
     """Types of the plain values that single configs give a setting."""
+    if isinstance(files, str) and not Path(files).is_file():
+        files = files.split(",")  # as MONAI reads them
     parsers = [ConfigParser(ConfigParser.load_config_file(file)) for file in ensure_tuple(files)]
     values = [parser[name] for parser in parsers if name in parser]
     return tuple(type(value) for value in values if value is not None and not _is_made(value))

@@ -242,7 +242,10 @@ def network_from_weights(
 
 
 def network_to_train(path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> ConfiguredNetwork:
-    """``network_from_weights`` without what was measured with it, for more training."""
+    """``network_from_weights`` without what was measured with it, for more training.
+
+    Arguments and errors are those of ``network_from_weights``.
+    """
     network = network_from_weights(path, preprocessing=preprocessing)
     leave_out_measured(network, network.read_settings(), path)
     return network
