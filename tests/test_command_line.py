@@ -111,10 +111,6 @@ def test_setting_may_be_of_any_type_that_one_of_the_configs_gives_it() -> None:
     assert checked_settings(files, {"slice_choice": [70, 71]}) == {}
     with pytest.raises(StudyError, match="slice_choice must be a list"):
         checked_settings(files, {"slice_choice": 3})
-    joined = ",".join(files)
-    assert checked_settings(joined, {"slice_choice": "brain"}) == {}
-    with pytest.raises(StudyError, match="learning_rate must be a number"):
-        checked_settings(joined, {"learning_rate": "fast"})
 
 
 def test_text_that_a_config_below_gives_passes_where_the_overlay_counts(tmp_path: Path) -> None:

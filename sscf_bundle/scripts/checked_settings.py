@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,8 +112,6 @@ def _is_made(value: Any) -> bool:
 
 def _kinds(files: str | Sequence[str], name: str) -> tuple[type, ...]:
     """Types of the plain values that single configs give a setting."""
-    if isinstance(files, str) and not Path(files).is_file():
-        files = files.split(",")  # as MONAI reads them
     parsers = [ConfigParser(ConfigParser.load_config_file(file)) for file in ensure_tuple(files)]
     values = [parser[name] for parser in parsers if name in parser]
     return tuple(type(value) for value in values if value is not None and not _is_made(value))
