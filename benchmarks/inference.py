@@ -25,10 +25,11 @@ from monai.bundle import ConfigWorkflow
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS
 from scripts.demo.phantom import incomplete_study, write_phantom_cohort
 from scripts.inference.inferer import BrainSliceInferer
+from scripts.networks.availability import network_input
 from scripts.networks.memory_bank import BankEntries
-from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.plain_unet import PlainUNet
+from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import save_weights
-from scripts.research.baselines import PlainUNet
 
 from .measure import CONFIGS, median_seconds, precision, synchronize
 

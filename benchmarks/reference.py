@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from scripts.contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from scripts.networks.blocks import PRESETS
 from scripts.networks.citim import CITIM, class_prototypes
 from scripts.networks.retrieval import active_pairs
-from scripts.networks.sscf import PRESETS
 
 from .inference import filled_network, scenario
 from .measure import median_seconds

@@ -36,8 +36,9 @@ from scripts.contrasts import (
     scenario_name,
     scenario_table,
 )
+from scripts.networks.availability import network_input
 from scripts.networks.memory_bank import BankEntries, MemoryBank
-from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.sscf import SSCFNet
 from scripts.training.step import SSCFTrainingStep
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1] / "sscf_bundle"

@@ -25,9 +25,10 @@ from scripts.contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
 from scripts.data.transforms import study_transforms
+from scripts.networks.availability import network_input
 from scripts.networks.blocks import scale_statistics
 from scripts.networks.memory_bank import BankEntries, CompiledBank
-from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import load_weights, network_from_weights, read_state, save_weights
 from scripts.training.bank_builder import BankFreezer, bank_slices, freeze_bank
 from scripts.training.step import make_entries

@@ -34,7 +34,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from scripts.contrasts import StudyError, scenario_table
-from scripts.networks.sscf import network_input
+from scripts.networks.availability import network_input
+from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import load_weights, network_from_weights, save_weights
 from scripts.research.baselines import (
     MMGANDiscriminator,
@@ -42,7 +43,6 @@ from scripts.research.baselines import (
     MMGANGenerator,
     MMGANTrainer,
     PlainTrainingStep,
-    PlainUNet,
 )
 from scripts.training.losses import GeneratorLoss
 from scripts.training.trainer import Curriculum, draw_scenarios
@@ -77,6 +77,8 @@ def test_unet_starts_with_few_tumor_and_takes_presets_and_volumes() -> None:
         assert net(torch.ones(1, 8, *[16] * spatial_dims)).shape == (1, 7, *[16] * spatial_dims)
     with pytest.raises(ValueError, match="channels must be numbers or one of"):
         PlainUNet(2, "huge")
+    with pytest.raises(ValueError, match="channels must be numbers or one of"):
+        PlainUNet(2, 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch normalization"):
         PlainUNet(2, TINY_CHANNELS, norm="BATCH")
 

@@ -27,9 +27,9 @@ from scripts.inference.correction import CorrectPredictiond, fit_correction
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.synthesize import synthesize_study
 from scripts.inference.trust import central_slices
-from scripts.networks.sscf import network_input
+from scripts.networks.availability import network_input
+from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import read_state, save_weights
-from scripts.research.baselines import PlainUNet
 
 PREPROCESSING = {"image_size": 64, "spacing": 4.0, "scaling": "brain"}
 

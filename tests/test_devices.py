@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from benchmarks.training import build_trainer, synthetic_batch
 from scripts.contrasts import SCENARIOS, scenario_table
 from scripts.evaluation.metrics import ScenarioScores
-from scripts.networks.sscf import network_input
+from scripts.networks.availability import network_input
 from scripts.training.step import Scenario
 from scripts.training.trainer import SSCFTrainer
 

@@ -26,8 +26,8 @@ from torch import nn
 from scripts.contrasts import SCENARIOS, StudyError, scenario_name
 from scripts.data.slices import CachedStudy, PreparedSlices, SliceDataset
 from scripts.evaluation.metrics import mean_of_available, zero_filling
+from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import read_state, save_weights
-from scripts.research.baselines import PlainUNet
 from scripts.research.downstream import (
     BrainInferer,
     DownstreamScores,

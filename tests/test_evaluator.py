@@ -53,7 +53,8 @@ from scripts.evaluation.evaluator import (
 from scripts.evaluation.metrics import ScenarioScores, fill_background, mean_of_available, zero_filling
 from scripts.evaluation.protocols import BraSynProtocol, PerSliceProtocol, StudyTarget, VolumeProtocol, region_dice
 from scripts.evaluation.scores import StudyScores
-from scripts.networks.sscf import SSCFNet, network_input, read_availability
+from scripts.networks.availability import network_input, read_availability
+from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import save_weights
 
 SIZE = (32, 32)

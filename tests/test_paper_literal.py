@@ -33,10 +33,10 @@ from builders import (
 
 from scripts.contrasts import StudyError, scenario_table
 from scripts.evaluation.bootstrap import read_scores
+from scripts.networks.availability import network_input
 from scripts.networks.blocks import scale_statistics
 from scripts.networks.memory_bank import MemoryBank
 from scripts.networks.retrieval import active_pairs
-from scripts.networks.sscf import network_input
 from scripts.networks.weights import network_from_weights, read_state
 from scripts.training.bank_builder import BankAsItStands
 from scripts.training.losses import DiscriminatorLoss, GeneratorLoss, dependency_loss, draw_entries

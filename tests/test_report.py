@@ -28,7 +28,7 @@ from monai.bundle import ConfigParser
 
 from scripts.contrasts import SCENARIOS, StudyError, scenario_name
 from scripts.evaluation.panels import ScenarioPanels, ScoreLog, scenario_panel
-from scripts.networks.sscf import network_input
+from scripts.networks.availability import network_input
 from scripts.networks.weights import save_weights
 from scripts.research.figures import (
     demo_figure,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import assert_same, random_batch, tiny_step
+from builders import TINY_CHANNELS, assert_same, random_batch, tiny_step
 
 from scripts.contrasts import scenario_table
 from scripts.training.losses import Draw, GeneratorLoss
@@ -28,6 +28,7 @@ VARIANTS = [
     {"prediction": "mean"},
     {"mask_input": False},
     {"synthesis": False},
+    {"companion": TINY_CHANNELS},
     {"segmentation": "none", "prediction": "mean"},
 ]
 

@@ -32,9 +32,10 @@ from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
 from scripts.networks import sscf
+from scripts.networks.availability import network_input
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
-from scripts.networks.sscf import SSCFNet, network_input
+from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import network_from_weights, save_weights
 from scripts.research.reliability import corruptions, reliability
 

@@ -27,7 +27,7 @@ from ..checked_settings import refuse_unknown
 from ..contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from ..data.slices import SliceDataset
 from ..inference.trust import patients_in_bank
-from ..networks.sscf import network_input
+from ..networks.availability import network_input
 
 
 def scenario_indices(names: str | Sequence[str] | None) -> list[int]:

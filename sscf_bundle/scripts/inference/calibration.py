@@ -28,7 +28,8 @@ from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, St
 from ..data.cohort import Cohort
 from ..data.datalist import write_whole
 from ..data.transforms import LoadStudyd, StudyCompose
-from ..networks.sscf import SSCFNet, network_input
+from ..networks.availability import network_input
+from ..networks.sscf import SSCFNet
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
 from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, place, worst

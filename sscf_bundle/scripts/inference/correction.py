@@ -31,8 +31,9 @@ from ..contrasts import CONTRAST_KEYS, NUM_CONTRASTS, SCENARIOS, StudyError, sce
 from ..data.cohort import Cohort
 from ..data.randomness import stable_hash
 from ..data.transforms import StudyCompose
+from ..networks.availability import network_input
 from ..networks.correction_table import CORRECTION_KEY, for_network_range
-from ..networks.sscf import SSCFNet, network_input
+from ..networks.sscf import SSCFNet
 from ..networks.weights import read_state
 from .calibration import complete_studies
 from .trust import central_slices, patients_in_bank

@@ -22,9 +22,10 @@ from torch import nn
 
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, scenario_name
 from ..data.randomness import stable_hash
+from ..networks.availability import network_input
 from ..networks.blocks import channel_statistics
 from ..networks.retrieval import key_distances
-from ..networks.sscf import SSCFNet, network_input
+from ..networks.sscf import SSCFNet
 from ..networks.weights import read_state
 
 #: Key of the settings in the weights that holds what ``calibrate`` found.
@@ -124,6 +125,7 @@ def study_scores(
             kept = torch.tensor([j in given and j != i for j in range(NUM_CONTRASTS)], device=slices.device)
             single = network.for_scenario(kept.tolist())
             single.targets, single.target_index = [i], single.target_index.new_tensor([i])
+            single.companion = None  # so that limits hold with any
             if network.two_passes:
                 # the mask of the first pass, and with it every feature, is another without this contrast
                 pred = single(network_input(slices[:, :NUM_CONTRASTS], kept.expand(len(slices), -1)))[:, i]

@@ -22,11 +22,28 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import nn
 
+#: Channels of F^1..F^5; ``paper`` is the width of the published code.
+PRESETS = {
+    "tiny": (8, 16, 24, 32, 48),
+    "small": (16, 32, 64, 128, 256),
+    "base": (32, 64, 128, 256, 512),
+    "paper": (64, 128, 256, 512, 1024),
+}
+#: Probability of a tumor class at the start of training.
+PRIOR_PROBABILITY = 0.02
 #: Normalization of all blocks: its statistics span one image and one contrast, never the batch.
 DEFAULT_NORM = ("group", {"num_groups": 4})
 #: Added to a variance over space.
 STATISTICS_EPS = 1e-5
 DEFAULT_ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
+
+
+def channel_numbers(channels: Sequence[int] | str) -> tuple[int, ...]:
+    """Channels of the five scales by a name in ``PRESETS``, or as given; a ``ValueError`` for anything else."""
+    found = PRESETS.get(channels) if isinstance(channels, str) else channels
+    if not isinstance(found, Sequence):
+        raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
+    return tuple(found)
 
 
 def number_of(mask: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
+from .availability import network_input
 from .settings import ConfiguredNetwork
-from .sscf import network_input
 
 logger = logging.getLogger(__name__)
 

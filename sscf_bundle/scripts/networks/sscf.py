@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -22,11 +22,14 @@ from monai.networks.layers.factories import Conv
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
+from .availability import read_availability
 from .blocks import (
     DEFAULT_ACT,
     DEFAULT_NORM,
+    PRIOR_PROBABILITY,
     Decoder,
     Encoder,
+    channel_numbers,
     expand_dims_like,
     masked_mean,
     mean_of_maps,
@@ -38,18 +41,9 @@ from .blocks import (
 from .ccp import CCP, adain, gather, pairs_of_batch
 from .citim import CITIM
 from .memory_bank import BankEntries, CompiledBank, MemoryBank
+from .plain_unet import PlainUNet
 from .retrieval import active_pairs, key_distances, mean_prototype, retrieve, usable_for_pairs
 from .settings import ConfiguredNetwork
-
-#: Channels of F^1..F^5; ``paper`` is the width of the published code.
-PRESETS = {
-    "tiny": (8, 16, 24, 32, 48),
-    "small": (16, 32, 64, 128, 256),
-    "base": (32, 64, 128, 256, 512),
-    "paper": (64, 128, 256, 512, 1024),
-}
-#: Probability of a tumor class at the start of training.
-PRIOR_PROBABILITY = 0.02
 
 
 class BranchOutputs(NamedTuple):
@@ -101,6 +95,8 @@ class SSCFNet(ConfiguredNetwork):
         keys: ``bottleneck``, one key of F_i^5 for all scales; or ``each_scale``, as in the paper: F_i^j pooled to
             ``key_size`` 2^(5 - j) cells along each axis, the whole map where that is its size.
         scale_sources: False leaves out the factors (K - 1) / |S| of eq. 9 and K / |S| of the fused F^5.
+        companion: channels of a ``PlainUNet``, which sees all available contrasts at once: decoded images are the mean
+            of its and those of the synthesis branch. None, the paper, is the branch alone.
 
     Raises:
         ValueError: for an unknown preset or variant, or a batch normalization.
@@ -149,12 +145,10 @@ class SSCFNet(ConfiguredNetwork):
         head: str = "softmax",
         keys: str = "bottleneck",
         scale_sources: bool = True,
+        companion: Sequence[int] | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(channels, str):
-            if channels not in PRESETS:
-                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
-            channels = PRESETS[channels]
+        channels = channel_numbers(channels)
         self.keep_arguments(locals())
         for name, value, known in (
             ("entry", entry, ("residual", "literal")),
@@ -170,6 +164,8 @@ class SSCFNet(ConfiguredNetwork):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         if segmentation == "none" and not synthesis:
             raise ValueError("a network without segmentation and without synthesis computes nothing.")
+        if companion is not None and not synthesis:
+            raise ValueError("a network without synthesis has no images that a companion could join.")
         self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
         self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
         self.residual, self.normalize_prototypes = entry == "residual", normalize_prototypes
@@ -217,6 +213,7 @@ class SSCFNet(ConfiguredNetwork):
             )
         if self.synthesis:
             self.synthesis_decoders = nn.ModuleList(Decoder(spatial_dims, channels, 1, norm, act) for _ in range(k))
+        self.companion = None if companion is None else PlainUNet(spatial_dims, companion, norm, act)
 
         self.register_buffer("bank_key", torch.zeros(bank_size, k, sum(self.key_lengths)))
         self.register_buffer("bank_key_square", torch.zeros(bank_size, k))
@@ -480,6 +477,8 @@ class SSCFNet(ConfiguredNetwork):
         predicted: list[torch.Tensor] = []
         if self.synthesis:
             synthetic, predicted = self.synthesize(second, statistics, available, bank, allowed)
+            if self.companion is not None:
+                synthetic = (synthetic + self.companion.run(images, available)[0]) / 2
         else:
             synthetic = torch.full_like(images, -1.0).float()
         return BranchOutputs(logits.float(), synthetic, class_map, first, second, statistics, predicted)
@@ -528,6 +527,7 @@ class ScenarioNetwork(nn.Module):
         if len(available) != net.num_contrasts or not any(available):
             raise ValueError(f"a scenario needs {net.num_contrasts} truth values, one of them true: {available}.")
         self.net = net
+        self.companion = net.companion
         self.sources = [i for i, given in enumerate(available) if given]
         self.targets = [i for i, given in enumerate(available) if not given]
         device = net.bank_present.device
@@ -553,6 +553,7 @@ class ScenarioNetwork(nn.Module):
             predicted = self.predict(features, bank, allowed)
             for row, i in enumerate(self.targets):
                 images[i] = self.decode(i, [scale[row] for scale in predicted])
+            self.join_companion(images, image[:, : net.num_contrasts], self.targets)
         return torch.cat([*images, mask.float()], dim=1)
 
     def encode(self, images: torch.Tensor, mask: torch.Tensor, contrasts: Sequence[int]) -> list[list[torch.Tensor]]:
@@ -601,21 +602,21 @@ class ScenarioNetwork(nn.Module):
         """One contrast from F^1..F^5, each B x C_j x spatial: B x 1 x spatial in [-1, 1]."""
         return torch.tanh(self.net.synthesis_decoders[contrast](features).float())
 
+    def join_companion(self, images: list[torch.Tensor], given: torch.Tensor, decoded: Iterable[int]) -> None:
+        """Puts the mean with the companion, if there is one, in the place of the decoded ones of K ``images``.
 
-def read_availability(image: torch.Tensor) -> torch.Tensor:
-    """Availability of each contrast: B x 8 x spatial network input to B x K boolean."""
-    return image[:, image.shape[1] // 2 :].flatten(2).amax(dim=2) > 0.5
-
-
-def network_input(target: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-    """B x 2K x spatial network input: the available contrasts (missing ones -1) and the availability planes.
-
-    Args:
-        target: B x K x spatial in [-1, 1].
-        available: B x K boolean.
-    """
-    mask = expand_dims_like(available, target)
-    return torch.cat([torch.where(mask, target, -1.0), mask.expand(target.shape).to(target.dtype)], dim=1)
+        Args:
+            images: each B x 1 x spatial; changed.
+            given: B x K x spatial, as in all methods.
+            decoded: contrasts of ``images`` that were decoded.
+        """
+        if self.companion is None:
+            return
+        available = torch.zeros(self.net.num_contrasts, dtype=torch.bool, device=given.device)
+        available[self.source_index] = True
+        theirs, _ = self.companion.run(given, available.expand(len(given), -1))
+        for i in decoded:
+            images[i] = (images[i] + theirs[:, i : i + 1]) / 2
 
 
 def _as_spec(spec: str | tuple | list) -> str | tuple:

@@ -36,7 +36,11 @@ from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, encode_s
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
 #: Networks that weights may name and the modules that hold them, imported when asked for: nothing else of what a file
 #: says is imported.
-NETWORKS = {"SSCFNet": "..networks.sscf", "PlainUNet": "..research.baselines", "MMGANGenerator": "..research.baselines"}
+NETWORKS = {
+    "SSCFNet": "..networks.sscf",
+    "PlainUNet": "..networks.plain_unet",
+    "MMGANGenerator": "..research.baselines",
+}
 
 #: What settings hold that was measured with the network and its bank, and the run that measures it anew.
 MEASURED = {"correction": "correcting", "trust": "calibrating"}
@@ -76,7 +80,8 @@ def save_weights(
             keeps the settings itself from then on, so that its exports have them too.
         settings: ``preprocessing``, the arguments of ``study_transforms`` named in ``PREPROCESSING_SETTINGS``; another
             network than a ``ConfiguredNetwork`` adds whatever is needed to build it.
-        half: keep large tensors as float16, for weights that are handed on; they are float32 again when loaded.
+        half: keep large tensors as float16 and the file compressed, for weights that are handed on; they are float32
+            again when loaded.
 
     Raises:
         StudyError: for more settings than the buffer of a ``ConfiguredNetwork`` holds.
@@ -99,6 +104,17 @@ def save_weights(
         for name, value in network.state_dict().items()
     } | {SETTINGS_KEY: encode_settings(settings)}
     atomic_saver(path.parent)(state, path.name)
+    if half and idist.get_rank() == 0:
+        _compress(path)
+
+
+def _compress(path: Path) -> None:
+    """Writes a file of ``torch.save`` anew with deflated records, which torch reads as it does others."""
+    temporary = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for record in plain.infolist():
+            file.writestr(record.filename, plain.read(record))
+    temporary.replace(path)
 
 
 def find_weights(path: str | Path) -> Path:
@@ -251,23 +267,26 @@ def network_to_train(path: str | Path, preprocessing: Mapping[str, Any] | None =
     return network
 
 
-def leave_out_measured(network: ConfiguredNetwork, settings: Mapping[str, Any], path: str | Path) -> None:
-    """Drops ``MEASURED`` from a network that is going to give other images, which the log says.
+def leave_out_measured(
+    network: ConfiguredNetwork, settings: Mapping[str, Any], path: str | Path, measured: Mapping[str, str] = MEASURED
+) -> None:
+    """Drops what was measured from a network that is going to give other images, which the log says.
 
     Args:
         network: loses them from its settings.
         settings: of its weights.
         path: of its weights.
+        measured: what depends on what changes, and the run that measures it anew.
     """
-    lost = [name for name in MEASURED if name in settings]
+    lost = [name for name in measured if name in settings]
     if lost:
-        kept = {name: value for name, value in network.read_settings().items() if name not in MEASURED}
+        kept = {name: value for name, value in network.read_settings().items() if name not in measured}
         network.get_buffer(SETTINGS_KEY).copy_(encode_settings(kept))
         logger.warning(
             "Left out, as measured with the network and bank of %s: %s; run %s with the new weights.",
             path,
             " and ".join(lost),
-            " and ".join(MEASURED[name] for name in lost),
+            " and ".join(measured[name] for name in lost),
         )
 
 
@@ -338,6 +357,35 @@ def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
     network.load_state_dict(shared, strict=False)
     logger.info("%d of %d tensors are those of %s", len(shared), len(ours), path)
     return network
+
+
+def with_companion(
+    network: ConfiguredNetwork, path: str | Path | None, preprocessing: Mapping[str, Any] | None = None
+) -> ConfiguredNetwork:
+    """An ``SSCFNet`` with a trained plain U-Net as its companion, in the place of one that it has, for configs.
+
+    A correction, which is of the images, is left out; the scores of trust do not look at a companion.
+
+    Args:
+        network: gives its tensors, bank and settings.
+        path: of the weights of a ``PlainUNet``.
+        preprocessing: see ``load_weights``; that of the network.
+
+    Raises:
+        StudyError: without a path, or if its weights are of another network or another preprocessing.
+    """
+    if path is None:
+        raise StudyError("No companion is given: give the weights of a plain U-Net as companion_path.")
+    if read_state(path)[1].get("network") != "PlainUNet":
+        raise StudyError(f"{path} is no plain U-Net: train one with configs/baselines/unet.json.")
+    companion = network_from_weights(path, preprocessing=preprocessing)
+    settings = network.read_settings()
+    settings["arguments"]["companion"] = companion.read_settings()["arguments"]["channels"]
+    joined = type(network)(**settings["arguments"])
+    state = {**network.state_dict(), **companion.state_dict(prefix="companion.")}
+    joined.load_state_dict(state | {SETTINGS_KEY: encode_settings(settings)})
+    leave_out_measured(joined, settings, "the weights without a companion", {"correction": MEASURED["correction"]})
+    return joined.train(network.training)
 
 
 def with_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> nn.Module:

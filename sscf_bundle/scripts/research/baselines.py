@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,60 +22,12 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES
-from ..networks.blocks import DEFAULT_ACT, DEFAULT_NORM, Decoder, Encoder, expand_dims_like
+from ..networks.availability import network_input, read_availability
+from ..networks.blocks import expand_dims_like
+from ..networks.plain_unet import PlainUNet
 from ..networks.settings import ConfiguredNetwork
-from ..networks.sscf import PRESETS, PRIOR_PROBABILITY, network_input, read_availability
 from ..training.losses import set_mean
 from ..training.trainer import SynthesisTrainer
-
-
-class PlainUNet(ConfiguredNetwork):
-    """One encoder and one decoder of SSCF's blocks: what SSCF is without its branches, banks and four-fold paths.
-
-    Args:
-        spatial_dims: 2 or 3.
-        channels: channels of the five scales, or a name in ``network.PRESETS``.
-        norm: MONAI normalization spec; must not use statistics of the batch.
-        act: MONAI activation spec.
-
-    Raises:
-        ValueError: for an unknown preset or a batch normalization.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int = 2,
-        channels: Sequence[int] | str = "base",
-        norm: str | tuple = DEFAULT_NORM,
-        act: str | tuple = DEFAULT_ACT,
-    ) -> None:
-        super().__init__()
-        if isinstance(channels, str):
-            if channels not in PRESETS:
-                raise ValueError(f"channels must be numbers or one of {sorted(PRESETS)}, got {channels!r}.")
-            channels = PRESETS[channels]
-        self.keep_arguments(locals())
-        if "batch" in str(norm).lower():
-            raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
-        self.num_contrasts = NUM_CONTRASTS
-        self.spatial_dims, self.channels = spatial_dims, tuple(channels)
-        self.encoder = Encoder(spatial_dims, 2 * NUM_CONTRASTS, channels, norm, act)
-        self.decoder = Decoder(spatial_dims, channels, NUM_CONTRASTS + NUM_TUMOR_CLASSES, norm, act)
-        with torch.no_grad():
-            # as in SSCFNet: a class holds some percent of a slice
-            self.decoder.head.bias[NUM_CONTRASTS:] = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
-
-    def run(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B x 4 x spatial in [-1, 1]) and logits (B x 3 x spatial) of ``image`` as for ``forward``."""
-        # written anew, so that neither a stray value of a missing contrast nor a padded plane reaches the encoder
-        clean = network_input(image[:, : self.num_contrasts], read_availability(image))
-        out = self.decoder(self.encoder(clean)).float()
-        return torch.tanh(out[:, : self.num_contrasts]), out[:, self.num_contrasts :]
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """B x 8 x spatial (multiples of 16) to B x 7 x spatial, as ``SSCFNet.forward``."""
-        images, logits = self.run(image)
-        return self.corrected(torch.cat([images, torch.sigmoid(logits)], dim=1), read_availability(image))
 
 
 class PlainTrainingStep(nn.Module):
@@ -108,7 +59,7 @@ class PlainTrainingStep(nn.Module):
         available = read_availability(image) & has_contrast
         if not isinstance(self.net, PlainUNet):
             return {"pred": self.net(image), "available": available}
-        images, logits = self.net.run(image)
+        images, logits = self.net.run(image[:, :NUM_CONTRASTS], read_availability(image))
         return {"pred": torch.cat([images, torch.sigmoid(logits)], dim=1), "logits": logits, "available": available}
 
 

@@ -103,6 +103,8 @@ def interventions(net: SSCFNet, label: Callable[[], torch.Tensor]) -> dict[str, 
         found["CBAM, channel attention constant"] = after(modules, "channel_attention", lambda a: a.mean().expand_as(a))
         spatial = [ccp.spatial for ccp in modules]
         found["CBAM, spatial attention constant"] = after(spatial, "forward", mean_over_space)
+    if net.companion is not None:
+        found["companion"] = patch.object(net, "companion", None)
     return found
 
 

@@ -34,7 +34,7 @@ from ..evaluation.metrics import MAX_PSNR, fill_background, mean_of_available, z
 from ..evaluation.panels import show_slice
 from ..evaluation.protocols import bounding_box
 from ..inference.inferer import BrainSliceInferer, predict
-from ..networks.sscf import network_input
+from ..networks.availability import network_input
 from ..networks.weights import with_weights
 
 

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS
+from ..networks.availability import read_availability
 from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
 from ..networks.memory_bank import BankEntries, CompiledBank
 from ..networks.precision import half_weights
-from ..networks.sscf import SSCFNet, read_availability
+from ..networks.sscf import SSCFNet
 
 
 class Scenario(NamedTuple):
@@ -176,6 +177,7 @@ class SSCFTrainingStep(nn.Module):
             for row, i in enumerate(part.sources):
                 if i in scenario.decoded:
                     made[i], decoded[i] = part.decode(i, [scale[row] for scale in second]), True
+            part.join_companion(made, images, [i for i, kept in enumerate(decoded) if kept])
         output["pred"] = torch.cat([*made, probabilities.float()], dim=1)
         output["decoded"] = torch.tensor(decoded, device=images.device).expand_as(available)
 

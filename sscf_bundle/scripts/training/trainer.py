@@ -30,10 +30,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
+from ..networks.availability import network_input
 from ..networks.blocks import expand_dims_like
 from ..networks.memory_bank import BankEntries, MemoryBank
 from ..networks.precision import half_dtype
-from ..networks.sscf import network_input
 from .losses import Draw, GeneratorLoss, draw_entries, samples_to_judge
 from .step import Scenario, SSCFTrainingStep
 
