@@ -77,6 +77,7 @@ ENTRY_POINTS = {
     "exporting",
     "calibrating",
     "correcting",
+    "joining",
     "measuring",
     "measuring_reliability",
     "summarizing",
