@@ -59,6 +59,9 @@ def test_companions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     net = tiny_net()
     with pytest.raises(StudyError, match="no plain U-Net: train one with"):
         with_companion(net, written(tmp_path / "sscf.pt", tiny_net()))
+    unet = written(tmp_path / "other.pt", PlainUNet(2, TINY_CHANNELS))
+    with pytest.raises(StudyError, match="PlainUNet takes no companion: give the weights of an SSCFNet"):
+        with_companion(PlainUNet(2, TINY_CHANNELS), unet)
     path = written(tmp_path / "unet.pt", PlainUNet(2, TINY_CHANNELS), spacing=2.0)
     with pytest.raises(StudyError, match=r"spacing is 2\.0, not 4\.0"):
         with_companion(net, path, PREPROCESSING)

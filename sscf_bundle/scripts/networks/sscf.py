@@ -531,6 +531,7 @@ class ScenarioNetwork(nn.Module):
         self.sources = [i for i, given in enumerate(available) if given]
         self.targets = [i for i, given in enumerate(available) if not given]
         device = net.bank_present.device
+        self.available = torch.tensor(list(available), dtype=torch.bool, device=device)
         self.source_index = torch.tensor(self.sources, device=device)
         self.target_index = torch.tensor(self.targets, device=device, dtype=torch.int64)
 
@@ -612,9 +613,7 @@ class ScenarioNetwork(nn.Module):
         """
         if self.companion is None:
             return
-        available = torch.zeros(self.net.num_contrasts, dtype=torch.bool, device=given.device)
-        available[self.source_index] = True
-        theirs, _ = self.companion.run(given, available.expand(len(given), -1))
+        theirs, _ = self.companion.run(given, self.available.expand(len(given), -1))
         for i in decoded:
             images[i] = (images[i] + theirs[:, i : i + 1]) / 2
 

@@ -372,15 +372,18 @@ def with_companion(
         preprocessing: see ``load_weights``; that of the network.
 
     Raises:
-        StudyError: without a path, or if its weights are of another network or another preprocessing.
+        StudyError: without a path, if its weights are of another network or another preprocessing, or if ``network``
+            is no ``SSCFNet``.
     """
     if path is None:
         raise StudyError("No companion is given: give the weights of a plain U-Net as companion_path.")
-    if read_state(path)[1].get("network") != "PlainUNet":
-        raise StudyError(f"{path} is no plain U-Net: train one with configs/baselines/unet.json.")
     companion = network_from_weights(path, preprocessing=preprocessing)
-    settings = network.read_settings()
-    settings["arguments"]["companion"] = companion.read_settings()["arguments"]["channels"]
+    settings, theirs = network.read_settings(), companion.read_settings()
+    if theirs["network"] != "PlainUNet":
+        raise StudyError(f"{path} is no plain U-Net: train one with configs/baselines/unet.json.")
+    if "companion" not in settings["arguments"]:
+        raise StudyError(f"{settings['network']} takes no companion: give the weights of an SSCFNet as source_path.")
+    settings["arguments"]["companion"] = theirs["arguments"]["channels"]
     joined = type(network)(**settings["arguments"])
     state = {**network.state_dict(), **companion.state_dict(prefix="companion.")}
     joined.load_state_dict(state | {SETTINGS_KEY: encode_settings(settings)})
