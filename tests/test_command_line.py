@@ -20,7 +20,7 @@ import torch
 from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, config_files, run_bundle, run_python, tiny_run
 from monai.bundle import ConfigParser
 
-from scripts.checked_settings import checked_settings, refuse_unknown
+from scripts.checked_settings import checked_settings, refuse_unknown, unused_settings
 from scripts.contrasts import StudyError
 from scripts.data.transforms import find_study_error
 from scripts.networks.sscf import SSCFNet
@@ -128,6 +128,37 @@ def test_text_counts_as_the_truth_value_that_it_says(tmp_path: Path, weights: Pa
     assert checked_settings(config_files("train"), given) == expected
     workflow = bundle_workflow("inference", ckpt_path=weights, output_dir=tmp_path, compile="false")
     assert workflow.inferer.compile is False  # type: ignore[attr-defined]
+
+
+def unused(configs: tuple[str, ...], run: str) -> set[str]:
+    parser = ConfigParser()
+    parser.read_config(config_files(*configs))
+    parser.resolve_macro_and_relative_ids()
+    return set(unused_settings(parser, ("initialize", run, "finalize"), parser.get())) - {"_meta_"}
+
+
+def test_settings_that_a_run_does_not_reach_are_known() -> None:
+    assert unused(("train",), "training") == {"imports", "run"}  # training is a copy of run
+    baseline, evaluating = unused(("train", "baselines/unet"), "training"), unused(("train", "evaluate"), "evaluating")
+    assert {"companion", "retrieval"} <= baseline and not {"channels", "beta", "resume"} & baseline
+    assert {"beta", "max_epochs"} <= evaluating and not {"channels", "protocols", "lpips_weights"} & evaluating
+
+
+def test_part_of_what_a_run_reaches_counts_as_used() -> None:
+    parser = ConfigParser({"run": "$@a#b", "a": {"b": {"c": 1}, "d": 2}, "ab": 3})
+    names = ["a", "a::b", "a::b::c", "a::d", "ab", "run"]
+    assert unused_settings(parser, ["run", "finalize"], names) == ["a::d", "ab"]
+
+
+def test_setting_without_effect_is_named_in_the_log(
+    tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"ckpt_path": weights, "output_dir": tmp_path, "trust_slices": 3}
+    bundle_workflow("inference", "export", run_id="exporting", **given)
+    assert "trust_slices changes nothing here" in caplog.text and "ckpt_path changes" not in caplog.text
+    caplog.clear()
+    bundle_workflow("inference", **given)
+    assert "changes nothing" not in caplog.text
 
 
 def test_unknown_choice_is_refused() -> None:

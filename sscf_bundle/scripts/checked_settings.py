@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ReferenceResolver
 from monai.utils import ensure_tuple
 
 from .contrasts import StudyError
@@ -101,6 +101,29 @@ def checked_settings(
             if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
                 raise StudyError(f"There is no device {value} here: {torch.cuda.device_count()} GPUs can be used.")
     return changed
+
+
+def unused_settings(parser: ConfigParser, entries: Iterable[str], given: Iterable[str]) -> list[str]:
+    """Settings that change nothing, since nothing that a run does refers to them.
+
+    Args:
+        parser: of the configs, with their macros resolved.
+        entries: ids of what is run.
+        given: ids that were given, of which those are returned.
+    """
+    reached: set[str] = set()
+    remaining = list(entries)
+    while remaining:
+        name = remaining.pop()
+        if name not in reached and name in parser:
+            reached.add(name)
+            remaining.extend(ReferenceResolver.find_refs_in_config(parser[name], name))
+    # a part of what is reached is used, and so is what only a part of is reached
+    return [
+        name
+        for name in given
+        if not any(f"{one}::".startswith(f"{name}::") or name.startswith(f"{one}::") for one in reached)
+    ]
 
 
 def _is_made(value: Any) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -28,9 +29,11 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from .checked_settings import checked_settings
+from .checked_settings import checked_settings, unused_settings
 from .contrasts import StudyError
 from .data.transforms import find_study_error
+
+logger = logging.getLogger(__name__)
 
 _SCRIPTS = Path(__file__).resolve().parent
 
@@ -39,7 +42,8 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     """Checks what was given to ``create_workflow``, which ``monai.bundle run`` calls, and prepares for errors.
 
     ``run`` of the workflow raises a ``StudyError`` as it is. On the command line, an error becomes one sentence and the
-    exit status 1; the traceback of one that nobody foresaw goes to ``traceback.log``.
+    exit status 1; the traceback of one that nobody foresaw goes to ``traceback.log``. A setting without effect is named
+    in the log.
 
     Args:
         output_dir: folder of ``traceback.log``.
@@ -62,6 +66,9 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters}
     for name, value in checked_settings(files, given, monai_knows).items():
         workflow.parser[name] = value
+    known = [one for one in (name.lstrip("+").replace("#", "::") for name in given) if one in workflow.parser]
+    for name in unused_settings(workflow.parser, (workflow.init_id, workflow.run_id, workflow.final_id), known):
+        logger.warning("%s changes nothing here: nothing that this run does refers to it.", name)
     _track(workflow.parser)
     workflow.run = functools.partial(_run, workflow)
 
