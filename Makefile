@@ -10,6 +10,8 @@ VENV ?= .venv
 DEMO_DIR ?= demo_output
 
 PY := $(abspath $(VENV))/bin/python
+# the demos need less than the tests, and their first minute is short
+RUNTIME := $(VENV)/.sscf_runtime
 READY := $(VENV)/.sscf_requirements
 DEMO := cd sscf_bundle && $(PY) -m monai.bundle run
 DEMO_OUTPUT := --output_dir "$(abspath $(DEMO_DIR))"
@@ -18,11 +20,11 @@ TRAIN_CONFIG := --config_file "['configs/train.json','configs/demo_train.json']"
 
 .PHONY: demo demo-train test benchmark clean
 
-demo: $(READY)
+demo: $(RUNTIME)
 	$(DEMO) inference $(DEMO_CONFIG)
 	$(DEMO) picture $(DEMO_CONFIG)
 
-demo-train: $(READY)
+demo-train: $(RUNTIME)
 	$(DEMO) training $(TRAIN_CONFIG)
 	$(DEMO) inference --config_file "['configs/inference.json','configs/demo_inference.json']" --demo_dir "$(abspath $(DEMO_DIR))"
 	$(DEMO) picture $(TRAIN_CONFIG)
@@ -36,8 +38,12 @@ test: $(READY)
 benchmark: $(READY)
 	$(PY) benchmarks $(BENCHMARK)
 
-$(READY): requirements.txt requirements-dev.txt
+$(RUNTIME): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements.txt
+	touch $(RUNTIME)
+
+$(READY): $(RUNTIME) requirements-dev.txt
 	$(PY) -m pip install -r requirements-dev.txt
 	touch $(READY)
 
