@@ -66,7 +66,8 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters}
     for name, value in checked_settings(files, given, monai_knows).items():
         workflow.parser[name] = value
-    known = [one for one in (name.lstrip("+").replace("#", "::") for name in given) if one in workflow.parser]
+    ids = [name.lstrip("+").replace("#", "::") for name in given if name not in monai_knows]
+    known = [one for one in ids if one in workflow.parser]
     for name in unused_settings(workflow.parser, (workflow.init_id, workflow.run_id, workflow.final_id), known):
         logger.warning("%s changes nothing here: nothing that this run does refers to it.", name)
     _track(workflow.parser)
