@@ -136,10 +136,7 @@ def build_trainer(
     if channels_last and "channels_last" not in parser:
         for name in ("network", "discriminators"):
             parser.get_parsed_content(name).to(memory_format=torch.channels_last)
-    trainer = parser.get_parsed_content("train#trainer")
-    if dtype != "float32":
-        trainer.amp_dtype = getattr(torch, dtype)
-    return trainer, parser
+    return parser.get_parsed_content("train#trainer"), parser
 
 
 def training_speed(

@@ -22,6 +22,7 @@ import pytest
 import torch
 from builders import (
     BUNDLE_ROOT,
+    TINY_CHANNELS,
     assert_same,
     bundle_command,
     config_files,
@@ -35,6 +36,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.contrasts import StudyError
 from scripts.data.transforms import find_study_error
+from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import network_from_weights, read_state, save_weights
 
 ONE_EPOCH = {"max_epochs": 1, "decay_start": 1, "val_interval": 1}
@@ -186,6 +188,9 @@ def test_bank_of_a_site_is_built_without_training(trained: Path, tmp_path: Path,
             assert value.dtype == torch.float32
             assert torch.equal(value, theirs[name].to(ours[name].dtype).float()), name
     assert any(value.dtype == torch.float16 for value in ours.values())
+    with pytest.raises(StudyError, match=r"cannot have a bank of another size \(.*'bank_size'"):
+        save_weights(tmp_path / "unet.pt", PlainUNet(2, TINY_CHANNELS))
+        network_from_weights(tmp_path / "unet.pt", bank_size=12)
     assert (tmp_path / "site.pt").stat().st_size < (trained / "model.pt").stat().st_size
 
 

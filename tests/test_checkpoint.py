@@ -128,8 +128,8 @@ def test_unreadable_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.L
 
 def test_leftovers_of_a_killed_process_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
     Run(tmp_path).run(1)
-    others = ["notes.txt", "tmp_of_mine.txt", "checkpoint_epoch=best.pt"]
-    for name in ("tmpabc_1234", *others):
+    others = ["notes.txt", "tmpabc_1234", "checkpoint_epoch=best.pt", ".model.pt.0123.new"]
+    for name in (".checkpoint_epoch=1.pt.0123.new", *others):
         (tmp_path / name).write_text("x")
     assert Run(tmp_path).run(2).epochs == [2]
     assert files(tmp_path) == sorted([*names(1, 2), *others])
@@ -237,7 +237,7 @@ def test_last_model_is_frozen_and_stands_in_for_a_best_one(validated: bool, tmp_
 
 def test_models_have_their_settings_inside_and_no_leftovers(tmp_path: Path) -> None:
     net = nn.Linear(1, 1)
-    (tmp_path / "tmpabc_1234").write_text("half a model")
+    (tmp_path / ".model.pt.0123.new").write_text("half a model")
     best = BestModel(
         tmp_path / "model.pt", net, "psnr", {"preprocessing": {"image_size": 96, "spacing": 2.0, "scaling": "brain"}}
     )
@@ -249,14 +249,24 @@ def test_models_have_their_settings_inside_and_no_leftovers(tmp_path: Path) -> N
 
 
 def test_half_precision_on_disk_is_for_large_tensors_alone(tmp_path: Path) -> None:
-    net = tiny_net()
-    net.bank_key_square.fill_(1e6)  # more than float16 holds
+    net = tiny_net(bank_size=300)
+    net.bank_key.normal_().mul_(200)  # whose squares are more than float16 holds
     save_weights(tmp_path / "model.pt", net, half=True)
     state, own = read_state(tmp_path / "model.pt")[0], net.state_dict()
     halved = {name for name, value in state.items() if value.dtype == torch.float16}
-    assert halved == {name for name in state if own[name].is_floating_point() and own[name].numel() > 1024} != set()
-    for name, value in state.items():
-        assert torch.equal(value, own[name].to(value.dtype)), name
+    large = {name for name, value in own.items() if value.is_floating_point() and value.numel() > 1024}
+    assert "bank_key" in halved == large - {"bank_key_square"}
+    assert torch.equal(state["bank_key_square"], state["bank_key"].float().square().sum(dim=2))
+    for name in set(state) - {"bank_key_square"}:
+        assert torch.equal(state[name], own[name].to(state[name].dtype)), name
+
+
+def test_what_half_precision_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    net = tiny_net(bank_size=300)
+    net.bank_mean.fill_(1e6)
+    with pytest.raises(StudyError, match=r"bank_mean is too large for half precision.*use --half False"):
+        save_weights(tmp_path / "model.pt", net, half=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_for_a_config_are_loaded(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine
 from test_slices import TRANSFORM, write_study
 
 from scripts.contrasts import StudyError
@@ -78,8 +79,31 @@ def test_given_split_file_goes_before_the_split_of_an_earlier_start(data: Path) 
     given = data.parent / "given.json"
     wanted = {"training": ["Case_005"], "validation": ["Case_000"], "test": ["Case_003", "Case_004"]}
     given.write_text(json.dumps(wanted))
-    assert names(cohort(data, split_file=str(given))) == wanted
+    made = cohort(data, split_file=str(given))
+    assert names(made) == wanted
+    # whoever evaluates with a split leaves that of the training there; a training writes its own once it has started
+    first = names(cohort(data))
+    assert first != wanted
+    trainer = Engine(lambda engine, batch: None)
+    made.attach(trainer)
+    trainer.run([0])
     assert names(cohort(data)) == wanted
+
+
+def test_processes_write_the_failures_of_all(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cohort(data)
+    made.failures = [{"study": "b", "reason": "x"}]
+    shares = [[{"study": "a", "reason": "x"}], made.failures, []]
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("ignite.distributed.all_gather", lambda own: shares)
+    with pytest.raises(StudyError, match="2 of 6 studies"):
+        made.finish()
+    assert [failure["study"] for failure in json.loads((made.output_dir / "failures.json").read_text())] == ["a", "b"]
+    # a process without failures of its own must not take the file away, and knows of the others'
+    made.failures = []
+    with pytest.raises(StudyError, match="2 of 6 studies"):
+        made.finish()
+    assert (made.output_dir / "failures.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------ slices

@@ -87,7 +87,7 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
         ("image_size", 64),
         ("dataset_dir", {"_target_": "x"}),
         ("checkpoint#directory", "x"),
-        ("train::trainer::amp_dtype", "$torch.float16"),  # an argument that the config does not give
+        ("loss::own_maps", False),  # an argument that the config does not give
         ("tracking_uri", "x"),  # of MONAI's tracking
         ("run_id", "training"),
         ("output_dir", "no"),  # a folder of this name
@@ -98,6 +98,13 @@ def test_wrong_setting_is_refused(name: str, value: object, words: str) -> None:
 )
 def test_right_setting_is_taken_as_it_is(name: str, value: object) -> None:
     assert checked_settings(config_files("train"), {name: value}, ("tracking_uri", "run_id")) == {}
+
+
+def test_holding_a_setting_against_an_object_builds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the phantoms of the demonstration would be made
+    given = {"dataset_dir": "/data/own", "output_dir": "/data/out"}
+    assert checked_settings(config_files("train", "demo_train"), given) == {}
+    assert not list(tmp_path.iterdir())
 
 
 def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:

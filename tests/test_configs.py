@@ -196,6 +196,15 @@ def test_training_leaves_the_weights_that_ship_alone(overlay: list[str]) -> None
     assert written == ["somewhere/model.pt", "somewhere/model_last.pt", "somewhere/checkpoints"]
 
 
+@pytest.mark.parametrize("synthesis", [True, False])
+def test_loss_of_the_images_needs_images(synthesis: bool) -> None:
+    parser = combined(["train", "recipe/common", "recipe/3_full_size"])
+    parser["synthesis"] = synthesis
+    weights = parser.get_parsed_content("loss").weights
+    assert (weights["ssim"] > 0) is synthesis
+    assert parser.get_parsed_content("perceptual#_disabled_") is not synthesis
+
+
 def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     train, inference = read("train"), read("inference")
     arguments = {name: f"@{name}" for name in PREPROCESSING_SETTINGS}
@@ -204,6 +213,7 @@ def test_training_writes_the_preprocessing_that_inference_reads() -> None:
     assert train["preprocessing"] == {
         "_target_": "scripts.data.transforms.study_transforms",
         "clip": False,  # what is clipped for the network is scored as it is
+        "mask_values": "@mask_values",  # inference reads no mask
         **arguments,
     }
     assert arguments.items() <= inference["preprocessing"].items()

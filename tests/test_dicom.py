@@ -44,7 +44,7 @@ def write_study(folder: Path, *keys: str) -> None:
         write_dicom_series(folder / key.upper(), values, AFFINE, key)
 
 
-def workflow(folder: Path) -> ConfigWorkflow:
+def workflow(folder: Path, **changes: object) -> ConfigWorkflow:
     torch.manual_seed(0)
     network = SSCFNet(channels=TINY_CHANNELS, bank_size=4, key_size=2)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def workflow(folder: Path) -> ConfigWorkflow:
     preprocessing = {"image_size": 32, "spacing": 2.0, "scaling": "brain"}
     save_weights(folder / "model.pt", network, {"preprocessing": preprocessing})
     paths = {"dataset_dir": folder / "in", "output_dir": folder / "out", "ckpt_path": folder / "model.pt"}
-    return bundle_workflow("inference", "dicom", handlers=[], page=False, **paths)
+    return bundle_workflow("inference", "dicom", handlers=[], page=False, **{**paths, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,31 @@ def test_series_says_that_it_is_synthetic_and_whose_it_is(written):
     seen = [image.SOPInstanceUID for image in (*made, *source.values())]
     assert len(set(seen)) == len(seen)
     assert len({image.SeriesInstanceUID for image in (*made, *source.values())}) == 3
+
+
+def test_geometry_is_that_of_the_grid(tmp_path):
+    write_study(tmp_path / "in" / "p1", "flair", "t1")
+    changes = {"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out", "resample": "t1"}
+    workflow(tmp_path, **changes).run()
+    scanned = {image.SOPInstanceUID for image in images(tmp_path / "in" / "p1" / "T1")}
+    made = images(tmp_path / "out" / "p1" / "dicom" / "p1_t2_synthetic")
+    assert {image.SourceImageSequence[0].ReferencedSOPInstanceUID for image in made} == scanned
+
+
+def test_study_whose_dicom_cannot_be_written_is_done_again(tmp_path, monkeypatch):
+    write_study(tmp_path / "in" / "p1", "flair", "t1")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.inference.dicom.segmentation", full)
+        with pytest.raises(StudyError, match="1 of 1 studies failed: p1"):
+            workflow(tmp_path).run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failures.json"]
+    for overwrite in (False, True):  # the second time in a folder that has one
+        workflow(tmp_path, overwrite=overwrite).run()
+        assert len(list((tmp_path / "out" / "p1" / "dicom").iterdir())) == 3
 
 
 def test_segmentation_reads_back_as_the_mask(written):

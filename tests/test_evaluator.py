@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from scripts.contrasts import (
     scenario_table,
 )
 from scripts.data.datalist import find_studies
+from scripts.data.transforms import LoadStudyd
 from scripts.evaluation.bootstrap import COLUMNS, read_scores, summarize
 from scripts.evaluation.evaluator import (
     ScenarioSlices,
@@ -243,6 +245,11 @@ def test_slices_of_a_study_are_shown_in_order() -> None:
     for z, row in enumerate((4, 0)):
         assert torch.equal(item["image"][..., z], network_input(data[row]["target"][None], available)[0])
     assert [item["study"] for item in SliceScenarios(data, data, [*datalist[1:], {"study": "unknown"}])] == ["b", "c"]
+    # a study is read once for all of its scenarios
+    dataset = SliceScenarios(data, data, list_scenarios(ITEMS, ["FLAIR", "T2"], ["a", "c"]))
+    items = [dataset[k] for k in range(4)]
+    same = [one["slices"]["target"] is other["slices"]["target"] for one, other in itertools.pairwise(items)]
+    assert same == [True, False, True]
 
 
 def filled_in(scenario: str, index: int = 0, shown: Sequence[int] = range(7)) -> dict[str, Any]:
@@ -444,6 +451,28 @@ def test_scores_are_those_of_the_files_that_inference_writes(phantom_cohort: Pat
     psnr = -10 * np.log10(np.mean((volumes["t1"] - truth)[brain] ** 2))
     ours = pd.DataFrame(rows).set_index(["of", "protocol", "region", "score"])["value"]
     assert ours["T1", "volume", "whole", "psnr"] == pytest.approx(psnr, abs=1e-4)
+
+
+def test_resampled_study_is_scored_on_the_grid_that_its_scenario_has(tmp_path: Path) -> None:
+    """FLAIR is on a grid 8 mm aside: what is right on the grid of T1 is so where T1 alone is given."""
+    place = np.random.default_rng(0).random((24, 24, 8)) + 0.2
+    complete: dict[str, Any] = {"study": "s", "patient": "s"}
+    for key, offset in (("flair", 8.0), ("t1", 0.0), ("t1ce", 0.0)):
+        volume = np.zeros((32, 32, 8), np.float32)
+        volume[4:28, 4:28] = place * (1 + len(key))
+        affine = np.diag([2.0, 2.0, 2.0, 1.0])
+        affine[0, 3] = offset
+        nib.save(nib.Nifti1Image(volume, affine), tmp_path / f"{key}.nii.gz")
+        complete[key] = str(tmp_path / f"{key}.nii.gz")
+    truth = torch.from_numpy(nib.load(complete["t1ce"]).get_fdata()).float()
+    pred = (truth / torch.quantile(truth[truth > 0], 0.995)).clamp(max=1)[None]
+    item = {"study": "s", "patient": "s", "complete": complete, "output_keys": ("t1ce",), "segmented": False}
+    scores = StudyScores([VolumeProtocol()], load=LoadStudyd(resample=True))
+    for scenario, grid in (("FLAIR+T1", "flair"), ("T1", "t1")):
+        scores({**item, "scenario": scenario_indices([scenario])[0], "grid": grid, "pred": pred})
+    rows = [row for row in scores.rows if (row["of"], row["region"], row["score"]) == ("T1ce", "whole", "psnr")]
+    on_flair, on_t1 = (row["value"] for row in rows)
+    assert on_t1 > 40 > 20 > on_flair
 
 
 def test_study_whose_files_are_damaged_never_stops_the_others(phantom_cohort: Path, tmp_path: Path) -> None:

@@ -326,7 +326,11 @@ def test_untouched_patients_are_in_no_fold_with_any_of_their_studies(data: Path)
     given = data.parent / "splits" / "untouched.json"
     (file,) = write_splits(data.parent / "final", data, split_file=given)
     assert json.loads(Path(file).read_text()) == json.loads(given.read_text())
-    for folder, changes, words in ((data, {"held_out": ["P99"]}, "names P99"), (data / "nowhere", {}, "nowhere")):
+    for folder, changes, words in (
+        (data, {"held_out": ["P99"]}, "names P99"),
+        (data / "nowhere", {}, "nowhere"),
+        (data, {"split_file": given, "held_out": ["P00_b"]}, "has P00 of held_out"),
+    ):
         with pytest.raises(StudyError, match=words):
             write_splits(data.parent / "splits", folder, **{**options, **changes})
 

@@ -264,6 +264,7 @@ def test_presets_build(preset: str) -> None:
         ({"prototype": "median"}, "prototype must be one of sum, mean"),
         ({"aggregation": "max"}, "aggregation must be one of attention, concat"),
         ({"segmentation": "none", "synthesis": False}, "computes nothing"),
+        ({"mask_input": False, "closed_loop": False}, "set mask_input to true"),
         ({"norm": "BATCH"}, "batch normalization"),
         ({"norm": ("batch", {"affine": True})}, "batch normalization"),
         ({"norm": ["SyncBatch", {}]}, "batch normalization"),

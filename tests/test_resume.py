@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 import torch
 from builders import assert_same, bundle_command, bundle_workflow, run_bundle, run_python, tiny_run
 from ignite.engine import Engine, Events
+
+from scripts.contrasts import StudyError
 
 CONFIG = ["configs/train.json"]
 EPOCHS, BATCHES = 4, 4
@@ -95,7 +98,7 @@ def copy(tmp_path: Path, unbroken: Path) -> Path:
 def test_unbroken_run_keeps_the_newest_checkpoints_with_the_whole_state(unbroken: Path) -> None:
     assert checkpoints(unbroken) == names(2, 3, 4)
     state = torch.load(unbroken / "checkpoints" / names(4)[0], weights_only=True)
-    parts = {"step", "discriminators", "average", "grad_scaler", "best_model", "engine", "settings"}
+    parts = {"step", "discriminators", "average", "best_model", "engine", "settings"}
     parts |= {f"{who}{what}" for who in ("", "discriminator_") for what in ("optimizer", "lr_scheduler")}
     assert set(state) == parts
     assert state["engine"]["epoch"] == EPOCHS and state["average"]["steps"] == EPOCHS * BATCHES
@@ -121,8 +124,8 @@ def test_killed_training_ends_with_the_same_bits(tmp_path: Path, phantom_cohort:
     status, printed = run_python(["-c", KILLER, "checkpoint:2", *without], tmp_path / "log.txt")
     assert status == -signal.SIGKILL, printed
     assert "going on after epoch 1" in printed
-    *complete, half = checkpoints(output_dir)
-    assert complete == names(1, 2) and half.startswith("tmp")
+    half, *complete = checkpoints(output_dir)
+    assert complete == names(1, 2) and half.startswith(f".{names(3)[0]}.")
     assert (output_dir / "checkpoints" / half).stat().st_size > 10000
 
     status, printed = run_python(["-m", "monai.bundle", *workers], tmp_path / "log.txt")
@@ -144,6 +147,16 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
     assert f"going on after epoch {EPOCHS}" in printed and "Epoch[" not in printed
     assert newest.stat().st_mtime_ns == written
     assert_same_result(copy, unbroken)
+
+
+def test_run_does_not_go_on_with_other_patients(copy: Path, tmp_path: Path, phantom_cohort: Path) -> None:
+    split = json.loads((copy / "split.json").read_text())
+    moved = {**split, "training": split["training"][1:], "test": [*split["test"], split["training"][0]]}
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    overrides = tiny_run(phantom_cohort, copy, split_file=str(tmp_path / "moved.json"))
+    with pytest.raises(StudyError, match=r"does not fit the configured run \(split is"):
+        bundle_workflow("train", **overrides).run()
+    assert json.loads((copy / "split.json").read_text()) == split
 
 
 def rates_of(cohort: Path, output_dir: Path, **changes: object) -> dict[int, tuple[float, float]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +91,15 @@ def test_threads_make_the_same_cache(items, tmp_path):
     assert [s.directory.name for s in one.studies] == [s.directory.name for s in two.studies]
     for a, b in zip(one.studies, two.studies, strict=True):
         np.testing.assert_array_equal(np.load(a.directory / "image.npy"), np.load(b.directory / "image.npy"))
+
+
+def test_what_a_killed_process_left_is_cleared_once_it_is_old(items, tmp_path):
+    for name, age in (("old", 4000), ("young", 0)):
+        left = tmp_path / "cache" / f".incomplete-{name}"
+        left.mkdir(parents=True)
+        os.utime(left, (time.time() - age,) * 2)
+    prepare(items[:1], tmp_path)
+    assert [p.name for p in (tmp_path / "cache").glob(".*")] == [".incomplete-young"]
 
 
 def test_two_at_once_make_one_entry(items, tmp_path):

@@ -26,6 +26,7 @@ from monai.engines.utils import IterationEvents
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import alexnet
@@ -45,6 +46,7 @@ from scripts.training.trainer import (
     copy_network,
     draw_scenarios,
     gather_entries,
+    in_memory_format,
     linear_decay,
 )
 
@@ -533,6 +535,17 @@ def test_epoch_metrics_are_means_over_its_batches_and_tell_of_the_bank() -> None
 
 
 # --------------------------------------------------------------------------------------------------- two processes
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_channels_last_is_of_convolutions_alone(spatial_dims: int) -> None:
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[spatial_dims]
+    net = in_memory_format(tiny_net(spatial_dims=spatial_dims), channels_last=True)
+    convolutions = [m.weight for m in net.modules() if isinstance(m, _ConvNd) and max(m.kernel_size) > 1]
+    assert convolutions and all(weight.is_contiguous(memory_format=last) for weight in convolutions)
+    own = [m._parameters for m in net.modules() if isinstance(m, _ConvNd)]
+    others = {*net.parameters(), *net.buffers()} - {p for parameters in own for p in parameters.values()}
+    assert all(tensor.is_contiguous() for tensor in others)
+
+
 def rank_batches() -> list[dict[str, torch.Tensor]]:
     """Two steps of a batch of four, of which each process takes two."""
     return [training_batch(4, seed, 1000 + 10 * seed) for seed in range(2)]

@@ -20,14 +20,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import BUNDLE_ROOT, bundle_workflow, random_entries, tiny_net
+from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, random_entries, tiny_net
 from monai.data import MetaTensor
 from scipy import ndimage
 from studies import PREPROCESSING, brain_volume, write_study
+from torch import nn
 
 from scripts.contrasts import CONTRAST_KEYS, NUM_CONTRASTS, StudyError
 from scripts.data.datalist import find_studies
-from scripts.inference.calibration import conformal_limit, expected_scores, fit
+from scripts.inference.calibration import calibrate, conformal_limit, expected_scores, fit
 from scripts.inference.checks import CHECKS, CheckStudyd, findings, grain, grid_of, measure, side_slope
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
@@ -35,6 +36,7 @@ from scripts.networks import sscf
 from scripts.networks.availability import network_input
 from scripts.networks.blocks import channel_statistics
 from scripts.networks.memory_bank import CompiledBank
+from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import network_from_weights, save_weights
 from scripts.research.reliability import corruptions, reliability
@@ -310,6 +312,17 @@ def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path:
         assert pooled["limits"][name] == pytest.approx(1.25 * limit, rel=1e-3)
     with pytest.raises(StudyError, match=r"split\.json holds no scores of patients: give the judged.json"):
         calibrated("three.pt", [], trust_folds=[str(split)])
+
+
+@pytest.mark.parametrize("network", [PlainUNet(2, TINY_CHANNELS), tiny_net(prediction="mean")], ids=["unet", "mean"])
+def test_network_without_scores_is_not_judged_and_not_calibrated(network: nn.Module, items: list[dict]) -> None:
+    transform = inference_transforms(**PREPROCESSING)
+    judged = TrustAssessor(**SLICES, reject=2.0)(transform(items[0]), network, "cpu")
+    assert judged["verdict"] == "not calibrated" and judged["reasons"] == [
+        "Only an SSCFNet with ccp has scores to judge a study by."
+    ]
+    with pytest.raises(StudyError, match="Only an SSCFNet with ccp has scores to calibrate"):
+        calibrate(None, transform, network, None, 1.25, 3.0, 0.05, 0.9)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("patients", "coverage"), [(9, 0.9), (15, 0.9), (19, 0.9), (30, 0.8)])

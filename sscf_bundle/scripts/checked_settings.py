@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+#: What is called for the type of a default: cheap, and writes nothing.
+_CALLED = {"scripts.networks.precision.half_pays", "scripts.networks.weights.read_settings"}
 #: What a setting of each type may be, and its words.
 _ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "True or False"),
@@ -44,8 +46,8 @@ def checked_settings(
 
     A setting must be of the type that the configs give it, by a value or an expression; where an overlay gives another
     type than what lies below it, of either. What counts something must not be negative. An expression is taken as it
-    is: ``$None`` gives none of a number. What is a text or nothing may become anything but a truth value, and is held
-    against what it can be where it is used.
+    is, as ``$None``, which gives none of a number, and so is what takes the place of an object. What is a text or
+    nothing may become anything but a truth value, and is held against what it can be where it is used.
 
     Args:
         files: of the configs.
@@ -72,6 +74,9 @@ def checked_settings(
             continue
         default: Any = parser[name]
         if _is_made(default):
+            reached = (parser[one] for one in _reached(parser, [name]))
+            if {one["_target_"] for one in reached if isinstance(one, dict) and "_target_" in one} - _CALLED:
+                continue  # building it may take long, or write something
             try:
                 default = _made(files, name, given)
             except Exception:  # such as of weights that are not there, which the run names
@@ -111,6 +116,17 @@ def unused_settings(parser: ConfigParser, entries: Iterable[str], given: Iterabl
         entries: ids of what is run.
         given: ids that were given, of which those are returned.
     """
+    reached = _reached(parser, entries)
+    # a part of what is reached is used, and so is what only a part of is reached
+    return [
+        name
+        for name in given
+        if not any(f"{one}::".startswith(f"{name}::") or name.startswith(f"{one}::") for one in reached)
+    ]
+
+
+def _reached(parser: ConfigParser, entries: Iterable[str]) -> set[str]:
+    """Ids that some ids refer to, themselves and what those refer to included."""
     reached: set[str] = set()
     remaining = list(entries)
     while remaining:
@@ -118,12 +134,7 @@ def unused_settings(parser: ConfigParser, entries: Iterable[str], given: Iterabl
         if name not in reached and name in parser:
             reached.add(name)
             remaining.extend(ReferenceResolver.find_refs_in_config(parser[name], name))
-    # a part of what is reached is used, and so is what only a part of is reached
-    return [
-        name
-        for name in given
-        if not any(f"{one}::".startswith(f"{name}::") or name.startswith(f"{one}::") for one in reached)
-    ]
+    return reached
 
 
 def _is_made(value: Any) -> bool:
@@ -145,17 +156,12 @@ def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> An
     parser = ConfigParser()
     parser.read_config(files)
     content = parser[name]
-    # a default may build a network, and what that logs is not of this run
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
         return parser.get_parsed_content(name)
     except Exception:
         parser.update({other: value for other, value in given.items() if other in parser})
         parser[name] = content
         return parser.get_parsed_content(name)
-    finally:
-        logging.disable(disabled)
 
 
 def refuse_unknown(name: str, given: Sequence[Any], known: Sequence[Any]) -> None:

@@ -22,9 +22,10 @@ from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+from ignite.engine import Engine, Events
 
 from ..contrasts import StudyError
-from .datalist import find_studies, split_patients, write_split
+from .datalist import find_studies, split_patients, write_split, write_whole
 from .slices import PreparedSlices, SliceDataset, prepare_slices
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Cohort:
         dataset_dir: folder with the studies, see ``find_studies``.
         transform: preprocessing of one study, see ``study_transforms``.
         cache_dir: folder of the slice cache.
-        output_dir: gets ``split.json`` and, if studies failed, ``failures.json``.
+        output_dir: gets ``split.json``, unless it has one, and, if studies failed, ``failures.json``.
         fractions: shares of training, validation and test patients.
         seed: of the split.
         split_file: a split to use instead. Where it is None and ``output_dir`` holds a split of an earlier start of
@@ -69,10 +70,19 @@ class Cohort:
             logger.info(f"using the split of {earlier}")
         items = find_studies(dataset_dir, pattern, patient_pattern)
         self.parts = split_patients(items, fractions, seed, split_file)
-        if idist.get_rank() == 0:
-            write_split(self.parts, earlier)
+        if not earlier.is_file():
+            self.keep_split()
         sizes = ", ".join(f"{len(studies)} {part}" for part, studies in self.parts.items())
         logger.info(f"{len(items)} studies in {dataset_dir}: {sizes}")
+
+    def keep_split(self) -> None:
+        """Writes the split as that of the training in ``output_dir``, in the place of one that is there."""
+        if idist.get_rank() == 0:
+            write_split(self.parts, self.output_dir / "split.json")
+
+    def attach(self, engine: Engine) -> None:
+        """Keeps the split of a training once it has started. Attach it after what may refuse to go on."""
+        engine.add_event_handler(Events.STARTED, self.keep_split)
 
     def slices(self, part: str, **options: Any) -> SliceDataset:
         """Slices of one part of the split, with the ``options`` of ``SliceDataset``.
@@ -82,7 +92,7 @@ class Cohort:
         """
         if not self.parts[part]:
             raise StudyError(
-                f"The {part} part of the split has no study: give more studies, other fractions or a split_file."
+                f"The {part} part of the split has no study: give more studies, other split_fractions or a split_file."
             )
         if part not in self._prepared:
             self._prepared[part] = prepare_slices(self.parts[part], self.transform, self.cache_dir, self.num_workers)
@@ -102,14 +112,20 @@ class Cohort:
             StudyError: if a study failed.
         """
         report = self.output_dir / "failures.json"
-        if not self.failures:
-            report.unlink(missing_ok=True)
+        # in an evaluation each process has its own share of the studies
+        shares: Any = idist.all_gather(self.failures) if idist.get_world_size() > 1 else [self.failures]
+        together = [failure for share in shares for failure in share]
+        failures = [failure for k, failure in enumerate(together) if failure not in together[:k]]
+        if idist.get_rank() == 0:
+            if failures:
+                write_whole(report, failures)
+            else:
+                report.unlink(missing_ok=True)
+        if not failures:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(self.failures, indent=1) + "\n")
         total = sum(len(studies) for studies in self.parts.values())
         raise StudyError(
-            f"The run is complete, but {len(self.failures)} of {total} studies could not be used: {report} says why."
+            f"The run is complete, but {len(failures)} of {total} studies could not be used: {report} says why."
         )
 
 

@@ -133,7 +133,7 @@ def find_studies(
         wanted = _KNOWN_NAMES if pattern is None else ", ".join(pattern.values())
         raise StudyError(
             f"No study was found in {root} or below it: expected are {wanted}; correct dataset_dir or give your own "
-            "file names as pattern."
+            "file names as file_pattern."
         )
 
     if unknown:
@@ -457,7 +457,7 @@ def _item(
         if len(candidates) > 1 and candidates[0][1].precedence == candidates[1][1].precedence:
             failure = (
                 f"Study {study} has two files for {key}, {candidates[0][0]} and {candidates[1][0]}: remove or rename "
-                "one of them, or give your own file names as pattern."
+                "one of them, or give your own file names as file_pattern."
             )
         if candidates:
             chosen[key] = candidates[0]

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +41,8 @@ from .transforms import find_study_error
 
 #: Part of every cache key: raise it when the code of the transforms changes what they do.
 CACHE_FORMAT = 1
+#: Age in seconds from which an incomplete entry is taken for one that a killed process left.
+_ABANDONED = 3600
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +99,10 @@ def prepare_slices(
     """
     cache = Path(cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob(".incomplete-*"):
+        with contextlib.suppress(FileNotFoundError):  # of another process that clears them
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
     description = describe_transform(transform)
 
     def prepare(item: Mapping[str, Any]) -> CachedStudy | str:

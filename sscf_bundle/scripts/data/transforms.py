@@ -159,6 +159,9 @@ class LoadStudyd(MapTransform):
                 image[channel] = self._on_grid(first, first_path, volume, paths[key]).as_tensor()
         d["grid"] = reference
         meta = dict(first.meta)
+        # of a stack of files; with it Spacingd takes every entry image_... of the item, such as the image_path of MONAI
+        # Label, for metadata
+        meta.pop("filename_or_obj", None)
         d["image"] = MetaTensor(image, meta=meta)
         d["has_contrast"] = torch.tensor([key in paths for key in CONTRAST_KEYS])
 

@@ -35,6 +35,7 @@ from ..contrasts import CONTRASTS, REGIONS, SCENARIOS, SYNTHESIZED, StudyError, 
 from ..data.datalist import write_whole
 from ..inference.evaluator import StudyEvaluator
 from ..networks.memory_bank import style_spread
+from ..networks.weights import find_weights
 from .protocols import PerceptualDistance
 from .scores import StudyScores
 
@@ -278,7 +279,7 @@ class EvaluationTables:
             metadata["bank_entries"] = int(present.any(dim=1).sum())
             metadata |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
         if "weights" in metadata:
-            metadata["sha256"] = hashlib.sha256(Path(metadata["weights"]).read_bytes()).hexdigest()
+            metadata["sha256"] = hashlib.sha256(find_weights(metadata["weights"]).read_bytes()).hexdigest()
         summary = summarize(frame, self.bootstrap_samples, self.seed)
         write_whole(self.directory / "scores.csv", frame.to_csv(index=False))
         text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)

@@ -150,8 +150,10 @@ class StudySlices(Dataset):
 
     def __init__(self, slices: SliceDataset) -> None:
         self.slices, self.studies = slices, list(slices.studies)
-        order = slices.index[:, 1].argsort(stable=True).tolist()
-        self.positions = [[i for i in order if int(slices.index[i, 0]) == k] for k in range(len(self.studies))]
+        order = slices.index[:, 1].argsort(stable=True)
+        self.positions: list[list[int]] = [[] for _ in self.studies]
+        for position, study in zip(order.tolist(), slices.index[order, 0].tolist(), strict=True):
+            self.positions[study].append(position)
 
     def __len__(self) -> int:
         return len(self.studies)
@@ -179,6 +181,7 @@ class SliceScenarios(Dataset):
         self.stacks, self._shown = StudySlices(slices), torch.isin(slices.slice_ids, shown.slice_ids)
         self._index = {study: k for k, study in enumerate(self.stacks.studies)}
         self.datalist = [item for item in datalist if item["study"] in self._index]
+        self._last: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.datalist)
@@ -186,7 +189,9 @@ class SliceScenarios(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.datalist[index]
         k = self._index[item["study"]]
-        stack, shown = self.stacks[k], self._shown[self.stacks.positions[k]].nonzero().flatten()
+        if self._last is None or self._last[0] != k:  # the scenarios of a study follow each other
+            self._last = k, self.stacks[k]
+        stack, shown = self._last[1], self._shown[self.stacks.positions[k]].nonzero().flatten()
         available = torch.tensor(SCENARIOS[item["scenario"]], dtype=torch.bool).expand(len(shown), -1)
         image = network_input(stack["target"][shown], available).permute(1, 2, 3, 0)
         return {**item, "image": image, "slices": {**stack, "shown": shown}}

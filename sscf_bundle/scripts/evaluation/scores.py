@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -77,7 +78,7 @@ class StudyScores:
     ) -> None:
         self.protocols, self.reference_methods = list(protocols), dict(reference_methods or {})
         self.whole, self.device = whole, torch.device(device)
-        self._load = StudyCompose([load or LoadStudyd(), ScaleBraind("image")])
+        self._load = load or LoadStudyd()
         self._classes = torch.zeros(256, dtype=torch.uint8)
         for name, value in BRATS_MASK_LABELS.items():
             self._classes[value] = TUMOR_CLASSES.index(name) + 1
@@ -94,7 +95,7 @@ class StudyScores:
         self.seconds: dict[str, float] = defaultdict(float)
         self.regions: Counter[str] = Counter()
         self.failures: list[dict[str, str]] = []
-        self._current: tuple[str, bool] | None = None
+        self._current: tuple[str, bool, str | None] | None = None
 
     def finish(self, failures: Sequence[dict[str, str]], total: int) -> None:
         """Notes each study that failed once, whatever the number of its scenarios."""
@@ -109,10 +110,12 @@ class StudyScores:
         """
         started = time.perf_counter()
         whole, scenario = "slices" not in data, SCENARIOS[data["scenario"]]
-        if self._current != (data["study"], whole):
+        # resampled volumes have the grid of a contrast that the scenario gives
+        current = data["study"], whole, data["grid"] if whole and self._load.resample else None
+        if self._current != current:
             self._current = None
             self._start(data, whole)
-            self._current = (data["study"], whole)
+            self._current = current
         available = torch.tensor(scenario, dtype=torch.bool, device=self.device).expand(len(self._slices), -1)
         known = torch.where(available[..., None, None], self._slices, -1.0)
         methods = {name: fill(known, available)[self._shown] for name, fill in self.reference_methods.items()}
@@ -160,7 +163,9 @@ class StudyScores:
         """Takes in target and label, N x K x and N x 1 x spatial: N are slices or a volume's first axis."""
         slice_axis = 2
         if whole:
-            study = self._load(data["complete"])
+            load = copy.copy(self._load)
+            load.resample = load.resample and data["grid"]
+            study = StudyCompose([load, ScaleBraind("image")])(data["complete"])
             # slices are axial, whatever the order of the axes on file
             codes = nib.orientations.aff2axcodes(np.asarray(study["image"].affine))
             slice_axis = next(axis for axis, code in enumerate(codes) if code in "SI")

@@ -32,7 +32,7 @@ from ..networks.availability import network_input
 from ..networks.sscf import SSCFNet
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
-from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, place, worst
+from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, has_scores, place, worst
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +208,10 @@ def calibrate(
         ``expected_scores``.
 
     Raises:
-        StudyError: for a file that does not hold scores of patients.
+        StudyError: for a network without scores, and for a file that does not hold scores of patients.
     """
+    if not has_scores(network):
+        raise StudyError("Only an SSCFNet with ccp has scores to calibrate: give its weights as source_path.")
     expected = {"expected": expected_scores(score_files)} if score_files else {}
     rows: list[Sequence[Mapping[str, Any]]] = []
     for fold in folds:

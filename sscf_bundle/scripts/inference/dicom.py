@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
-import uuid
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,15 +50,16 @@ class DicomStudyWriter(StudyWriter):
 
     ``<output_dir>/<study>/dicom/`` gets a folder ``<study>_<key>_synthetic`` with an MR series for each missing
     contrast, and ``<study>_seg.dcm``, a binary segmentation object with the segments of ``mask_labels``. Geometry,
-    patient and study are those of the first available contrast; **names of patients are written as they are there.**
+    patient and study are those of the contrast whose grid the volumes have; **names of patients are written as they are
+    there.**
 
     Args:
         mask_labels: tumor class to its value in the volumes.
         options: of ``StudyWriter``.
 
     Raises:
-        StudyError: when pydicom or highdicom is not installed; from the call, when the first available contrast is no
-            folder with a DICOM series, or what ``StudyWriter`` refuses.
+        StudyError: when pydicom or highdicom is not installed; from the call, when that contrast is no folder
+            with a DICOM series, or what ``StudyWriter`` refuses.
     """
 
     def __init__(self, mask_labels: Mapping[str, int], **options: Any) -> None:
@@ -69,39 +68,27 @@ class DicomStudyWriter(StudyWriter):
         super().__init__(**options)
         self.mask_labels = dict(mask_labels)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
-        """Write one study; gives the NIfTI volumes, as ``StudyWriter``."""
-        study = str(data["study"])
+    def add(self, folder: Path, data: Mapping[Hashable, Any]) -> None:
+        """Write the DICOM of one study."""
+        study, pred = str(data["study"]), data["pred"]
         given = [key for key, kept in zip(CONTRAST_KEYS, data["has_contrast"], strict=True) if kept]
-        self.prepare()
-        # hidden, so that find_studies never sees it; in the same folder, so that renaming is one step
-        new = self.output_dir / f".{uuid.uuid4().hex}.dicom"
-        try:
-            pred = data["pred"]
-            sources = read_series(data[given[0]], pred.affine.numpy(), pred.shape[1:])
-            made_from, version = ", ".join(CONTRAST_NAMES[key] for key in given), self.bundle["bundle_version"]
-            for number, (key, volume) in enumerate(zip(data["output_keys"], pred.as_tensor().numpy(), strict=True)):
-                # X x Y x Z to slices of rows and columns
-                slices = volume.transpose(2, 1, 0)
-                if key == MASK_KEY:
-                    new.mkdir(exist_ok=True)
-                    mask = segmentation(slices, sources, self.mask_labels, version)
-                    mask.save_as(new / f"{study}_{MASK_KEY}.dcm")
-                    continue
-                folder = new / f"{study}_{key}_synthetic"
-                folder.mkdir(parents=True)
-                values = np.rint(slices * (_FULL_SCALE / data["output_scale"][key])).clip(0, _FULL_SCALE)
-                pixels = values.astype(np.uint16)
-                series = synthetic_series(pixels, sources, CONTRAST_NAMES[key], made_from, 9000 + number, version)
-                for index, dataset in enumerate(series, start=1):
-                    dataset.save_as(folder / f"{index:04d}.dcm", enforce_file_format=True)
-            paths = super().__call__(data)
-            target = self.output_dir / self.files(study).folder / "dicom"
-            shutil.rmtree(target, ignore_errors=True)
-            new.rename(target)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return paths
+        sources = read_series(data[data.get("grid", given[0])], pred.affine.numpy(), pred.shape[1:])
+        made_from, version = ", ".join(CONTRAST_NAMES[key] for key in given), self.bundle["bundle_version"]
+        new = folder / "dicom"
+        new.mkdir()
+        for number, (key, volume) in enumerate(zip(data["output_keys"], pred.as_tensor().numpy(), strict=True)):
+            # X x Y x Z to slices of rows and columns
+            slices = volume.transpose(2, 1, 0)
+            if key == MASK_KEY:
+                segmentation(slices, sources, self.mask_labels, version).save_as(new / f"{study}_{MASK_KEY}.dcm")
+                continue
+            series_folder = new / f"{study}_{key}_synthetic"
+            series_folder.mkdir()
+            values = np.rint(slices * (_FULL_SCALE / data["output_scale"][key])).clip(0, _FULL_SCALE)
+            pixels = values.astype(np.uint16)
+            series = synthetic_series(pixels, sources, CONTRAST_NAMES[key], made_from, 9000 + number, version)
+            for index, dataset in enumerate(series, start=1):
+                dataset.save_as(series_folder / f"{index:04d}.dcm", enforce_file_format=True)
 
 
 def read_series(folder: str | os.PathLike[str], affine: np.ndarray, shape: Sequence[int]) -> list[Dataset]:

@@ -66,20 +66,6 @@ class FindStudyd(MapTransform):
         return d
 
 
-class ForgetFileNamed(MapTransform):
-    """Take the file name out of the metadata of a stack of several files.
-
-    Where it is there, ``Spacingd`` takes every entry ``image_...`` of the item for metadata, and fails at the
-    ``image_path`` of MONAI Label.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key].meta.pop("filename_or_obj", None)
-        return d
-
-
 class KeepAcquiredd(MapTransform):
     """Add ``"acquired"``, the contrasts on file (4 x X x Y x Z, >= 0) in 8 bits, for a panel long after reading."""
 
@@ -106,8 +92,7 @@ def inference_transforms(
         keep_acquired: add ``"acquired"``, the contrasts on file for the panel, see ``KeepAcquiredd``.
         checks: add ``"checks"``, see ``CheckStudyd``.
         rejecting_checks: codes of findings that refuse a study.
-        options: of ``study_transforms``; all but ``reader``, ``resample`` and ``register`` must be those of the
-            training.
+        options: of ``study_transforms``; all but ``resample`` and ``register`` must be those of the training.
 
     Returns:
         An invertible composition of transforms for one datalist item. Afterwards ``image`` is the network's
@@ -119,7 +104,7 @@ def inference_transforms(
         steps.append(step)
         if isinstance(step, LoadStudyd):
             # the mask is taken before resampling, so that no written voxel outside the brain is other than 0
-            steps += [ForgetFileNamed("image"), BrainMaskd("image", FILE_BRAIN_KEY)]
+            steps += [BrainMaskd("image", FILE_BRAIN_KEY)]
             steps += [KeepAcquiredd("image")] if keep_acquired else []
             steps += [CheckStudyd("image", rejecting_checks, registered=registered)] if checks else []
     return StudyCompose([FindStudyd("image"), *steps, AddAvailabilityd("image")])

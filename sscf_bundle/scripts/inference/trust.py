@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ def study_scores(
     brain = (slices[:, :NUM_CONTRASTS] > -1).any(dim=1)
     # the network itself looks at all entries
     allowed = bank.present.any(dim=1).expand(len(slices), -1)
-    if network.two_passes and network.with_segmentation:
+    if network.two_passes:
         logits, _ = module.segment(features, bank, usable.any(dim=1).expand(len(slices), -1))
         features = module.encode(slices, torch.sigmoid(logits.float()).to(slices.dtype), given)
     found: dict[str, dict[str, float]] = {}
@@ -219,7 +219,7 @@ class TrustAssessor:
         available = [bool(kept) for kept in item["has_contrast"]]
         scores: dict[str, Any] = {}
         prototypes: dict[str, Any] = {}
-        if isinstance(network, SSCFNet) and network.synthesis and network.with_ccp:
+        if has_scores(network):
             patient = stable_hash(str(item.get("patient", item["study"])))
             with torch.inference_mode():
                 image = torch.as_tensor(item["image"])
@@ -228,7 +228,10 @@ class TrustAssessor:
         reasons = [found["finding"] for found in item.get("checks", ())]
         verdict = "review" if reasons else "pass"
         doubt = list(item.get("doubts", {}).values())
-        if self.reference is None or not scores:
+        if not scores:
+            verdict = verdict if reasons else "not calibrated"
+            reasons.append("Only an SSCFNet with ccp has scores to judge a study by.")
+        elif self.reference is None:
             verdict = verdict if reasons else "not calibrated"
             reasons.append("There is no calibration in the weights, so no score can be judged: run calibrating.")
         else:
@@ -261,6 +264,11 @@ class TrustAssessor:
             for contrast, values in known.get("scenarios", {}).get(scenario_name(available), {}).items()
         }
         return {"patients": known["patients"], "contrasts": named} if named else {}
+
+
+def has_scores(network: nn.Module) -> TypeGuard[SSCFNet]:
+    """Whether studies can be judged by the bank of a network: an ``SSCFNet`` that retrieves from it."""
+    return isinstance(network, SSCFNet) and network.synthesis and network.with_ccp
 
 
 def read_reference(path: str | Path) -> dict[str, Any] | None:

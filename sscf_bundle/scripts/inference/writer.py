@@ -207,6 +207,7 @@ class StudyWriter:
                     (new / _about(files.volumes[key])).write_text(json.dumps(about) + "\n")
             if "acquired" in data:
                 draw_panel(new / files.panel, data)
+            self.add(new, data)
             record = self._record(data, inputs, {key: files.volumes[key] for key in made})
             (new / files.record).write_text(json.dumps(record, indent=2) + "\n")
             _place(new, folder, files)
@@ -217,6 +218,9 @@ class StudyWriter:
         judged = [f"Verdict: {record['verdict']}.", *record["reasons"]] if "verdict" in record else []
         logger.info("Study %s: %s written. %s", study, ", ".join(made), " ".join(judged))
         return {key: folder / files.volumes[key] for key in made}
+
+    def add(self, folder: Path, data: Mapping[Hashable, Any]) -> None:
+        """Write more of a study into a folder, which comes with the volumes or not at all: here nothing."""
 
     def finish(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
         """Write ``failures.json``, or take that of an earlier run away where nothing failed, and the page.
@@ -317,4 +321,6 @@ def _place(new: Path, folder: Path, files: StudyFiles) -> None:
     for name in ours - set(os.listdir(new)):
         (folder / name).unlink(missing_ok=True)
     for path in sorted(new.iterdir(), key=lambda path: path.name == files.record):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)

@@ -21,16 +21,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 
-def half_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16, or float16 on a GPU that lacks it."""
-    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
-    return torch.float16 if lacks else torch.bfloat16
-
-
 def half_pays(device: torch.device | str) -> bool:
-    """Whether autocast makes a device faster: a GPU, or a CPU with bfloat16 instructions (AVX512-BF16 or AMX)."""
-    if torch.device(device).type != "cpu":
-        return True
+    """Whether autocast to bfloat16 makes a device faster: a GPU or a CPU with instructions for it (AVX512-BF16 or AMX).
+
+    There is no float16: features and the squares of the keys are larger than it holds.
+    """
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, so they may be missing
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 

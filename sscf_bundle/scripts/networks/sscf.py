@@ -99,7 +99,7 @@ class SSCFNet(ConfiguredNetwork):
             of its and those of the synthesis branch. None, the paper, is the branch alone.
 
     Raises:
-        ValueError: for an unknown preset or variant, or a batch normalization.
+        ValueError: for an unknown preset or variant, variants that exclude each other, or a batch normalization.
     """
 
     FREE_ARGUMENTS = ("closed_loop", "retrieval")
@@ -166,6 +166,8 @@ class SSCFNet(ConfiguredNetwork):
             raise ValueError("a network without segmentation and without synthesis computes nothing.")
         if companion is not None and not synthesis:
             raise ValueError("a network without synthesis has no images that a companion could join.")
+        if not (closed_loop or mask_input):
+            raise ValueError("closed_loop false detaches the mask of a second pass: set mask_input to true.")
         self.with_segmentation, self.with_citim = segmentation != "none", segmentation == "citim"
         self.synthesis, self.with_ccp = synthesis, synthesis and prediction == "ccp"
         self.residual, self.normalize_prototypes = entry == "residual", normalize_prototypes

@@ -18,7 +18,7 @@ import importlib
 import io
 import json
 import logging
-import re
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.handlers import DiskSaver
 from torch import nn
 
 from ..contrasts import StudyError
@@ -52,21 +51,41 @@ _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 
 logger = logging.getLogger(__name__)
 
-#: Names of what ``atomic_saver`` and ``save_weights`` are writing.
-_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}|.+\.pt\.tmp")
+
+def write_tensors(path: Path, content: Mapping[str, Any], compressed: bool = False) -> None:
+    """Writes what ``torch.load`` reads, complete or not at all; on the first process only.
+
+    Args:
+        path: of the file; its folder is made if needed.
+        content: tensors and plain values.
+        compressed: deflate the records, which torch reads as it does others.
+    """
+    if idist.get_rank() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: others may be writing to the same folder
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        with new.open("wb") as file:
+            if compressed:
+                stream = io.BytesIO()
+                torch.save(content, stream)
+                options: dict[str, Any] = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 9}
+                with zipfile.ZipFile(stream) as plain, zipfile.ZipFile(file, "w", **options) as deflated:
+                    for record in plain.infolist():
+                        deflated.writestr(record.filename, plain.read(record))
+            else:
+                torch.save(content, file)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def atomic_saver(directory: Path) -> DiskSaver:
-    """Writes into a folder, each file to a temporary name first and then renamed; on the first process only."""
-    return DiskSaver(directory, atomic=True, create_dir=True, require_empty=False)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes what a killed process was writing through ``atomic_saver`` in a folder; on the first process only."""
-    if idist.get_rank() == 0 and directory.is_dir():
-        for path in directory.iterdir():
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+def remove_leftovers(path: Path) -> None:
+    """Removes what a killed process left of ``write_tensors`` to a path, whose name may be a pattern."""
+    if idist.get_rank() == 0:
+        for left in path.parent.glob(f".{path.name}.*.new"):
+            left.unlink(missing_ok=True)
 
 
 def save_weights(
@@ -84,7 +103,8 @@ def save_weights(
             again when loaded.
 
     Raises:
-        StudyError: for more settings than the buffer of a ``ConfiguredNetwork`` holds.
+        StudyError: for more settings than the buffer of a ``ConfiguredNetwork`` holds, and for values that ``half``
+            cannot hold.
     """
     path = Path(path)
     settings = dict(settings or {})
@@ -98,23 +118,24 @@ def save_weights(
                 f"leave something out, {longest} is the longest."
             )
         buffer.copy_(encoded)
-    state = {
-        # small tensors, such as the squares of the keys, are kept: they cost nothing and have the widest ranges
-        name: value.half() if half and value.is_floating_point() and value.numel() > _SMALL else value
-        for name, value in network.state_dict().items()
-    } | {SETTINGS_KEY: encode_settings(settings)}
-    atomic_saver(path.parent)(state, path.name)
-    if half and idist.get_rank() == 0:
-        _compress(path)
+    state = network.state_dict()
+    if half:
+        state = _halved(state, path)
+    write_tensors(path, {**state, SETTINGS_KEY: encode_settings(settings)}, compressed=half)
 
 
-def _compress(path: Path) -> None:
-    """Writes a file of ``torch.save`` anew with deflated records, which torch reads as it does others."""
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for record in plain.infolist():
-            file.writestr(record.filename, plain.read(record))
-    temporary.replace(path)
+def _halved(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Large tensors of a state_dict as float16; the squares of the keys stay float32, those of the rounded keys."""
+    halved = {
+        name: value.half() if value.is_floating_point() and value.numel() > _SMALL else value
+        for name, value in state.items()
+    }
+    if "bank_key" in state:
+        halved["bank_key_square"] = halved["bank_key"].float().square().sum(dim=-1)
+    large = [name for name, value in halved.items() if not value.isfinite().all()]
+    if large:
+        raise StudyError(f"{large[0]} is too large for half precision, so {path} is not written: use --half False.")
+    return halved
 
 
 def find_weights(path: str | Path) -> Path:
@@ -248,7 +269,9 @@ def network_from_weights(
         network = getattr(module, name)(**settings.get("arguments", {}) | changes)
         if bank_size is not None:
             network.load_state_dict({name: state[name] for name, _ in network.named_parameters()}, strict=False)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        if bank_size is not None:
+            raise StudyError(f"{path} cannot have a bank of another size ({first_reason(error)}).") from error
         raise StudyError(f"{path} names settings that build no {name} ({error}): update the bundle.") from error
     if bank_size is None:
         _load(network, path, content, preprocessing)

@@ -79,6 +79,9 @@ def write_splits(
     used = [item for item in items if item["patient"] not in untouched]
     if split_file is not None:
         splits = [split_patients(items, fractions, seed, str(Path(split_file).expanduser()))]
+        shared = {item["patient"] for part in splits[0].values() for item in part} & untouched
+        if shared:
+            raise StudyError(f"{split_file} has {min(shared)} of held_out: give one of the two, or take it out of one.")
     elif folds is None:
         splits = [split_patients(used, fractions, seed)]
     else:

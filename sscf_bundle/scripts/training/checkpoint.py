@@ -28,7 +28,7 @@ from torch import nn
 
 from ..contrasts import StudyError
 from ..networks.settings import first_difference
-from ..networks.weights import atomic_saver, first_reason, is_intact, remove_leftovers, save_weights
+from ..networks.weights import first_reason, is_intact, remove_leftovers, save_weights, write_tensors
 from .bank_builder import BankFreezer
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,10 @@ class TrainingCheckpoint:
         state = {name: item.state_dict() for name, item in self.objects.items()}
         state["settings"] = self.settings
         state["engine"] = {"epoch": engine.state.epoch, "max_epochs": engine.state.max_epochs}
-        saver = atomic_saver(self.directory)
-        saver(state, f"checkpoint_epoch={engine.state.epoch}.pt")
-        for old in self.files()[: -self.keep]:
-            saver.remove(old.name)
+        write_tensors(self.directory / f"checkpoint_epoch={engine.state.epoch}.pt", state)
+        if idist.get_rank() == 0:
+            for old in self.files()[: -self.keep]:
+                old.unlink()
 
     def load(self, engine: Engine) -> None:
         """Restores the newest readable checkpoint, if there is one.
@@ -99,7 +99,7 @@ class TrainingCheckpoint:
         Raises:
             StudyError: if a checkpoint does not fit the configured networks or settings.
         """
-        remove_leftovers(self.directory)
+        remove_leftovers(self.directory / "checkpoint_epoch=*.pt")
         if not self.resume:
             if idist.get_rank() == 0:
                 for path in self.files():
@@ -148,7 +148,7 @@ class BestModel:
 
     def attach(self, engine: Engine) -> None:
         """Compares and saves when the evaluator has completed a run."""
-        remove_leftovers(self.path.parent)
+        remove_leftovers(self.path)
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -33,7 +33,6 @@ from ..data.randomness import hash_uniform
 from ..networks.availability import network_input
 from ..networks.blocks import expand_dims_like
 from ..networks.memory_bank import BankEntries, MemoryBank
-from ..networks.precision import half_dtype
 from .losses import Draw, GeneratorLoss, draw_entries, samples_to_judge
 from .step import Scenario, SSCFTrainingStep
 
@@ -180,9 +179,7 @@ class SynthesisTrainer(Trainer):
         reconstructions: with ``shared_scenarios`` how many of the available contrasts, drawn for each batch, are
             decoded; None decodes all. The losses stay unbiased.
         inferer: kept for the bundle's ``train#inferer``; training calls the networks themselves.
-        amp: train with autocast.
-        amp_dtype: dtype of autocast; None means ``half_dtype`` of the device.
-        grad_scaler: of the losses; None means ``loss_scaler`` of the device. Give it, to have it in the checkpoints.
+        amp: train with autocast to bfloat16.
         train_handlers: Ignite handlers; None stands for one that a config disables.
 
     Raises:
@@ -212,8 +209,6 @@ class SynthesisTrainer(Trainer):
         reconstructions: int | None = None,
         inferer: Callable | None = None,
         amp: bool = True,
-        amp_dtype: torch.dtype | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
         train_handlers: Sequence | None = None,
     ) -> None:
         if accumulation_steps < 1:
@@ -236,8 +231,6 @@ class SynthesisTrainer(Trainer):
         self.discriminator_loss, self.perceptual, self.average = discriminator_loss, perceptual, average
         self.seed, self.accumulation_steps, self.inferer = seed, accumulation_steps, inferer
         self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
-        self.amp_dtype = amp_dtype or half_dtype(self.state.device)
-        self.grad_scaler = grad_scaler or loss_scaler(self.state.device, amp)
         self.shared_scenarios, self.reconstructions = shared_scenarios, reconstructions
         self._totals: dict[str, torch.Tensor] = {}
         self._batches = self._samples = 0
@@ -352,30 +345,29 @@ class SynthesisTrainer(Trainer):
 
         if self.discriminators is not None:
             self.discriminators.requires_grad_(False)
-        with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
             output = self.step(batch["image"], *targets, batch["scenario"])
             fake_scores = self.generator_scores(output, batch)
             distances = self.perceptual_distances(output, batch)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         terms = self.loss(output, *targets[:4], fake_scores, self.draw_bank_entries(batch), distances)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        self.grad_scaler.scale(terms["loss"] / share).backward()
+        (terms["loss"] / share).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         losses = {name: value.detach() for name, value in terms.items()}
 
         if self.discriminators is not None:
             self.discriminators.requires_grad_(True)
-            with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
                 judged = self.compute_discriminator_loss(output, batch)
-            self.grad_scaler.scale(judged / share).backward()
+            (judged / share).backward()
             losses["discriminator"] = judged.detach()
 
         if last:
             for optimizer in (self.optimizer, self.discriminator_optimizer):
                 if optimizer is not None:
-                    self.grad_scaler.step(optimizer)
+                    optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-            self.grad_scaler.update()
             if self.average is not None:
                 self.average.update()
         self.on_iteration_end(output)
@@ -482,11 +474,6 @@ class LambdaLR(torch.optim.lr_scheduler.LambdaLR):
             )
 
 
-def loss_scaler(device: torch.device | str, amp: bool) -> torch.amp.GradScaler:
-    """Loss scaler for mixed precision; enabled where ``amp`` has to use float16."""
-    return torch.amp.GradScaler(torch.device(device).type, enabled=amp and half_dtype(device) == torch.float16)
-
-
 def gather_entries(entries: BankEntries) -> BankEntries:
     """Entries of all processes in rank order, so that every process writes the same bank."""
     if idist.get_world_size() == 1:
@@ -506,5 +493,8 @@ def copy_network(network: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def in_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
-    """The network, with the 4-D weights of its convolutions in the channels-last format where that is asked for."""
-    return network.to(memory_format=torch.channels_last) if channels_last else network
+    """The network, with the weights of its convolutions in the channels-last format where that is asked for."""
+    if channels_last:
+        torch.nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
+        torch.nn.utils.convert_conv3d_weight_memory_format(network, torch.channels_last_3d)
+    return network
