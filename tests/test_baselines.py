@@ -35,15 +35,10 @@ from torch import nn
 
 from scripts.contrasts import StudyError, scenario_table
 from scripts.networks.availability import network_input
+from scripts.networks.mmgan import MMGANGenerator
 from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import load_weights, network_from_weights, save_weights
-from scripts.research.baselines import (
-    MMGANDiscriminator,
-    MMGANDiscriminatorLoss,
-    MMGANGenerator,
-    MMGANTrainer,
-    PlainTrainingStep,
-)
+from scripts.research.baselines import MMGANDiscriminator, MMGANDiscriminatorLoss, MMGANTrainer, PlainTrainingStep
 from scripts.training.losses import GeneratorLoss
 from scripts.training.trainer import Curriculum, draw_scenarios
 

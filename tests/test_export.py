@@ -32,11 +32,11 @@ from scripts.networks import export as module
 from scripts.networks.availability import network_input
 from scripts.networks.correction_table import CORRECTION_KEY
 from scripts.networks.export import export_network
+from scripts.networks.mmgan import MMGANGenerator
 from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.settings import decode_settings
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import network_from_weights, save_weights
-from scripts.research.baselines import MMGANGenerator
 
 #: Settings with a correction, of which one line leaves [-1, 1].
 SCENARIOS = {"FLAIR+T2": {"t1": [0.5, 0.2, 1.0]}, "T2": {"flair": [9.0, 0.1, 0.3], "t1ce": [1.5, -0.1, 0.2]}}

@@ -35,11 +35,7 @@ from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, encode_s
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
 #: Networks that weights may name and the modules that hold them, imported when asked for: nothing else of what a file
 #: says is imported.
-NETWORKS = {
-    "SSCFNet": "..networks.sscf",
-    "PlainUNet": "..networks.plain_unet",
-    "MMGANGenerator": "..research.baselines",
-}
+NETWORKS = {"SSCFNet": "..networks.sscf", "PlainUNet": "..networks.plain_unet", "MMGANGenerator": "..networks.mmgan"}
 
 #: What settings hold that was measured with the network and its bank, and the run that measures it anew.
 MEASURED = {"correction": "correcting", "trust": "calibrating"}
