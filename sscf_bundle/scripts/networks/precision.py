@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 def half_pays(device: torch.device | str) -> bool:
     """Whether autocast to bfloat16 makes a device faster: a GPU or a CPU with instructions for it (AVX512-BF16 or AMX).
 
-    There is no float16: features and the squares of the keys are larger than it holds.
+    There is no float16: with the weights of the bundle it gives NaN.
     """
     kind = torch.device(device).type
     if kind != "cpu":
