@@ -214,6 +214,10 @@ def test_best_model_is_the_one_with_the_highest_score(tmp_path: Path) -> None:
     restored.attach(lower)
     lower.run([0])
     assert float(torch.load(path, weights_only=True)["weight"]) == 5
+    # dB are no scale for a Dice of at most 1
+    other = BestModel(path, net, "dice")
+    other.load_state_dict(best.state_dict())
+    assert other.best == float("-inf")
 
 
 @pytest.mark.parametrize("validated", [False, True])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, config_files, run_bundle, run_python, tiny_run
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.checked_settings import checked_settings, refuse_unknown, unused_settings
 from scripts.contrasts import StudyError
@@ -61,6 +61,8 @@ def weights(tmp_path: Path) -> Path:
         ("ctdl_entries", -1, "ctdl_entries must be at least 0, got -1."),
         ("run_id", "training", "There is no setting run_id"),  # unless it is known elsewhere
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
+        ("max_epochs", 0, "max_epochs must be at least 1, got 0."),
+        ("learning_rate", -1.0, "learning_rate must be at least 0, got -1.0."),
         ("settings", 3, "settings must be a mapping"),
         # --name without a value is True to the command line
         ("output_dir", True, "output_dir needs a value, got True."),
@@ -105,6 +107,18 @@ def test_holding_a_setting_against_an_object_builds_none(tmp_path: Path, monkeyp
     given = {"dataset_dir": "/data/own", "output_dir": "/data/out"}
     assert checked_settings(config_files("train", "demo_train"), given) == {}
     assert not list(tmp_path.iterdir())
+
+
+def test_setting_that_does_not_exist_is_named_where_a_workflow_is_built_by_its_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = {"output_dir": str(tmp_path), "bundle_root": str(BUNDLE_ROOT)}
+    workflow = ConfigWorkflow(
+        config_files("inference"), workflow_type="inference", logging_file=False, overwrte=True, **paths
+    )
+    workflow.initialize()
+    (told,) = [r.getMessage() for r in caplog.records if "No config of this bundle" in r.getMessage()]
+    assert told == "No config of this bundle has a setting overwrte: did you mean overwrite?"
 
 
 def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:

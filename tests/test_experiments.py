@@ -337,7 +337,7 @@ def test_untouched_patients_are_in_no_fold_with_any_of_their_studies(data: Path)
 
 def test_unknown_names_are_refused(data: Path) -> None:
     for changes, message in (
-        ({"names": "thrid"}, "experiments has no thrid: choose from first, second, control"),
+        ({"names": "thrid"}, "names has no thrid: choose from "),
         ({"evaluate_with": ["x"]}, "evaluate_with has no x"),
         ({"weights": "newest"}, "weights has no newest: choose from last, best"),
         ({"reference": "frist"}, "reference has no frist: choose from None, first"),
@@ -416,6 +416,8 @@ def test_second_phase_takes_what_both_phases_have(tmp_path: Path) -> None:
         with_shared_weights(second, tmp_path / "other.pt")
     with pytest.raises(StudyError, match="There are no weights"):
         with_shared_weights(second, tmp_path / "none.pt")
+    with pytest.raises(StudyError, match=r"give its model_last\.pt as pretrained_path"):
+        with_shared_weights(second, None)
 
 
 def test_second_stage_is_joint_training_without_the_closed_loop() -> None:

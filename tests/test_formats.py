@@ -69,6 +69,13 @@ def test_studies_of_every_format_are_found_and_read(tmp_path, ending):
     assert single_study(**files)[0]["study"] == "p1"
 
 
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_what_itk_converted_from_nifti_is_read(tmp_path, ending):
+    nifti = write_with_itk(tmp_path / "a.nii.gz", volume(0))
+    itk.imwrite(itk.imread(str(nifti)), str(tmp_path / f"p1_t1.{ending}"))  # with fields of the NIfTI header
+    assert_read({"t1": str(tmp_path / f"p1_t1.{ending}")}, {"t1": volume(0)})
+
+
 def test_formats_of_a_study_may_differ(tmp_path):
     write_with_itk(tmp_path / "p1_t1.nrrd", volume(0))
     write_with_itk(tmp_path / "p1_t2.nii.gz", volume(1))

@@ -94,8 +94,8 @@ def checked_settings(
             fits = isinstance(value, accepted + _kinds(files, name))
             if not fits or (wanted is not bool and isinstance(value, bool)):
                 raise StudyError(f"{given_name} must be {words}, got {value!r}.")
-        if wanted is int and default >= 0 and isinstance(value, int | float):
-            least = 1 if name.endswith("_size") else 0
+        if wanted in (int, float) and default >= 0 and isinstance(value, int | float):
+            least = 1 if name.endswith(("_size", "_epochs")) else 0
             if value < least:
                 raise StudyError(f"{given_name} must be at least {least}, got {value!r}.")
         if wanted is torch.device:

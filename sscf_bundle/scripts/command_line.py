@@ -15,6 +15,7 @@ MONAI wraps every error in others. Each config calls ``start`` in its ``initiali
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import logging
@@ -43,7 +44,7 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
 
     ``run`` of the workflow raises a ``StudyError`` as it is. On the command line, an error becomes one sentence and the
     exit status 1; the traceback of one that nobody foresaw goes to ``traceback.log``. A setting without effect is named
-    in the log.
+    in the log, and so is one that does not exist where a workflow was built by its class.
 
     Args:
         output_dir: folder of ``traceback.log``.
@@ -58,12 +59,13 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not create_workflow.__code__:
         frame = frame.f_back
-    if frame is None:  # the workflow was built by its class
-        return
-    workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
     monai_knows = {name for settings in tracking.values() for name in settings["configs"]}
-    monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters}
+    monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters, ConfigParser.meta_key}
+    if frame is None:
+        _name_unknown_settings(monai_knows)
+        return
+    workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     for name, value in checked_settings(files, given, monai_knows).items():
         workflow.parser[name] = value
     ids = [name.lstrip("+").replace("#", "::") for name in given if name not in monai_knows]
@@ -72,6 +74,19 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
         logger.warning("%s changes nothing here: nothing that this run does refers to it.", name)
     _track(workflow.parser)
     workflow.run = functools.partial(_run, workflow)
+
+
+def _name_unknown_settings(monai_knows: set[str]) -> None:
+    """Names in the log what a workflow that was built by its class was given and nobody knows."""
+    workflows = (call.frame.f_locals.get("self") for call in inspect.stack(0))
+    workflow = next((one for one in workflows if isinstance(one, ConfigWorkflow)), None)
+    if workflow is None:
+        return
+    files = sorted((_SCRIPTS.parent / "configs").rglob("*.json"))
+    known = {name for file in files for name in ConfigParser.load_config_file(file)}
+    for name in sorted(set(workflow.parser.get()) - known - monai_knows):
+        (near,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        logger.warning("No config of this bundle has a setting %s: did you mean %s?", name, near)
 
 
 def _track(parser: ConfigParser) -> None:

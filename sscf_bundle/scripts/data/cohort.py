@@ -64,10 +64,13 @@ class Cohort:
         self.output_dir = Path(output_dir)
         self.failures: list[dict[str, str]] = []
         self._prepared: dict[str, PreparedSlices] = {}
+        self._origin = ""
         earlier = self.output_dir / "split.json"
         if split_file is None and earlier.is_file():
             split_file = str(earlier)
             logger.info(f"using the split of {earlier}")
+        if split_file is not None:
+            self._origin = f" in {split_file}"
         items = find_studies(dataset_dir, pattern, patient_pattern)
         self.parts = split_patients(items, fractions, seed, split_file)
         if not earlier.is_file():
@@ -91,9 +94,9 @@ class Cohort:
             StudyError: if the part has no usable study.
         """
         if not self.parts[part]:
-            raise StudyError(
-                f"The {part} part of the split has no study: give more studies, other split_fractions or a split_file."
-            )
+            other = "another split_file" if self._origin else "more studies, other split_fractions or a split_file"
+            needs = ", or leave nearest_contrast out of reference_methods" if part == "training" else ""
+            raise StudyError(f"The {part} part of the split{self._origin} has no study: give {other}{needs}.")
         if part not in self._prepared:
             self._prepared[part] = prepare_slices(self.parts[part], self.transform, self.cache_dir, self.num_workers)
         dataset = SliceDataset(self._prepared[part], **options)

@@ -186,7 +186,7 @@ def select_slices(
         rows = np.flatnonzero(np.isin(info["z"], choice))
     else:
         raise ValueError(
-            f"choice must be one of largest_tumor, tumor, brain or a list of slice numbers, got {choice!r}."
+            f"slice_choice must be one of largest_tumor, tumor, brain or a list of slice numbers, got {choice!r}."
         )
     return rows.tolist()
 

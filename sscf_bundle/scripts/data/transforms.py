@@ -49,6 +49,8 @@ MAX_NEGATIVE = 0.05
 BRATS_MASK_VALUES = {"NET": (1,), "ED": (2,), "ET": (4, 3)}
 
 _REPAIR = "repair the header or export the file again"
+#: Endings of NIfTI; ITK keeps fields of its header when it writes another format.
+_NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz")
 #: Codes of complex numbers in a NIfTI header.
 _COMPLEX = (32, 1792, 2048)
 
@@ -204,7 +206,7 @@ class LoadStudyd(MapTransform):
         if int(volume.meta.get("datatype", 0)) in _COMPLEX:
             raise StudyError(f"{path} holds complex numbers: give the magnitude image.")
         affines = [volume.affine[:3]]
-        if "sform_code" in volume.meta:
+        if "sform_code" in volume.meta and path.lower().endswith(_NIFTI):
             # the reader puts another in the place of one that does not fit the voxel sizes
             affines.append(torch.as_tensor(cast(nib.Nifti1Image, nib.load(path)).affine[:3]))
         for affine in affines:

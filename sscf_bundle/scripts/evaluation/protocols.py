@@ -132,7 +132,7 @@ class PerceptualDistance(nn.Module):
         except OSError as error:  # urllib's errors are of this kind
             raise StudyError(
                 "LPIPS needs AlexNet, which could not be downloaded: give a file of torchvision's alexnet as "
-                "lpips_weights, or leave LPIPS out with lpips False."
+                "lpips_weights, or leave LPIPS out: --lpips False, or --perceptual_weight 0 of a training."
             ) from error
         if weights is not None:
             self._load(Path(weights).expanduser())
@@ -140,7 +140,7 @@ class PerceptualDistance(nn.Module):
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
-            raise StudyError(f"There is no file {path}: correct lpips_weights, or leave LPIPS out with lpips False.")
+            raise StudyError(f"There is no file {path}: correct lpips_weights.")
         try:
             given = torch.load(path, map_location="cpu", weights_only=True)
             # slice2.3.weight of the package is features.3.weight of torchvision

@@ -27,12 +27,13 @@ import torch
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
 from ..data.cohort import Cohort
 from ..data.datalist import write_whole
+from ..data.randomness import stable_hash
 from ..data.transforms import LoadStudyd, StudyCompose
 from ..networks.availability import network_input
 from ..networks.sscf import SSCFNet
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
-from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, has_scores, place, worst
+from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, has_scores, patients_in_bank, place, worst
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +225,9 @@ def calibrate(
         subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
         for whole in complete_studies(cohort, transform):
             image = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS]
+            if stable_hash(str(whole.get("patient", whole["study"]))) in patients_in_bank(network):
+                told = "The patient of study %s is in the memory bank of the network: limits may be too narrow."
+                logger.warning(told, whole["study"])
             patient: list[Mapping[str, Any]] = []
             for kept in map(torch.tensor, subsets):
                 shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}

@@ -139,7 +139,7 @@ def list_studies(
     """Datalist for inference: one study from loose files, those of a list, or all below a folder. Masks are left out.
 
     Args:
-        dataset_dir, pattern: see ``find_studies``; ignored where a file or a list is given.
+        dataset_dir, pattern: see ``find_studies``.
         flair, t1, t1ce, t2: paths of the volumes of a single study.
         study: name of the single study.
         output_dir: where results go; must not lie in ``dataset_dir``.
@@ -147,12 +147,15 @@ def list_studies(
         shard: ``"2/4"`` takes the second of every four studies, for four machines.
 
     Raises:
-        StudyError: when there is no study, ``output_dir`` lies in ``dataset_dir``, or ``shard`` is no part.
+        StudyError: when there is no study or input of several kinds, ``output_dir`` lies in ``dataset_dir``, or
+            ``shard`` is no part.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if shard is None else str(shard))
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise StudyError(f'shard must be a part such as "1/4", got {shard!r}.')
     files = {key: path for key, path in zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True) if path}
+    if bool(files) + bool(dataset_dir) + bool(datalist_file) > 1:
+        raise StudyError("Give dataset_dir, or datalist_file, or the files of one study: more than one is given.")
     if files:
         return single_study(**files, name=None if study is None else str(study))
     if not dataset_dir and not datalist_file:

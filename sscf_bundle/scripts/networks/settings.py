@@ -47,12 +47,14 @@ def decode_settings(buffer: torch.Tensor) -> dict[str, Any]:
         raise StudyError("The settings in the weights are damaged: copy the file again or train anew.") from error
 
 
-def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """First setting that both have with different values, as ``name is A, not B`` (B is ours); None if all agree."""
-    for name, value in theirs.items():
-        if name in ours and json.dumps(ours[name]) != json.dumps(value):
-            return f"{name} is {value!r}, not {ours[name]!r}"
-    return None
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Settings that both have with different values, each as ``name is A, not B`` (B is ours); None if all agree."""
+    found = [
+        f"{name} is {value!r}, not {ours[name]!r}"
+        for name, value in theirs.items()
+        if name in ours and json.dumps(ours[name]) != json.dumps(value)
+    ]
+    return "; ".join(found) or None
 
 
 class ConfiguredNetwork(nn.Module):
@@ -106,7 +108,7 @@ class ConfiguredNetwork(nn.Module):
         if settings.get("network", ours["network"]) != ours["network"]:
             return f"they are weights of {settings['network']}, not of {ours['network']}"
         theirs = {k: v for k, v in settings.get("arguments", {}).items() if k not in self.FREE_ARGUMENTS}
-        return first_difference(ours["arguments"], theirs)
+        return differences(ours["arguments"], theirs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         own = self.get_buffer(SETTINGS_KEY)

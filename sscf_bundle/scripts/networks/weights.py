@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ..contrasts import StudyError
-from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, encode_settings, first_difference
+from .settings import SETTINGS_KEY, ConfiguredNetwork, decode_settings, differences, encode_settings
 
 #: What ``settings["preprocessing"]`` holds: arguments of ``study_transforms``.
 PREPROCESSING_SETTINGS = ("image_size", "spacing", "scaling")
@@ -144,7 +144,7 @@ def find_weights(path: str | Path) -> Path:
     for file in (given, _BUNDLE_ROOT / given):
         if file.is_file():
             return file
-    raise StudyError(f"There are no weights at {given}: train first, or give the file of the weights as ckpt_path.")
+    raise StudyError(f"There are no weights at {given}: train first, or correct the path.")
 
 
 def is_intact(file: str | Path | io.BytesIO) -> bool:
@@ -341,7 +341,7 @@ def _load(
     """``load_weights`` of what ``read_state`` gave."""
     state, settings, sha256 = content
     reason = network.refusal(settings) if isinstance(network, ConfiguredNetwork) else None
-    reason = reason or first_difference(preprocessing or {}, settings.get("preprocessing", {}))
+    reason = reason or differences(preprocessing or {}, settings.get("preprocessing", {}))
     if not reason:
         try:
             network.load_state_dict(state)
@@ -358,7 +358,7 @@ def _load(
     return sha256
 
 
-def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def with_shared_weights(network: nn.Module, path: str | Path | None) -> nn.Module:
     """The network with those tensors of a file that it has too; its bank and whatever is new stay as they are.
 
     Args:
@@ -366,8 +366,10 @@ def with_shared_weights(network: nn.Module, path: str | Path) -> nn.Module:
         path: state_dict of the first phase, which may lack parts of the network.
 
     Raises:
-        StudyError: if the file cannot be read or shares nothing with the network.
+        StudyError: without a path, or if the file cannot be read or shares nothing with the network.
     """
+    if path is None:
+        raise StudyError("This phase goes on from the one before: give its model_last.pt as pretrained_path.")
     state = read_state(path)[0]
     ours = dict(network.named_parameters())
     shared = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}

@@ -251,7 +251,7 @@ class Experiments:
         waiting = list(names)
         while waiting:
             name = waiting.pop(0)
-            refuse_unknown("experiments", [name], list(self.experiments))
+            refuse_unknown("names", [name], [*self.sets, *self.experiments])
             graph[name] = self._needs(name)
             waiting += [needed for needed in graph[name] if needed not in graph]
         try:

@@ -27,7 +27,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ..contrasts import StudyError
-from ..networks.settings import first_difference
+from ..networks.settings import differences
 from ..networks.weights import first_reason, is_intact, remove_leftovers, save_weights, write_tensors
 from .bank_builder import BankFreezer
 
@@ -114,7 +114,7 @@ class TrainingCheckpoint:
                 logger.warning(f"{path} cannot be read ({type(error).__name__}) and is passed over.")
                 continue
             try:
-                changed = first_difference(self.settings, state.get("settings", {}))  # none before this was kept
+                changed = differences(self.settings, state.get("settings", {}))  # none before this was kept
                 if changed:
                     raise ValueError(changed)
                 for name, item in self.objects.items():
@@ -158,12 +158,15 @@ class BestModel:
             save_weights(self.path, self.network, self.settings)
             engine.logger.info(f"best {self.metric} so far: {score:.4f} at epoch {self.epoch}, saved {self.path}")
 
-    def state_dict(self) -> dict[str, float]:
-        """Best score and its epoch."""
-        return {"best": self.best, "epoch": self.epoch}
+    def state_dict(self) -> dict[str, Any]:
+        """Best score, its metric and its epoch."""
+        return {"best": self.best, "epoch": self.epoch, "metric": self.metric}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restores ``state_dict``."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores ``state_dict``; a score of another metric is no best one."""
+        if state.get("metric", self.metric) != self.metric:
+            logger.warning("The best model is chosen anew by %s, before by %s.", self.metric, state["metric"])
+            return
         self.best, self.epoch = float(state["best"]), int(state["epoch"])
 
 
