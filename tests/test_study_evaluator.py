@@ -174,7 +174,7 @@ def test_what_to_fill_in(tmp_path):
         with pytest.raises(StudyError, match=words):
             list_studies(**arguments)
     paths = write_study(tmp_path / "in", ["t1"])
-    (item,) = list_studies(tmp_path / "nowhere", **paths, study=12)
+    (item,) = list_studies(**paths, study=12)
     assert item["study"] == "12" and item["t1"] == paths["t1"]
 
 

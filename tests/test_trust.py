@@ -293,7 +293,7 @@ def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path:
         split.write_text(json.dumps({"training": [], "validation": patients, "test": []}))
         paths = {"source_path": path, "calibrated_path": tmp_path / name, "output_dir": tmp_path / "out"}
         paths |= {"dataset_dir": tmp_path / "in", "split_file": split}
-        settings |= {"run_id": "calibrating", "bundle_root": BUNDLE_ROOT, "trust_least_limit": -1e6}
+        settings |= {"run_id": "calibrating", "bundle_root": BUNDLE_ROOT, "trust_least_limit": "$-1e6"}
         bundle_workflow("train", "calibrate", **paths, **settings).run()
         return read_reference(tmp_path / name)
 
