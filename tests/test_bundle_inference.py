@@ -30,6 +30,7 @@ from monai.transforms import Compose
 from studies import PREPROCESSING, TINY, load, write_study
 
 from scripts.contrasts import CONTRASTS, TUMOR_CLASSES, StudyError
+from scripts.inference.synthesize import synthesize_study
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import (
     _compare_with_metadata,
@@ -210,6 +211,16 @@ def test_weights(tmp_path, caplog):
     assert len(load_weights(network, path)) == 64 and "bank" in caplog.text
     for name, value in network.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
+
+
+def test_study_is_not_prepared_otherwise_than_those_of_the_training(tmp_path):
+    save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
+    paths = {**write_study(tmp_path / "in", ["t1"]), "ckpt_path": tmp_path / "model.pt", "output_dir": tmp_path / "out"}
+    for name, value in (("spacing", 0.5), ("scaling", "per_slice")):
+        with pytest.raises(StudyError, match=rf"does not fit \({name} is .*, not {value!r}"):
+            synthesize_study(**paths, **{name: value})
+    assert not (tmp_path / "out").exists()
+    synthesize_study(**paths, image_size=64)
 
 
 def test_weights_that_did_not_come_with_the_bundle_are_noted_once(tmp_path, monkeypatch, caplog):

@@ -105,7 +105,10 @@ class StudyEvaluator(Evaluator):
                 study failed.
         """
         if self.ckpt_path is not None:
-            self.weights_sha256 = load_weights(self.network, str(self.ckpt_path))
+            # the frame may be larger than that of the training, for a larger brain
+            used = getattr(self.writer, "settings", {})
+            trained = {name: used[name] for name in ("spacing", "scaling") if name in used}
+            self.weights_sha256 = load_weights(self.network, str(self.ckpt_path), trained)
         self.writer.prepare()
         self.failures, self.written = [], {}
         self.seconds.clear()
