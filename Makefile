@@ -10,7 +10,7 @@ VENV ?= .venv
 DEMO_DIR ?= demo_output
 
 PY := $(abspath $(VENV))/bin/python
-# the demos need less than the tests, and their first minute is short
+# the demos need less than the tests, and their first minute is short: Python compiles what is imported, not all of torch
 RUNTIME := $(VENV)/.sscf_runtime
 READY := $(VENV)/.sscf_requirements
 DEMO := cd sscf_bundle && $(PY) -m monai.bundle run
@@ -40,11 +40,11 @@ benchmark: $(READY)
 
 $(RUNTIME): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -r requirements.txt
+	$(PY) -m pip install --no-compile -r requirements.txt
 	touch $(RUNTIME)
 
 $(READY): $(RUNTIME) requirements-dev.txt
-	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --no-compile -r requirements-dev.txt
 	touch $(READY)
 
 clean:

@@ -36,6 +36,7 @@ RUNS = [
     ["train"],
     ["train", "demo_train"],
     ["train", "evaluate"],
+    ["train", "evaluate", "from_weights"],
     ["train", "paper_literal", "evaluate"],
     ["train", "finetune"],
     ["train", "multi_gpu_train"],

@@ -391,6 +391,17 @@ def test_evaluation_of_a_bundle_writes_all_protocols_and_reference_methods(
     assert entry["mean"] == pytest.approx(psnr)
 
 
+def test_weights_can_say_which_network_and_preprocessing_they_are_of(phantom_cohort: Path, tmp_path: Path) -> None:
+    changes = {"scenarios": ["T1"], "reference_methods": [], "evaluated_slices": "largest_tumor", "slice_count": 2}
+    evaluate_bundle(phantom_cohort, tmp_path, **changes)
+    stated = read_scores(tmp_path / "evaluation" / "scores.csv")
+    of_network = {"channels", "bank_size", "image_size", "spacing", "scaling"}
+    given = {name: value for name, value in tiny_run(phantom_cohort, tmp_path).items() if name not in of_network}
+    given.update(changes, lpips=False, bootstrap_samples=20, report_dir=str(tmp_path / "again"))
+    bundle_workflow("train", "evaluate", "from_weights", **given).run()
+    pd.testing.assert_frame_equal(read_scores(tmp_path / "again" / "scores.csv"), stated)
+
+
 def test_protocols_of_whole_studies_are_left_out_where_there_are_none(phantom_cohort: Path, tmp_path: Path) -> None:
     changes = {"scenarios": ["T1"], "reference_methods": ["zero_filling"]}
     evaluate_bundle(phantom_cohort, tmp_path, evaluated_slices="largest_tumor", slice_count=3, **changes)
