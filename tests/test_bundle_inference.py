@@ -262,19 +262,13 @@ def test_changed_byte_and_numbers_that_are_none_are_found(tmp_path):
         load_weights(network, path)
 
 
-def test_settings_of_version_02_beside_the_weights_are_read(tmp_path):
-    torch.manual_seed(0)
-    network = SSCFNet(**TINY, entry="literal", normalize_prototypes=False).eval()
-    state = {name: value for name, value in network.state_dict().items() if name != "settings"}
-    torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(StudyError, match=r"holds no settings, .* put the model.pt.json of the training beside it"):
+def test_weights_without_settings_are_refused(tmp_path):
+    network = SSCFNet(**TINY)
+    torch.save(
+        {name: value for name, value in network.state_dict().items() if name != "settings"}, tmp_path / "model.pt"
+    )
+    with pytest.raises(StudyError, match=r"holds no settings, .* train anew"):
         read_settings(tmp_path / "model.pt")
-    old = {**TINY, "spatial_dims": 2, "key_size": 3, "image_size": 48, "spacing": 2.0, "scaling": "paper"}
-    (tmp_path / "model.pt.json").write_text(json.dumps(old))
-    assert read_settings(tmp_path / "model.pt") == {"image_size": 48, "spacing": 2.0, "scaling": "per_slice"}
-    image = torch.rand(1, 8, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(network_from_weights(tmp_path / "model.pt")(image), network(image))
 
 
 # --------------------------------------------------------------------------------------------------------- command line

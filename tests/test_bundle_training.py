@@ -34,8 +34,7 @@ from builders import (
 from monai.bundle import ConfigParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts.contrasts import StudyError
-from scripts.data.transforms import find_study_error
+from scripts.contrasts import StudyError, find_study_error
 from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.weights import network_from_weights, read_state, save_weights
 

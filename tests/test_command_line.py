@@ -21,8 +21,7 @@ from builders import BUNDLE_ROOT, TINY_CHANNELS, bundle_workflow, config_files, 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.checked_settings import checked_settings, refuse_unknown, unused_settings
-from scripts.contrasts import StudyError
-from scripts.data.transforms import find_study_error
+from scripts.contrasts import StudyError, find_study_error
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import save_weights
 

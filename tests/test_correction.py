@@ -23,7 +23,8 @@ from builders import TINY_CHANNELS, bundle_workflow, generator, tiny_net
 from scripts.contrasts import CONTRAST_KEYS, SCENARIOS, StudyError, scenario_name
 from scripts.data.datalist import find_studies
 from scripts.data.randomness import stable_hash
-from scripts.inference.correction import CorrectPredictiond, fit_correction
+from scripts.inference.calibration import fit_correction
+from scripts.inference.postprocessing import CorrectPredictiond
 from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.synthesize import synthesize_study
 from scripts.inference.trust import central_slices
@@ -93,7 +94,7 @@ def test_only_a_line_that_helps_patients_left_out_is_kept_and_it_is_that_of_the_
         image[0, 3:] = -1  # no brain to FLAIR
         image[1, 3:] = 0.9
         items.append({"study": str(number), "image": image})
-    monkeypatch.setattr("scripts.inference.correction.complete_studies", lambda *_: items)
+    monkeypatch.setattr("scripts.inference.calibration.complete_studies", lambda *_: items)
     found = fit_correction(None, None, network, 1)["scenarios"]["FLAIR"]  # type: ignore[arg-type]
     # -0.3 in [-1, 1]
     assert found["t1"][:2] == pytest.approx([0.5, 0.1], abs=1e-4) and "t2" not in found

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -202,11 +203,15 @@ def test_study_is_listed_under_the_scenarios_whose_contrasts_it_has_with_these_f
     assert [item["study"] for item in list_scenarios(ITEMS, ["T2", "FLAIR"], ["c"])] == ["c", "c"]
 
 
-def test_processes_share_the_studies() -> None:
-    shown = [[item["study"] for item in list_scenarios(ITEMS, ["T2", "FLAIR"], None, rank, 2)] for rank in (0, 1)]
-    assert shown == [["a", "a", "c", "c"], ["b", "b"]]
+def test_processes_share_the_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    for rank, names in enumerate((["a", "a", "c", "c"], ["b", "b"])):
+        monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
+        assert [item["study"] for item in list_scenarios(ITEMS, ["T2", "FLAIR"])] == names
+    monkeypatch.setattr(idist, "get_world_size", lambda: 4)
     with pytest.raises(StudyError, match="3 studies cannot be shared by 4 processes"):
-        list_scenarios(ITEMS, world_size=4)
+        list_scenarios(ITEMS)
+    monkeypatch.undo()
     with pytest.raises(StudyError, match="No evaluated study has the contrasts"):
         list_scenarios(ITEMS, ["T1"], ["b"])
 

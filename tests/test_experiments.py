@@ -33,7 +33,9 @@ from scripts.research.report import write_report
 from scripts.research.tables import KINDS
 from scripts.training.trainer import TimeLimit
 
-CONFIG = json.loads((BUNDLE_ROOT / "configs" / "experiments.json").read_text())
+PARSER = ConfigParser()
+PARSER.read_config(BUNDLE_ROOT / "configs" / "experiments.json")
+CONFIG = {name: PARSER.get_parsed_content(name) for name in ("sets", "experiments", "tables", "evaluations")}
 ABLATIONS = sorted(path.stem for path in (BUNDLE_ROOT / "configs" / "ablations").glob("*.json"))
 
 

@@ -26,15 +26,14 @@ from monai.bundle import ckpt_export, create_workflow
 
 from scripts.contrasts import StudyError, scenario_table
 from scripts.data.datalist import find_studies
-from scripts.inference.correction import CorrectPredictiond, read_correction
+from scripts.inference.postprocessing import CorrectPredictiond, read_correction
 from scripts.inference.synthesize import synthesize_study
 from scripts.networks import export as module
 from scripts.networks.availability import network_input
-from scripts.networks.correction_table import CORRECTION_KEY
 from scripts.networks.export import export_network
 from scripts.networks.mmgan import MMGANGenerator
 from scripts.networks.plain_unet import PlainUNet
-from scripts.networks.settings import decode_settings
+from scripts.networks.settings import CORRECTION_KEY, decode_settings
 from scripts.networks.sscf import SSCFNet
 from scripts.networks.weights import network_from_weights, save_weights
 

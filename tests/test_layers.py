@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from builders import generator
 
-from scripts.networks.blocks import Decoder, Encoder, channel_statistics, masked_mean
+from scripts.networks.blocks import Decoder, Encoder, masked_mean, scale_statistics
 
 CHANNELS = (4, 8, 8, 8, 16)
 
@@ -46,10 +46,10 @@ def test_masked_mean_gives_left_out_contrasts_a_zero_and_finite_gradient() -> No
 
 
 @pytest.mark.parametrize("space", [(6, 5), (4, 3, 2)], ids=["2d", "3d"])
-def test_channel_statistics_equal_numpy(space: tuple[int, ...]) -> None:
+def test_statistics_equal_numpy(space: tuple[int, ...]) -> None:
     """The mu and sigma of eq. 8: over space, for each contrast and channel, with epsilon under the root."""
     features = torch.randn((3, 4, 5, *space), generator=generator(1)) * 3 - 2
-    mean, std = channel_statistics(features, eps=1e-3)
+    mean, std = scale_statistics([features], eps=1e-3)
     values = features.double().numpy()
     for b in range(3):
         for i in range(4):
@@ -61,9 +61,9 @@ def test_channel_statistics_equal_numpy(space: tuple[int, ...]) -> None:
                 assert std[b, i, c].item() == pytest.approx(sigma, rel=1e-5)
 
 
-def test_channel_statistics_are_float32_for_half_precision_features() -> None:
+def test_statistics_are_float32_for_half_precision_features() -> None:
     features = (torch.randn((1, 1, 2, 64, 64), generator=generator(2)) + 40).to(torch.bfloat16)
-    mean, std = channel_statistics(features)
+    mean, std = scale_statistics([features])
     assert mean.dtype == torch.float32 and std.dtype == torch.float32
     exact = features.double()
     torch.testing.assert_close(mean.double(), exact.mean(dim=(3, 4)), rtol=1e-5, atol=0)

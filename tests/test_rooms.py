@@ -25,7 +25,7 @@ SCRIPTS = BUNDLE_ROOT / "scripts"
 ALLOWED = {
     "contrasts": set(),
     "checked_settings": {"contrasts"},
-    "command_line": {"contrasts", "checked_settings", "data"},
+    "command_line": {"contrasts", "checked_settings"},
     "ssim": set(),
     "networks": {"contrasts"},
     "data": {"contrasts"},

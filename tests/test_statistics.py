@@ -27,16 +27,9 @@ from ignite.engine import Engine
 from torch import nn
 
 from scripts.contrasts import CONTRASTS, REGIONS, StudyError
-from scripts.evaluation.bootstrap import (
-    EvaluationTables,
-    overview,
-    paired_differences,
-    read_scores,
-    sign_flip_p_value,
-    summarize,
-)
+from scripts.evaluation.bootstrap import paired_differences, read_scores, sign_flip_p_value, summarize
 from scripts.evaluation.protocols import VolumeProtocol
-from scripts.evaluation.scores import StudyScores
+from scripts.evaluation.scores import EvaluationTables, StudyScores, overview
 from scripts.networks.sscf import SSCFNet
 
 #: For some groups of a summary, which rows belong to them.

@@ -25,7 +25,7 @@ from monai.data import MetaTensor, NibabelReader
 from monai.inferers import SliceInferer
 from monai.transforms import Invertd
 
-from scripts.contrasts import CONTRAST_KEYS, StudyError
+from scripts.contrasts import CONTRAST_KEYS, StudyError, find_study_error
 from scripts.data.transforms import (
     AddAvailabilityd,
     BrainMaskd,
@@ -33,7 +33,6 @@ from scripts.data.transforms import (
     LoadStudyd,
     ScaleBraind,
     ScaleSliced,
-    find_study_error,
     study_transforms,
 )
 

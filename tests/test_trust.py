@@ -34,7 +34,7 @@ from scripts.inference.preprocessing import inference_transforms
 from scripts.inference.trust import OVERALL, TrustAssessor, read_reference, study_scores
 from scripts.networks import sscf
 from scripts.networks.availability import network_input
-from scripts.networks.blocks import channel_statistics
+from scripts.networks.blocks import scale_statistics
 from scripts.networks.memory_bank import CompiledBank
 from scripts.networks.plain_unet import PlainUNet
 from scripts.networks.sscf import SSCFNet
@@ -203,9 +203,9 @@ def test_scores_grow_with_what_the_network_does_not_know() -> None:
     # the bank knows the features of these very slices
     images = slices[:, :4]
     with torch.no_grad():
-        stat = [channel_statistics(f) for f in net.run_branches(images, torch.ones(2, 4) > 0, *bank_of(net)).second]
-        for table, part in ((net.bank_mean, 0), (net.bank_std, 1)):
-            table.copy_(torch.cat([s[part] for s in stat], dim=2)[torch.arange(6) % 2])
+        second = net.run_branches(images, torch.ones(2, 4) > 0, *bank_of(net)).second
+        for table, part in zip((net.bank_mean, net.bank_std), scale_statistics(list(second)), strict=True):
+            table.copy_(part[torch.arange(6) % 2])
         strange_slices = torch.cat([(images > 0.5) * 2.0 - 1, slices[:, 4:]], dim=1)
         sound, strange = (study_scores(image, ALL, net)[0] for image in (slices, strange_slices))
     assert set(sound) == set(CONTRAST_KEYS) and set(sound["t1"]) == {"distance", "features", "consistency"}
@@ -222,7 +222,7 @@ def test_distance_and_features_are_those_of_entries_of_other_patients() -> None:
     with torch.no_grad():
         second = net.run_branches(slices[:, :4], torch.ones(2, 4) > 0, bank, others.expand(2, -1)).second
     keys = net.retrieval_key(second)
-    statistics = [torch.cat(part, dim=2) for part in zip(*map(channel_statistics, second), strict=True)]
+    statistics = scale_statistics(list(second))
     for i, name in enumerate(CONTRAST_KEYS):
         nearest = torch.cdist(keys[:, i], bank.key[others, i]).amin(dim=1) / keys[:, i].norm(dim=1)
         assert found[name]["distance"] == pytest.approx(float(nearest.log().mean()), rel=1e-3)

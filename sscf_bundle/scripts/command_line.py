@@ -31,8 +31,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from .checked_settings import checked_settings, unused_settings
-from .contrasts import StudyError
-from .data.transforms import find_study_error
+from .contrasts import StudyError, find_study_error
 
 logger = logging.getLogger(__name__)
 

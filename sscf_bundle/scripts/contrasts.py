@@ -49,6 +49,17 @@ class StudyError(ValueError):
     """A study, file or setting that cannot be used; the message is one sentence that names it and a fix."""
 
 
+def find_study_error(error: BaseException) -> StudyError | None:
+    """The first ``StudyError`` among an exception and its causes, None if there is none.
+
+    MONAI's ``Compose`` wraps whatever a transform raises in a ``RuntimeError`` that does not give the reason.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, StudyError):
+        cause = cause.__cause__
+    return cause
+
+
 def scenario_name(scenario: Sequence[int]) -> str:
     """Name of a scenario (0/1 over ``CONTRASTS``) by its available contrasts, for example ``"FLAIR+T2"``."""
     return "+".join(name for name, kept in zip(CONTRASTS, scenario, strict=True) if kept)

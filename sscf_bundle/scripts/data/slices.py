@@ -35,9 +35,8 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
-from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError
+from ..contrasts import CONTRAST_KEYS, MASK_KEY, StudyError, find_study_error
 from .randomness import stable_hash
-from .transforms import find_study_error
 
 #: Part of every cache key: raise it when the code of the transforms changes what they do.
 CACHE_FORMAT = 1
@@ -103,7 +102,7 @@ def prepare_slices(
         with contextlib.suppress(FileNotFoundError):  # of another process that clears them
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
-    description = describe_transform(transform)
+    description = json.loads(json.dumps(transform, default=_describe))
 
     def prepare(item: Mapping[str, Any]) -> CachedStudy | str:
         try:
@@ -132,16 +131,8 @@ def prepare_slices(
     return prepared
 
 
-def describe_transform(transform: Any) -> Any:
-    """Parameters of a transform as plain data, the same in every process: the part of the cache key it stands for.
-
-    They are nested lists and dictionaries of strings, numbers and ``None``. Of functions only the name is seen.
-    """
-    return json.loads(json.dumps(transform, default=_describe))
-
-
 def _describe(value: Any) -> Any:
-    """Something that JSON knows in the place of what it does not know."""
+    """What JSON knows for a parameter of a transform, the same in every process; of functions only the name."""
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return value.tolist()
     if isinstance(value, functools.partial):

@@ -35,7 +35,7 @@ from monai.transforms import (
 )
 from monai.utils import convert_to_dst_type, ensure_tuple, ensure_tuple_rep
 
-from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, find_study_error
 from .formats import read_volume
 
 #: Voxel sizes in mm that a study can have; a header in meters or micrometers is outside.
@@ -55,17 +55,6 @@ _NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz")
 _COMPLEX = (32, 1792, 2048)
 
 logger = logging.getLogger(__name__)
-
-
-def find_study_error(error: BaseException) -> StudyError | None:
-    """The first ``StudyError`` among an exception and its causes, None if there is none.
-
-    MONAI's ``Compose`` wraps whatever a transform raises in a ``RuntimeError`` that does not give the reason.
-    """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, StudyError):
-        cause = cause.__cause__
-    return cause
 
 
 class StudyCompose(Compose):

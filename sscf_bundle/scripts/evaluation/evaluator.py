@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
@@ -103,11 +104,7 @@ class SliceEvaluator(Evaluator):
 
 
 def list_scenarios(
-    items: Sequence[Mapping[str, Any]],
-    scenarios: Sequence[str] | None = None,
-    studies: Sequence[str] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    items: Sequence[Mapping[str, Any]], scenarios: Sequence[str] | None = None, studies: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Datalist for inference: every study under every scenario whose contrasts it has, without its other files.
 
@@ -115,8 +112,6 @@ def list_scenarios(
         items: of complete or incomplete studies.
         scenarios: names as ``FLAIR+T2``; None means all 14.
         studies: names of those that are taken; None takes all.
-        rank: number of this process, which takes its share of the studies.
-        world_size: number of processes.
 
     Returns:
         Items with ``study``, ``patient``, the paths that the scenario gives, ``scenario`` (position in ``SCENARIOS``)
@@ -127,10 +122,11 @@ def list_scenarios(
     """
     chosen = scenario_indices(scenarios)
     taken = [item for item in items if studies is None or item["study"] in studies]
+    world_size = idist.get_world_size()
     if len(taken) < world_size:
         raise StudyError(f"{len(taken)} studies cannot be shared by {world_size} processes: start fewer.")
     datalist = []
-    for item in taken[rank::world_size]:
+    for item in taken[idist.get_rank() :: world_size]:
         for scenario in chosen:
             paths = {key: item.get(key) for key, given in zip(CONTRAST_KEYS, SCENARIOS[scenario], strict=True) if given}
             if all(paths.values()):

@@ -146,10 +146,8 @@ class ScenarioScores(Metric):
         Returns:
             ``psnr``, ``ssim``: studies x 14 x K; ``dice``: studies x 14 x 3 (WT, TC, ET).
         """
-        image: Any = self._image
-        mask: Any = self._mask
-        if idist.get_world_size() > 1:
-            image, mask = idist.all_reduce(image.clone()), idist.all_reduce(mask.clone())
+        image: Any = idist.all_reduce(self._image.clone())
+        mask: Any = idist.all_reduce(self._mask.clone())
         mean = image[..., :2] / image[..., 2:]  # 0 / 0 = NaN
         overlap, ours, theirs, seen = mask.unbind(dim=3)
         dice = torch.where(ours + theirs > 0, 2 * overlap / (ours + theirs), 1.0)

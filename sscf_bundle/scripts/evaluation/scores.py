@@ -13,16 +13,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import math
+import platform
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
+from ignite.engine import Engine, Events
 
 from ..contrasts import (
     CONTRAST_KEYS,
@@ -34,18 +42,26 @@ from ..contrasts import (
     SCENARIOS,
     SYNTHESIZED,
     TUMOR_CLASSES,
+    StudyError,
     class_masks,
     label_map,
     region_masks,
     scenario_name,
 )
+from ..data.datalist import write_whole
 from ..data.transforms import LoadStudyd, ScaleBraind, StudyCompose
+from ..inference.evaluator import StudyEvaluator
 from ..inference.postprocessing import BRATS_MASK_LABELS
+from ..networks.memory_bank import style_spread
+from ..networks.weights import find_weights
+from .bootstrap import COLUMNS, summarize
 from .metrics import fill_background
-from .protocols import Protocol, StudyTarget, region_dice, slice_dice
+from .protocols import PerceptualDistance, Protocol, StudyTarget, region_dice, slice_dice
 
 #: Where a value belongs: contrast or region of the mask, method, protocol, region, score.
 Key = tuple[str, str, str, str, str]
+
+_PACKAGES = ("monai", "torch", "numpy", "pandas", "scipy", "pytorch-ignite", "lpips")
 
 
 class StudyScores:
@@ -210,3 +226,111 @@ class StudyScores:
                 if names["of"] in synthesized:
                     names["of"] += SYNTHESIZED
                 self.rows.append({**common, **names, "value": number})
+
+
+class EvaluationTables:
+    """Writes ``scores.csv`` (all rows) and ``metrics.json`` (metadata and summary) at the end of an evaluation.
+
+    Each file appears complete or not at all. In a distributed run the rows of all processes are joined.
+
+    Args:
+        scores: the writer of the evaluator.
+        directory: where to write.
+        metadata: of the run, written as they are; where there is ``weights``, the hash of that file is added. For a
+            network with a bank, ``bank_entries`` and the ``style_spread`` of its bank are.
+        lpips: the perceptual distance in use, for the hash of its weights.
+        bootstrap_samples, seed: see ``summarize``.
+    """
+
+    def __init__(
+        self,
+        scores: StudyScores,
+        directory: str | Path,
+        metadata: Mapping[str, Any],
+        lpips: PerceptualDistance | None = None,
+        bootstrap_samples: int = 2000,
+        seed: int = 0,
+    ) -> None:
+        self.scores, self.directory, self.metadata = scores, Path(directory), dict(metadata)
+        self.lpips, self.bootstrap_samples, self.seed = lpips, bootstrap_samples, seed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)  # of the one epoch: loggers of metrics find the means
+
+    def __call__(self, engine: StudyEvaluator) -> None:
+        """Joins the rows of all processes and writes both files; a ``StudyError`` if nothing could be scored.
+
+        The metrics of the engine become the means over all scenarios.
+        """
+        mine: dict[str, Any] = {"rows": self.scores.rows, "regions": self.scores.regions}
+        mine |= {"network": engine.seconds, "scoring": self.scores.seconds}
+        parts: Any = idist.all_gather(mine)
+        if idist.get_rank() > 0:
+            return
+        frame = pd.DataFrame([row for part in parts for row in part["rows"]], columns=COLUMNS)
+        if frame.empty:
+            raise StudyError(
+                "Nothing could be scored: the evaluated studies have neither a missing contrast nor a mask."
+            )
+        names = sorted(set(frame["study"]))
+        metadata: dict[str, Any] = {
+            **self.metadata,
+            "studies": names,
+            "patients": sorted(set(frame["patient"])),
+            "studies_with_region": _total(part["regions"] for part in parts),
+            "protocols": {k: v for c in self.scores.protocols for k, v in c.definitions.items()}
+            | {k: v for k, v in self.scores.segmentation.items() if k in set(frame["protocol"])},
+            "methods": ["network", *self.scores.reference_methods],
+            "lpips_sha256": None if self.lpips is None else self.lpips.fingerprint(),
+            "bootstrap": {
+                "samples": self.bootstrap_samples,
+                "seed": self.seed,
+                "interval": "95%, percentile, patients",
+            },
+            "seconds_per_study": {
+                name: round(sum(_total(part[name] for part in parts).values()) / len(names), 3)
+                for name in ("network", "scoring")
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            },
+        }
+        network: Any = engine.network
+        if getattr(network, "uses_bank", False):
+            present = network.bank_present
+            spread = style_spread(network.bank_mean, network.bank_std, present)
+            metadata["bank_entries"] = int(present.any(dim=1).sum())
+            metadata |= {f"bank_{name}": round(float(value), 4) for name, value in spread.items()}
+        if "weights" in metadata:
+            metadata["sha256"] = hashlib.sha256(find_weights(metadata["weights"]).read_bytes()).hexdigest()
+        summary = summarize(frame, self.bootstrap_samples, self.seed)
+        write_whole(self.directory / "scores.csv", frame.to_csv(index=False))
+        text = json.dumps({"metadata": metadata, "summary": summary}, indent=1, allow_nan=False)
+        write_whole(self.directory / "metrics.json", text + "\n")
+        engine.state.metrics.update(
+            {
+                "/".join(str(entry[name]) for name in ("protocol", "region", "method", "of", "score")): entry["mean"]
+                for entry in summary
+                if entry["group"] == "all"
+            }
+        )
+        for line in overview(summary):
+            engine.logger.info(line)
+        engine.logger.info(f"wrote scores.csv and metrics.json in {self.directory}")
+
+
+def overview(summary: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The means of the scenarios (group ``all``) as text, a line for each method, protocol and region."""
+    lines: dict[str, list[str]] = {}
+    for entry in summary:
+        if entry["group"] == "all":
+            name = entry["score"] if entry["of"] == "all" else f"{entry['score']} {entry['of']}"
+            interval = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
+            line = lines.setdefault(f"{entry['protocol']}, {entry['region']}, {entry['method']}", [])
+            line.append(f"{name} {entry['mean']:.3f}{interval}")
+    return [f"{key}: {', '.join(parts)}" for key, parts in sorted(lines.items())]
+
+
+def _total(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    return dict(sum(map(Counter, counters), Counter()))

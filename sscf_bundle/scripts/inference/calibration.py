@@ -17,14 +17,16 @@ import json
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, StudyError
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, FAILURE_KEY, NUM_CONTRASTS, SCENARIOS, StudyError, scenario_name
 from ..data.cohort import Cohort
 from ..data.datalist import write_whole
 from ..data.randomness import stable_hash
@@ -33,9 +35,11 @@ from ..networks.availability import network_input
 from ..networks.sscf import SSCFNet
 from .checks import QUALITY, grid_of, label_odds, measure
 from .preprocessing import StudyDataset
-from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, has_scores, patients_in_bank, place, worst
+from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, central_slices, has_scores, patients_in_bank, place, worst
 
 logger = logging.getLogger(__name__)
+
+_LEAST_PATIENTS = 3
 
 
 def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str = "validation") -> Iterator[dict]:
@@ -258,3 +262,74 @@ def calibrate(
         limit = conformal_limit(left_out, coverage) or (margin * max(left_out) if left_out else None)
         limits[name] = None if limit is None else float(f"{max(limit, least_limit):.4g}")
     return {**spread(rows), "limits": limits, "patients": len(rows), **expected}
+
+
+@torch.no_grad()
+def fit_correction(cohort: Cohort, transform: StudyCompose, network: nn.Module, number: int) -> dict[str, Any]:
+    """Slope and offset that take synthetic contrasts to the acquired ones of some complete studies, by least squares.
+
+    One is kept where it lowers the error of patients that it was not fitted to, each left out in turn. Every patient
+    has the same weight; those in the bank of the network are left out, for they are synthesized too well.
+
+    Args:
+        cohort: see ``complete_studies``; its part ``training`` is read.
+        transform: see ``inference_transforms``.
+        network: in evaluation mode.
+        number: of slices of each study, from the middle of the brain.
+
+    Returns:
+        ``patients``, their number, and ``scenarios``: by scenario and key of the missing contrast slope and offset of
+        intensities in [0, 1] and the mean gain in dB of the patients left out.
+
+    Raises:
+        StudyError: for less than three patients.
+    """
+    device, known = next(network.parameters()).device, patients_in_bank(network)
+    moments: dict[tuple[str, str], dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for item in complete_studies(cohort, transform, "training"):
+        patient = str(item.get("patient", item["study"]))
+        if stable_hash(patient) in known:
+            logger.warning("Patient %s is in the memory bank of the network and is left out.", patient)
+            continue
+        images = central_slices(torch.as_tensor(item["image"]), number, 1)[:, :NUM_CONTRASTS].to(device)
+        for scenario in SCENARIOS:
+            kept = torch.tensor(scenario, dtype=torch.bool, device=device)
+            module = network.for_scenario(kept.tolist()) if isinstance(network, SSCFNet) else network
+            pred = module(network_input(images, kept.expand(len(images), -1)))
+            brain = (images[:, kept] > -1).any(dim=1)
+            for i in (~kept).nonzero().flatten().tolist():
+                p, t = (((x[:, i][brain] + 1) / 2).double() for x in (pred.clamp(-1, 1), images))
+                values = torch.stack([p.mean(), t.mean(), (p * p).mean(), (p * t).mean(), (t * t).mean()])
+                moments[scenario_name(scenario), CONTRAST_KEYS[i]][patient].append(values.cpu().numpy())
+    patients = max((len(by_patient) for by_patient in moments.values()), default=0)
+    if patients < _LEAST_PATIENTS:
+        raise StudyError(
+            f"A correction needs {_LEAST_PATIENTS} patients or more that are not in the bank, got {patients}."
+        )
+    scenarios: dict[str, dict[str, list[float]]] = {}
+    for (name, contrast), by_patient in moments.items():
+        rows = np.stack([np.mean(values, axis=0) for values in by_patient.values()])
+        gains = []
+        for k, row in enumerate(rows):
+            line = _line(np.delete(rows, k, axis=0).mean(axis=0))
+            gains.append(10 * np.log10(_error(row, (1.0, 0.0)) / _error(row, line)))
+        if np.mean(gains) > 0:
+            found = (*_line(rows.mean(axis=0)), float(np.mean(gains)))
+            scenarios.setdefault(name, {})[contrast] = [float(f"{v:.4g}") for v in found]
+    helped = [gain for by_contrast in scenarios.values() for *_, gain in by_contrast.values()]
+    told = "Corrected: %d of %d missing contrasts of all scenarios, by %.2f dB in patients left out."
+    logger.info(told, len(helped), len(moments), sum(helped) / max(len(helped), 1))
+    return {"patients": patients, "scenarios": scenarios}
+
+
+def _line(moments: Sequence[float]) -> tuple[float, float]:
+    """Slope and offset of least squares from the means of p, t, p p, p t and t t."""
+    p, t, pp, pt, _ = moments
+    slope = (pt - p * t) / (pp - p * p) if pp - p * p > 1e-8 else 1.0
+    return float(slope), float(t - slope * p)
+
+
+def _error(moments: Sequence[float], line: tuple[float, float]) -> float:
+    """Mean squared error of ``slope`` p + ``offset`` against t, at least 1e-12."""
+    (p, t, pp, pt, tt), (a, b) = moments, line
+    return max(float(a * a * pp + 2 * a * b * p + b * b - 2 * a * pt - 2 * b * t + tt), 1e-12)

@@ -23,16 +23,41 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd, MapTransform
 
 from ..checked_settings import refuse_unknown
-from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map
+from ..contrasts import CONTRAST_KEYS, MASK_KEY, NUM_CONTRASTS, TUMOR_CLASSES, StudyError, label_map, scenario_name
 from ..data.transforms import StudyCompose
+from ..networks.settings import CORRECTION_KEY, for_network_range
 from ..networks.weights import read_state
-from .correction import CorrectPredictiond
 from .preprocessing import FILE_BRAIN_KEY
 
 #: Volumes of a finished prediction in channel order, as keys of written files.
 OUTPUT_KEYS = (*CONTRAST_KEYS, MASK_KEY)
 #: Label values of BraTS to 2021; ET is 3 from 2023 on.
 BRATS_MASK_LABELS = {"NET": 1, "ED": 2, "ET": 4}
+
+
+class CorrectPredictiond(MapTransform):
+    """Apply slope and offset of the study's scenario to its missing contrasts.
+
+    Args:
+        keys: key of the prediction, 7 x X x Y x Z with contrasts in [-1, 1]; the item has ``"image"``, whose planes of
+            availability tell the scenario.
+        correction: see ``read_correction``.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", correction: Mapping[str, Any] | None = None) -> None:
+        super().__init__(keys)
+        self.correction = correction or {}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        planes = torch.as_tensor(d["image"])[NUM_CONTRASTS:].flatten(1)[:, 0] > 0.5
+        d["correction"] = self.correction.get(scenario_name(planes.tolist()), {})
+        for key in self.key_iterator(d) if d["correction"] else ():
+            d[key] = d[key].clone()
+            for contrast, (slope, offset, _) in d["correction"].items():
+                slope, offset = for_network_range(slope, offset)
+                d[key][CONTRAST_KEYS.index(contrast)].mul_(slope).add_(offset)
+        return d
 
 
 class SelectOutputsd(MapTransform):
@@ -168,6 +193,12 @@ def read_statistics(path: str, intensities: str) -> dict[str, Any] | None:
             "measuring of configs/build_bank.json, or use --intensities relative."
         )
     return statistics
+
+
+def read_correction(path: str, correct: bool) -> dict[str, Any] | None:
+    """The scenarios of ``fit_correction`` in a file of weights, ``None`` if there are none or none are wanted."""
+    found = read_state(path)[1].get(CORRECTION_KEY) if correct else None
+    return None if found is None else found["scenarios"]
 
 
 def prediction_transforms(

@@ -25,9 +25,9 @@ from monai.config import KeysCollection
 from monai.data import Dataset
 from monai.transforms import MapTransform
 
-from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError, find_study_error
 from ..data.datalist import find_studies, read_datalist, single_study
-from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, find_study_error, study_transforms
+from ..data.transforms import AddAvailabilityd, BrainMaskd, LoadStudyd, StudyCompose, study_transforms
 from .checks import CheckStudyd
 
 #: Key of the union of the available brains on the grid on file.

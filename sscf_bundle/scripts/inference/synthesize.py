@@ -19,8 +19,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from ..checked_settings import checked_settings
-from ..contrasts import StudyError
-from ..data.transforms import find_study_error
+from ..contrasts import StudyError, find_study_error
 
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 

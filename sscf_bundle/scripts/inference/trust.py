@@ -23,7 +23,7 @@ from torch import nn
 from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, scenario_name
 from ..data.randomness import stable_hash
 from ..networks.availability import network_input
-from ..networks.blocks import channel_statistics
+from ..networks.blocks import scale_statistics
 from ..networks.retrieval import key_distances
 from ..networks.sscf import SSCFNet
 from ..networks.weights import read_state
@@ -114,8 +114,7 @@ def study_scores(
             nearest = (distances[:, entries].amin(dim=1) + square).clamp(min=1e-12)
             scores["distance"] = float((0.5 * torch.log(nearest / square.clamp(min=1e-12))).mean())
             relative[i] = ((distances + square[:, None]).clamp(min=0) / square[:, None].clamp(min=1e-12)).sqrt()
-            per_scale = [channel_statistics(scale[row].unsqueeze(1).float()) for scale in features]
-            own = [torch.cat([s[part][:, 0] for s in per_scale], dim=1) for part in (0, 1)]
+            own = [t[:, 0] for t in scale_statistics([scale[row].unsqueeze(1).float() for scale in features])]
             deviations = [
                 ((value - table[entries, i].mean(0)) / table[entries, i].std(0, unbiased=False).clamp(min=1e-3)).abs()
                 for value, table in zip(own, (bank.mean, bank.std), strict=True)

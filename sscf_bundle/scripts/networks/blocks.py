@@ -84,13 +84,11 @@ def mean_of_maps(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.div_(len(maps))
 
 
-def channel_statistics(features: torch.Tensor, eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation over space (mu and sigma of eq. 8) of B x K x C x spatial, each B x K x C float32."""
-    return scale_statistics([features], eps)
-
-
 def scale_statistics(features: list[torch.Tensor], eps: float = STATISTICS_EPS) -> tuple[torch.Tensor, torch.Tensor]:
-    """``channel_statistics`` of several scales, their channels one behind the other: B x K x (C_1 + C_2 + ...)."""
+    """Mean and standard deviation over space (mu and sigma of eq. 8) of several scales, each B x K x C_j x spatial.
+
+    Both are float32, the channels of the scales one behind the other: B x K x (C_1 + C_2 + ...).
+    """
     means: list[torch.Tensor] = []
     spreads: list[torch.Tensor] = []
     for scale in features:

@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ..contrasts import StudyError
-from .correction_table import CORRECTION_KEY, apply_table, correction_table
+from ..contrasts import CONTRAST_KEYS, NUM_CONTRASTS, SCENARIOS, StudyError, scenario_name
+from .blocks import expand_dims_like
 
 #: Name of the buffer.
 SETTINGS_KEY = "settings"
 #: Least length of the buffer. Equal lengths matter to platforms that copy only tensors of equal shape: with another
 #: length, weights of another network would be left out in silence instead of being refused.
 SETTINGS_LENGTH = 4096
+#: Key of the settings that holds the correction of a site, see ``inference.calibration.fit_correction``.
+CORRECTION_KEY = "correction"
 
 
 def encode_settings(settings: Mapping[str, Any]) -> torch.Tensor:
@@ -57,11 +59,50 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | Non
     return "; ".join(found) or None
 
 
+def for_network_range(slope: float, offset: float) -> tuple[float, float]:
+    """Slope and offset for intensities in [-1, 1] from those for [0, 1]."""
+    return slope, slope - 1 + 2 * offset
+
+
+def correction_table(scenarios: Mapping[str, Mapping[str, Sequence[float]]]) -> torch.Tensor:
+    """Slope and offset in [-1, 1] of every contrast under every availability, 16 x 4 x 2.
+
+    Args:
+        scenarios: of ``fit_correction``; what it does not name keeps slope 1 and offset 0.
+
+    Returns:
+        The number of a row is the availability over ``CONTRASTS`` in binary: FLAIR alone is 8.
+    """
+    table = torch.tensor([1.0, 0.0]).repeat(2**NUM_CONTRASTS, NUM_CONTRASTS, 1)
+    for scenario in SCENARIOS:
+        row = int("".join(map(str, scenario)), 2)
+        for contrast, (slope, offset, *_) in scenarios.get(scenario_name(scenario), {}).items():
+            table[row, CONTRAST_KEYS.index(contrast)] = torch.tensor(for_network_range(slope, offset))
+    return table
+
+
+def apply_table(pred: torch.Tensor, available: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """B x 7 x spatial predictions with corrected contrasts, still in [-1, 1]; for TorchScript and ONNX too.
+
+    Args:
+        pred: of a network.
+        available: B x 4 boolean.
+        table: of ``correction_table``.
+    """
+    k = available.shape[1]
+    row = available[:, 0].long()
+    for i in range(1, k):
+        row = 2 * row + available[:, i].long()
+    slope, offset = table.to(pred.device)[row].unbind(2)
+    images = pred[:, :k] * expand_dims_like(slope, pred) + expand_dims_like(offset, pred)
+    return torch.cat([images.clamp(-1.0, 1.0), pred[:, k:]], dim=1)
+
+
 class ConfiguredNetwork(nn.Module):
     """A network whose state tells the class and the arguments that build it, and how its input is preprocessed.
 
     A subclass calls ``keep_arguments(locals())`` once in its ``__init__``. Loading a state of another class or of other
-    arguments fails with one sentence; a state without settings (of version 0.2.0 or earlier) is taken as it is.
+    arguments fails with one sentence; a state without settings is taken as it is.
     """
 
     #: Arguments that may differ between training and use.

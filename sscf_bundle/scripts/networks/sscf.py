@@ -175,7 +175,6 @@ class SSCFNet(ConfiguredNetwork):
         self.closed_loop, self.retrieval, self.mean_prototype = closed_loop, retrieval, prototype == "mean"
         if "batch" in str(norm).lower():
             raise ValueError("batch normalization would let one sample's missing contrasts reach another sample.")
-        norm, act = _as_spec(norm), _as_spec(act)
         self.spatial_dims, self.channels, self.bank_size = spatial_dims, tuple(channels), bank_size
         self.feature_channels = sum(channels)
         self.num_contrasts, self.num_tumor_classes = NUM_CONTRASTS, NUM_TUMOR_CLASSES
@@ -618,8 +617,3 @@ class ScenarioNetwork(nn.Module):
         theirs, _ = self.companion.run(given, self.available.expand(len(given), -1))
         for i in decoded:
             images[i] = (images[i] + theirs[:, i : i + 1]) / 2
-
-
-def _as_spec(spec: str | tuple | list) -> str | tuple:
-    """A layer spec as MONAI's factories take it (JSON has lists only)."""
-    return spec if isinstance(spec, str) else tuple(spec)

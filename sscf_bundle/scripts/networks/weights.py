@@ -188,15 +188,11 @@ def read_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     if not all(value.isfinite().all() for value in state.values()):
         raise StudyError(f"{path} holds NaN or infinite values: copy it again or train anew.")
     state = dict(state)
-    earlier = path.with_name(path.name + ".json")
     if SETTINGS_KEY in state:
         settings = decode_settings(state.pop(SETTINGS_KEY))
-    elif earlier.is_file():
-        settings = _settings_of_version_02(json.loads(earlier.read_text()))
     else:
         raise StudyError(
-            f"{path} holds no settings, so nobody can tell which network and preprocessing it belongs to: put the "
-            f"{earlier.name} of the training beside it, or train anew."
+            f"{path} holds no settings, so nobody can tell which network and preprocessing it belongs to: train anew."
         )
     sha256 = hashlib.sha256(content).hexdigest()
     _compare_with_metadata(path.resolve(), sha256)
@@ -209,18 +205,6 @@ def _compare_with_metadata(path: Path, sha256: str) -> None:
     metadata = json.loads((_BUNDLE_ROOT / "configs" / "metadata.json").read_text())
     if path == _BUNDLE_ROOT / "models" / "model.pt" and sha256 != metadata.get("weights_sha256", sha256):
         logger.warning("%s is not what came with version %s: trained here, or changed.", path, metadata["version"])
-
-
-def _settings_of_version_02(old: dict[str, Any]) -> dict[str, Any]:
-    """Settings in the form of now from the file that version 0.2.0 wrote beside the weights."""
-    if old.get("scaling") == "paper":
-        old["scaling"] = "per_slice"
-    preprocessing = {name: old.pop(name) for name in PREPROCESSING_SETTINGS if name in old}
-    patients = {name: old.pop(name) for name in ("training_patients",) if name in old}
-    network = old.pop("network", "BasicUNet" if patients else "SSCFNet").split(".")[-1]
-    if network == "SSCFNet":
-        old |= {"entry": "literal", "normalize_prototypes": False}  # there was nothing else
-    return {"network": network, "arguments": old, "preprocessing": preprocessing, **patients}
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

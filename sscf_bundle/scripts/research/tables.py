@@ -190,7 +190,7 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000) -> Runs
                 parts.append(read_scores(folder / "scores.csv")[COLUMNS])
                 if (folder / "metrics.json").is_file():
                     content = json.loads((folder / "metrics.json").read_text())
-                    metadata[str(name)].append(content.get("metadata") or content["facts"])  # their name in 0.2.0
+                    metadata[str(name)].append(content["metadata"])
             part = pd.concat(parts, ignore_index=True)
             # an image evaluation and a downstream evaluation differ in their protocol
             twice = part[part.duplicated(COLUMNS[:-1])]

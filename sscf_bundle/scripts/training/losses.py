@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.losses import PatchAdversarialLoss
 from torch import nn
 
 from ..contrasts import NUM_CONTRASTS, NUM_TUMOR_CLASSES, class_masks
@@ -304,7 +303,6 @@ class GeneratorLoss(nn.Module):
         self.ctdl_entries, self.relative_feature = ctdl_entries, relative_feature
         self.own_maps, self.printed_order, self.sums = own_maps, printed_order, sums
         self.segmentation = SegmentationLoss(dice_eps)
-        self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
     def forward(
         self,
@@ -380,8 +378,7 @@ class GeneratorLoss(nn.Module):
                 squares = squares / space_variance(output["features"], output.get("feature_std"))
             terms["feature"] = set_mean(squares.mean(dim=0), missing.index_select(1, output["rows"]))
         if "adversarial" in used and fake_scores is not None:
-            (judged,) = self.adversarial(fake_scores.float(), target_is_real=True, for_discriminator=False)
-            sets["adversarial"] = judged.mean(dim=2), missing, missing
+            sets["adversarial"] = (fake_scores.float() - 1).square().mean(dim=2), missing, missing
         if "perceptual" in used and distances is not None:
             sets["perceptual"] = distances.float(), missing, missing
         if sets:
@@ -417,14 +414,11 @@ class DiscriminatorLoss(nn.Module):
     def __init__(self, sums: bool = False) -> None:
         super().__init__()
         self.sums = sums
-        self.criterion = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True, reduction="none")
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
         """Scalar from B x K x patches scores; ``missing`` (B x K) are the contrasts with a target in T."""
-        (on_real,) = self.criterion(real.float(), target_is_real=True, for_discriminator=True)
-        (on_fake,) = self.criterion(fake.float(), target_is_real=False, for_discriminator=True)
         size = missing.sum(dim=1) if self.sums else None
-        return set_mean(on_real.mean(dim=2) + on_fake.mean(dim=2), missing, size)
+        return set_mean((real.float() - 1).square().mean(dim=2) + fake.float().square().mean(dim=2), missing, size)
 
 
 class Discriminators(nn.ModuleList):

@@ -178,7 +178,6 @@ class SynthesisTrainer(Trainer):
             for each sample; a batch of studies that have no contrast in common falls back to the latter.
         reconstructions: with ``shared_scenarios`` how many of the available contrasts, drawn for each batch, are
             decoded; None decodes all. The losses stay unbiased.
-        inferer: kept for the bundle's ``train#inferer``; training calls the networks themselves.
         amp: train with autocast to bfloat16.
         train_handlers: Ignite handlers; None stands for one that a config disables.
 
@@ -207,7 +206,6 @@ class SynthesisTrainer(Trainer):
         curriculum: Sequence[Sequence[Any]] | None = None,
         shared_scenarios: bool = False,
         reconstructions: int | None = None,
-        inferer: Callable | None = None,
         amp: bool = True,
         train_handlers: Sequence | None = None,
     ) -> None:
@@ -229,7 +227,7 @@ class SynthesisTrainer(Trainer):
         self.discriminators, self.discriminator_optimizer = discriminators, discriminator_optimizer
         self.discriminator_step = discriminators if discriminator_step is None else discriminator_step
         self.discriminator_loss, self.perceptual, self.average = discriminator_loss, perceptual, average
-        self.seed, self.accumulation_steps, self.inferer = seed, accumulation_steps, inferer
+        self.seed, self.accumulation_steps = seed, accumulation_steps
         self.augmentation, self.curriculum = augmentation, Curriculum(curriculum)
         self.shared_scenarios, self.reconstructions = shared_scenarios, reconstructions
         self._totals: dict[str, torch.Tensor] = {}
