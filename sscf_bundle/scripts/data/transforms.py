@@ -194,19 +194,19 @@ class LoadStudyd(MapTransform):
         volume.meta["original_channel_dim"] = float("nan")
         if int(volume.meta.get("datatype", 0)) in _COMPLEX:
             raise StudyError(f"{path} holds complex numbers: give the magnitude image.")
-        affines = [volume.affine[:3]]
         if "sform_code" in volume.meta and path.lower().endswith(_NIFTI):
-            # the reader puts another in the place of one that does not fit the voxel sizes
-            affines.append(torch.as_tensor(cast(nib.Nifti1Image, nib.load(path)).affine[:3]))
-        for affine in affines:
-            sizes = affine[:, :3].norm(dim=0)
-            if not torch.isfinite(affine).all() or torch.linalg.det(affine[:, :3]).abs() <= 1e-2 * sizes.prod():
-                raise StudyError(f"{path} has no valid affine in its header: {_REPAIR}.")
-            if not ((sizes > VOXEL_SIZES[0]) & (sizes < VOXEL_SIZES[1])).all():
-                raise StudyError(
-                    f"{path} has voxels of {' x '.join(f'{size:.3g}' for size in sizes.tolist())} mm, so its header "
-                    f"seems to be in another unit: {_REPAIR}."
-                )
+            # the reader puts the qform, coded or not, in the place of an sform that does not fit the voxel sizes
+            affine = torch.as_tensor(cast(nib.Nifti1Image, nib.load(path)).affine)
+            volume.affine = volume.meta["original_affine"] = affine.to(volume.affine)
+        axes = volume.affine[:3, :3]
+        sizes = axes.norm(dim=0)
+        if not volume.affine.isfinite().all() or torch.linalg.det(axes).abs() <= 1e-2 * sizes.prod():
+            raise StudyError(f"{path} has no valid affine in its header: {_REPAIR}.")
+        if not ((sizes > VOXEL_SIZES[0]) & (sizes < VOXEL_SIZES[1])).all():
+            raise StudyError(
+                f"{path} has voxels of {' x '.join(f'{size:.3g}' for size in sizes.tolist())} mm, so its header "
+                f"seems to be in another unit: {_REPAIR}."
+            )
         return volume
 
     def _read_contrast(self, path: str) -> MetaTensor:
