@@ -35,7 +35,7 @@ OBLIQUE = ("none", "7 degrees", "20 degrees about every axis", "shear")
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 5.0), (0.6, 0.6, 3.0), (1.5, 1.2, 1.0), (2.0, 2.0, 2.0))
 MATRICES = ((22, 26, 9), (23, 21, 4), (24, 24, 1))
 TYPES = ("u1", "<i2", ">i2", "<u2", "<f4", ">f4", "<f8", "scaled <i2")
-HEADERS = ("both", "sform", "qform", "nifti2", "uncompressed", "trailing axis", "sizes that do not fit")
+HEADERS = ("both", "sform", "qform", "nifti2", "uncompressed", "trailing axis")
 PLACES = ("inside", "at the edge")
 COUNT = 300
 
@@ -105,11 +105,8 @@ def write_case(folder: Path, case: tuple, keys: list[str]) -> dict[str, str]:
         image.set_sform(affine, code=0 if header == "qform" else 2)
         # a qform holds no shear, and files of scanners that shear have none
         image.set_qform(None if header == "sform" or oblique == "shear" else affine, code=1, strip_shears=True)
-        if header in ("sform", "sizes that do not fit") or oblique == "shear":
+        if header == "sform" or oblique == "shear":
             image.header["qform_code"] = 0
-        if header == "sizes that do not fit":  # left behind by a tool that writes the sform alone
-            image.header["pixdim"][1:4] = 1
-            image.header["quatern_b"] = image.header["quatern_c"] = image.header["quatern_d"] = 0
         if scale != 1:
             image.header.set_slope_inter(scale, 0)
         paths[key] = str(folder / f"S_{key}.nii{'' if header == 'uncompressed' else '.gz'}")

@@ -79,6 +79,20 @@ def test_load_stacks_in_contrast_order(study):
     np.testing.assert_array_equal(out["label"][0], expected)
 
 
+def test_coded_sform_counts_where_the_voxel_sizes_do_not_fit_it(study):
+    """Left behind by tools that write the sform alone; MONAI's reader takes the uncoded qform in its place."""
+    for key in (*CONTRAST_KEYS, "seg"):
+        image = nib.load(study[key])
+        image.header["pixdim"][1:4], image.header["qform_code"] = 1, 0
+        image.header["quatern_b"] = image.header["quatern_c"] = image.header["quatern_d"] = 0
+        nib.save(image, study[key])
+    out = LoadStudyd()(study)
+    np.testing.assert_array_equal(nib.load(study["t1"]).affine, LPS)
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(out[name].affine, LPS)
+    np.testing.assert_array_equal(out["image"].meta["original_affine"], LPS)
+
+
 def test_missing_contrasts_and_mask(study):
     out = LoadStudyd()({"study": "S1", "t1": None, "t2": study["t2"]})
     assert out["has_contrast"].tolist() == [False, False, False, True]
