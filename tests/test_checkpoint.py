@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,10 @@ def test_unreadable_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.L
 def test_leftovers_of_a_killed_process_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
     Run(tmp_path).run(1)
     others = ["notes.txt", "tmpabc_1234", "checkpoint_epoch=best.pt", ".model.pt.0123.new"]
+    others.append(".checkpoint_epoch=2.pt.4567.new")  # too young to be of a killed process
     for name in (".checkpoint_epoch=1.pt.0123.new", *others):
         (tmp_path / name).write_text("x")
+    os.utime(tmp_path / ".checkpoint_epoch=1.pt.0123.new", (1, 1))
     assert Run(tmp_path).run(2).epochs == [2]
     assert files(tmp_path) == sorted([*names(1, 2), *others])
 
@@ -239,9 +242,24 @@ def test_last_model_is_frozen_and_stands_in_for_a_best_one(validated: bool, tmp_
     assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == (3 if validated else 7)
 
 
+def test_best_score_of_another_validation_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def best(metric: str, count: int) -> BestModel:
+        return BestModel(tmp_path / "model.pt", nn.Linear(1, 1), metric, validation={"count": count})
+
+    first = best("psnr", 20)
+    first.best, first.epoch = 30.0, 4
+    for metric, count in (("psnr", 20), ("psnr", 5), ("ssim", 20)):
+        again = best(metric, count)
+        again.load_state_dict(first.state_dict())
+        same = (metric, count) == ("psnr", 20)
+        assert (again.best, again.epoch) == ((30.0, 4) if same else (float("-inf"), 0))
+    assert "count is 20, not 5" in caplog.text and "metric is 'psnr', not 'ssim'" in caplog.text
+
+
 def test_models_have_their_settings_inside_and_no_leftovers(tmp_path: Path) -> None:
     net = nn.Linear(1, 1)
     (tmp_path / ".model.pt.0123.new").write_text("half a model")
+    os.utime(tmp_path / ".model.pt.0123.new", (1, 1))
     best = BestModel(
         tmp_path / "model.pt", net, "psnr", {"preprocessing": {"image_size": 96, "spacing": 2.0, "scaling": "brain"}}
     )

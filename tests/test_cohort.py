@@ -61,21 +61,24 @@ def damage(data: Path, study: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- split
 def test_split_is_written_and_used_again_when_a_study_comes_in(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = names(cohort(data))
+    made = cohort(data)
     written = data.parent / "out" / "split.json"
+    assert not written.exists()  # what is refused now leaves nothing
+    made.finish()
+    first = names(made)
     assert json.loads(written.read_text()) == first
     assert sorted(studies(first)) == [f"Case_{i:03}" for i in range(6)] and list(first) == list(PARTS)
     study_in(data, "Case_006")
     with caplog.at_level(logging.WARNING):
         again = cohort(data, seed=77, fractions=(0.2, 0.2, 0.6))
     assert names(again) == first == json.loads(written.read_text())
-    assert "Case_006" in caplog.text
+    assert "Case_006" in caplog.text and "which split_fractions and seed do not move" in caplog.text
     other = cohort(data, output_dir=str(data.parent / "other"))
     assert "Case_006" in studies(names(other))
 
 
 def test_given_split_file_goes_before_the_split_of_an_earlier_start(data: Path) -> None:
-    cohort(data)
+    cohort(data).finish()
     given = data.parent / "given.json"
     wanted = {"training": ["Case_005"], "validation": ["Case_000"], "test": ["Case_003", "Case_004"]}
     given.write_text(json.dumps(wanted))

@@ -173,7 +173,6 @@ def test_training_has_the_values_of_the_paper() -> None:
         "image_size": 192,
         "slice_choice": "largest_tumor",
         "slice_count": 20,
-        "spatial_dims": 2,
     }
     assert {key: config[key] for key in expected} == expected
     for name in ("optimizer", "discriminator_optimizer"):

@@ -69,7 +69,9 @@ def test_every_part_acts_after_a_short_training(diagnosis: Path) -> None:
 @pytest.mark.slow
 def test_gradient_shares_add_up(diagnosis: Path) -> None:
     table = pd.read_csv(diagnosis / "diagnosis" / "gradient_shares.csv", index_col=0)
-    assert {"synthesis", "feature", "ctdl", "head", "bce", "dice", "tumor", "reconstruction"} == set(table.index)
+    assert {"synthesis", "adversarial", "feature", "ctdl", "head", "bce", "dice", "tumor", "reconstruction"} == set(
+        table.index
+    )
     for column in ("value", *GROUPS):
         assert table[column].sum() == pytest.approx(1, abs=1e-4)
     assert "effects" in (diagnosis / "diagnosis" / "diagnosis.md").read_text()

@@ -57,7 +57,7 @@ def log_scores(path: Path, epoch: int, log_dir: Path | None = None, **scores: ob
     engine.run([0], max_epochs=epoch)
 
 
-def test_row_of_the_same_epoch_is_replaced_and_others_are_kept(tmp_path: Path) -> None:
+def test_rows_from_the_same_epoch_on_are_replaced_and_others_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "new" / "validation.csv"
     for epoch, psnr in ((10, 20.0), (2, 10.0), (10, 21.5)):
         log_scores(path, epoch, psnr=psnr, ssim=0.5, key_psnr=psnr, scores={"psnr": psnr})
@@ -72,6 +72,8 @@ def test_row_of_the_same_epoch_is_replaced_and_others_are_kept(tmp_path: Path) -
     ]
     (events,) = (tmp_path / "board").iterdir()
     assert b"validation/psnr" in events.read_bytes()
+    log_scores(path, 3, psnr=9.0)  # of a training that began anew
+    assert [row["epoch"] for row in read_csv(path)] == ["2", "3"]
 
 
 # ---------------------------------------------------------------------------------------------------------- panels
@@ -211,7 +213,7 @@ def test_panel_of_runs_takes_the_slice_with_the_largest_tumor(tmp_path: Path, ph
         save_weights(tmp_path / f"{name}.pt", parser.get_parsed_content("network_def"))
         runs[name] = {"config_file": config_files(*configs), **overrides}
     figure = runs_panel(runs)
-    (study,) = json.loads((tmp_path / "split.json").read_text())["test"]
+    (study,) = (item["study"] for item in parser.get_parsed_content("cohort").parts["test"])
     axes = np.array(figure.axes).reshape(8, 6)
     assert [axis.get_title() for axis in axes[0, 4:]] == ["FLAIR, SSCF", "FLAIR, U-Net"]
     assert axes[0, 0].patches  # it has tumor

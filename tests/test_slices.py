@@ -204,7 +204,12 @@ def test_choices_of_the_dataset(items, tmp_path):
 
 def test_a_wider_brain_is_a_failure_that_says_what_to_do(items, tmp_path):
     wide = write_study(tmp_path, "P9a", shape=(50, 20, 8))
-    data = SliceDataset(prepare([wide, *items], tmp_path))
+    prepared = prepare([wide, *items], tmp_path)
+    assert SliceDataset(prepared, size=(32, 32)).studies == ["P1a", "P2a", "P1b"]
+    assert SliceDataset(prepared, size=(48, 32)).studies == ["P9a"]
+    with pytest.raises(StudyError, match=r"No slice is left .* Study P9a .* raise image_size to 48"):
+        SliceDataset(prepared, size=(16, 16))
+    data = SliceDataset(prepared)
     assert data.studies == ["P1a", "P2a", "P1b"]
     (failure,) = data.failures
     assert (

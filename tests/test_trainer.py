@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from builders import generator, random_batch, random_entries, tiny_net, tiny_step
+from builders import TINY_CHANNELS, generator, random_batch, random_entries, tiny_net, tiny_step
 from monai.engines.utils import IterationEvents
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
@@ -36,7 +36,9 @@ from scripts.contrasts import NUM_CONTRASTS, SCENARIOS, StudyError, scenario_tab
 from scripts.data.slices import EpochSampler
 from scripts.evaluation.protocols import PerceptualDistance
 from scripts.networks.memory_bank import BankEntries
+from scripts.networks.plain_unet import PlainUNet
 from scripts.training.losses import DiscriminatorLoss, Discriminators, GeneratorLoss
+from scripts.training.step import SSCFTrainingStep
 from scripts.training.trainer import (
     BATCH_KEYS,
     Curriculum,
@@ -230,6 +232,13 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def test_an_epoch_without_a_batch_and_another_network_are_refused() -> None:
+    with pytest.raises(StudyError, match="less than one batch"):
+        make_trainer([])
+    with pytest.raises(StudyError, match="is a PlainUNet, not an SSCFNet: put the overlay of its baseline"):
+        SSCFTrainingStep(PlainUNet(2, TINY_CHANNELS), SIZE)  # type: ignore[arg-type]
 
 
 def test_loss_falls_on_a_batch_that_is_shown_again_and_again() -> None:

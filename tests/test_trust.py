@@ -306,6 +306,10 @@ def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path:
         assert len(found) == len(patients) and len(found[0]) == 11
     pooled = calibrated("pooled.pt", [], trust_folds=folds)
     assert pooled == every and every["patients"] == 3
+    # p0 and p1 are visits of one patient, who is left out and counted as one
+    assert calibrated("visits.pt", ["p0", "p1", "p2"], patient_pattern="(p(?=[01])|p2)")["patients"] == 2
+    found = json.loads((tmp_path / "out" / "judged.json").read_text())["patients"]
+    assert sorted(map(len, found)) == [11, 22]
     # 3 patients are too few for 90%, and give the greatest with a margin of 1.25
     half = calibrated("half.pt", [], trust_folds=folds, trust_coverage=0.75)
     for name, limit in half["limits"].items():

@@ -38,13 +38,15 @@ class Cohort:
         dataset_dir: folder with the studies, see ``find_studies``.
         transform: preprocessing of one study, see ``study_transforms``.
         cache_dir: folder of the slice cache.
-        output_dir: gets ``split.json``, unless it has one, and, if studies failed, ``failures.json``.
+        output_dir: a run that has begun to train or is complete leaves ``split.json`` here, and, if studies failed,
+            ``failures.json``.
         fractions: shares of training, validation and test patients.
         seed: of the split.
         split_file: a split to use instead. Where it is None and ``output_dir`` holds a split of an earlier start of
             this run, that one is used, so that a resumed run never moves a patient.
         pattern, patient_pattern: see ``find_studies``.
         num_workers: threads for preparing.
+        image_size: of slices, x and y; None takes the size of most studies of a part.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Cohort:
         pattern: Mapping[str, str] | None = None,
         patient_pattern: str | None = None,
         num_workers: int = 0,
+        image_size: int | None = None,
     ) -> None:
+        self.size = None if image_size is None else (image_size, image_size)
         self.transform, self.cache_dir, self.num_workers = transform, cache_dir, num_workers
         self.output_dir = Path(output_dir)
         self.failures: list[dict[str, str]] = []
@@ -68,13 +72,14 @@ class Cohort:
         earlier = self.output_dir / "split.json"
         if split_file is None and earlier.is_file():
             split_file = str(earlier)
-            logger.info(f"using the split of {earlier}")
         if split_file is not None:
             self._origin = f" in {split_file}"
         items = find_studies(dataset_dir, pattern, patient_pattern)
         self.parts = split_patients(items, fractions, seed, split_file)
-        if not earlier.is_file():
-            self.keep_split()
+        if split_file == str(earlier):
+            same = self.parts == split_patients(items, fractions, seed)
+            told = "using the split of %s" + ("" if same else ", which split_fractions and seed do not move")
+            logger.log(logging.INFO if same else logging.WARNING, told, earlier)
         sizes = ", ".join(f"{len(studies)} {part}" for part, studies in self.parts.items())
         logger.info(f"{len(items)} studies in {dataset_dir}: {sizes}")
 
@@ -99,7 +104,7 @@ class Cohort:
             raise StudyError(f"The {part} part of the split{self._origin} has no study: give {other}{needs}.")
         if part not in self._prepared:
             self._prepared[part] = prepare_slices(self.parts[part], self.transform, self.cache_dir, self.num_workers)
-        dataset = SliceDataset(self._prepared[part], **options)
+        dataset = SliceDataset(self._prepared[part], size=self.size, **options)
         self.failures += [failure for failure in dataset.failures if failure not in self.failures]
         return dataset
 
@@ -114,6 +119,8 @@ class Cohort:
         Raises:
             StudyError: if a study failed.
         """
+        if not (self.output_dir / "split.json").is_file():
+            self.keep_split()
         report = self.output_dir / "failures.json"
         # in an evaluation each process has its own share of the studies
         shares: Any = idist.all_gather(self.failures) if idist.get_world_size() > 1 else [self.failures]

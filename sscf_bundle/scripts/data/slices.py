@@ -199,6 +199,7 @@ class SliceDataset(Dataset):
         choice, count, min_brain: see ``select_slices``.
         tumor_weight: weight of a slice with tumor under the choice ``"brain"``, where others have 1.
         unclipped: items also have ``unclipped``, the contrasts as they were cached.
+        size: of the slices in x and y; studies whose brain is wider fail. None takes the size of most studies.
 
     Raises:
         ValueError: when ``choice`` is unknown.
@@ -213,21 +214,23 @@ class SliceDataset(Dataset):
         min_brain: float = 0.02,
         tumor_weight: float = 3.0,
         unclipped: bool = False,
+        size: Sequence[int] | None = None,
     ) -> None:
         self.unclipped = unclipped
         self.failures = list(prepared.failures)
         sizes = Counter(tuple(study.info["size"]) for study in prepared.studies)
-        common = max(sizes, key=lambda size: sizes[size], default=(0, 0))
+        common = tuple(size or max(sizes, key=lambda size: sizes[size], default=(0, 0)))
+        largest = max(map(max, sizes), default=0)
         self._cached: list[CachedStudy] = []
         rows: list[tuple[int, int, int]] = []
         weights: list[float] = []
         for study in prepared.studies:
             chosen = select_slices(study.info, choice, count, min_brain)
-            size = tuple(study.info["size"])
-            if size != common:
+            own = tuple(study.info["size"])
+            if own != common:
                 reason = (
-                    f"Study {study.study} has slices of {size[0]} x {size[1]} but most studies have {common[0]} x "
-                    f"{common[1]}: raise image_size to {max(*size, *common)}."
+                    f"Study {study.study} has slices of {own[0]} x {own[1]}, not {common[0]} x {common[1]}, since its "
+                    f"brain is wider: raise image_size to {largest}."
                 )
                 _add_failure(self.failures, study.study, reason)
             elif not chosen:
@@ -241,7 +244,8 @@ class SliceDataset(Dataset):
                 weights += [tumor_weight if choice == "brain" and area[row] > 0 else 1.0 for row in chosen]
                 self._cached.append(study)
         if not rows:
-            raise StudyError(f"No slice is left of {len(prepared.studies)} studies for the choice {choice!r}.")
+            first = f" {self.failures[0]['reason']}" if self.failures else ""
+            raise StudyError(f"No slice is left of {len(prepared.studies)} studies for the choice {choice!r}.{first}")
         self.studies = [study.study for study in self._cached]
         table = torch.tensor(rows, dtype=torch.int64)
         self.index = table[:, :2].clone()

@@ -81,7 +81,7 @@ def board(log_dir: str | Path) -> SummaryWriter:
 class ScoreLog:
     """Writes the scalar scores of every run of an evaluator to the log, a CSV file and TensorBoard (``log_dir``).
 
-    The file has one row for each epoch; a row of the same epoch is replaced.
+    The file has one row for each epoch; rows from this one on, of an earlier run, go.
     """
 
     def __init__(self, path: str | Path, log_dir: str | Path | None = None) -> None:
@@ -100,7 +100,7 @@ class ScoreLog:
         table = pd.DataFrame(scores, index=pd.Index([epoch], name="epoch"))
         if self.path.is_file():
             earlier = pd.read_csv(self.path, index_col="epoch", float_precision="round_trip")
-            table = pd.concat([earlier.drop(index=epoch, errors="ignore"), table])[list(scores)].sort_index()
+            table = pd.concat([earlier[earlier.index < epoch], table])[list(scores)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(self.path)
         engine.logger.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))

@@ -218,7 +218,7 @@ def calibrate(
     if not has_scores(network):
         raise StudyError("Only an SSCFNet with ccp has scores to calibrate: give its weights as source_path.")
     expected = {"expected": expected_scores(score_files)} if score_files else {}
-    rows: list[Sequence[Mapping[str, Any]]] = []
+    rows: list[Sequence[Mapping[str, Any]]] = []  # of each patient the scores of all studies and choices of contrasts
     for fold in folds:
         try:
             rows += json.loads(Path(fold).read_text())["patients"]
@@ -226,17 +226,18 @@ def calibrate(
             raise StudyError(f"{fold} holds no scores of patients: give the judged.json of a calibration.") from error
     if not folds:
         device = next(network.parameters()).device
+        by_patient: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
         for whole in complete_studies(cohort, transform):
             image = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS]
-            if stable_hash(str(whole.get("patient", whole["study"]))) in patients_in_bank(network):
+            patient = str(whole.get("patient", whole["study"]))
+            if stable_hash(patient) in patients_in_bank(network):
                 told = "The patient of study %s is in the memory bank of the network: limits may be too narrow."
                 logger.warning(told, whole["study"])
-            patient: list[Mapping[str, Any]] = []
             for kept in map(torch.tensor, subsets):
                 shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-                patient.append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
-            rows.append(patient)
+                by_patient[patient].append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+        rows += by_patient.values()
     if judged_file is not None:
         write_whole(judged_file, {"patients": rows})
 

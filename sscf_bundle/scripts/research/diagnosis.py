@@ -166,7 +166,13 @@ def gradient_shares(trainer: SSCFTrainer, batches: Iterable[dict[str, torch.Tens
             if repetition == 0:
                 trainer.on_iteration_end(output)
                 continue
-            terms = trainer.loss(output, *batch_arguments[:4], None, trainer.draw_bank_entries(prepared))
+            terms = trainer.loss(
+                output,
+                *batch_arguments[:4],
+                trainer.generator_scores(output, prepared),
+                trainer.draw_bank_entries(prepared),
+                trainer.perceptual_distances(output, prepared),
+            )
             rows = {}
             for name, weight in trainer.loss.weights.items():
                 if weight and name in terms:

@@ -138,12 +138,19 @@ class BestModel:
         network: the evaluated network.
         metric: name in the evaluator's ``state.metrics``, larger is better.
         settings: written into the weights, see ``save_weights``.
+        validation: what else the score depends on, plain data.
     """
 
     def __init__(
-        self, path: str | Path, network: nn.Module, metric: str, settings: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        network: nn.Module,
+        metric: str,
+        settings: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.network, self.metric, self.settings = Path(path), network, metric, settings
+        self.validation = {"metric": metric, **json.loads(json.dumps(validation or {}))}
         self.best, self.epoch = float("-inf"), 0
 
     def attach(self, engine: Engine) -> None:
@@ -159,13 +166,14 @@ class BestModel:
             engine.logger.info(f"best {self.metric} so far: {score:.4f} at epoch {self.epoch}, saved {self.path}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Best score, its metric and its epoch."""
-        return {"best": self.best, "epoch": self.epoch, "metric": self.metric}
+        """Best score, its epoch and what it is of."""
+        return {"best": self.best, "epoch": self.epoch, "validation": self.validation}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores ``state_dict``; a score of another metric is no best one."""
-        if state.get("metric", self.metric) != self.metric:
-            logger.warning("The best model is chosen anew by %s, before by %s.", self.metric, state["metric"])
+        """Restores ``state_dict``; a score of another metric or of other slices is no best one."""
+        changed = differences(self.validation, state["validation"])
+        if changed:
+            logger.warning("The best model is chosen anew, since its validation is another: %s.", changed)
             return
         self.best, self.epoch = float(state["best"]), int(state["epoch"])
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..contrasts import NUM_CONTRASTS
+from ..contrasts import NUM_CONTRASTS, StudyError
 from ..networks.availability import read_availability
 from ..networks.blocks import expand_dims_like, scale_statistics, stack_contrasts
 from ..networks.citim import class_prototypes
@@ -60,6 +60,11 @@ class SSCFTrainingStep(nn.Module):
         refresh: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(net, SSCFNet):
+            raise StudyError(
+                f"The network is a {type(net).__name__}, not an SSCFNet: put the overlay of its baseline after "
+                "train.json; diagnosis and building are for SSCFNet alone."
+            )
         if any(s % 2 ** (len(net.channels) - 1) for s in image_size):
             raise ValueError(
                 f"image_size must be multiples of {2 ** (len(net.channels) - 1)}, got {tuple(image_size)}."

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -27,6 +27,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from ..contrasts import NUM_CONTRASTS, StudyError, scenario_table
 from ..data.randomness import hash_uniform
@@ -189,7 +190,7 @@ class SynthesisTrainer(Trainer):
         self,
         device: torch.device | str,
         max_epochs: int,
-        train_data_loader: Iterable,
+        train_data_loader: DataLoader | Sequence,
         step: nn.Module,
         training_step: nn.Module,
         optimizer: Optimizer,
@@ -215,6 +216,10 @@ class SynthesisTrainer(Trainer):
             raise ValueError("reconstructions must be at least 1 and needs shared_scenarios.")
         if discriminators is not None and (discriminator_optimizer is None or discriminator_loss is None):
             raise ValueError("discriminators need an optimizer and a loss.")
+        if not len(train_data_loader):
+            raise StudyError(
+                "An epoch has less than one batch, which compile and drop_last leave out: give a smaller batch_size."
+            )
         super().__init__(
             device=device,
             max_epochs=max_epochs,
