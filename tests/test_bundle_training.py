@@ -130,15 +130,15 @@ def test_evaluation_needs_training_studies_for_the_nearest_contrast_alone(phanto
     with pytest.raises(RuntimeError) as refused:
         parser.get_parsed_content("evaluation#reference_methods")
     told = str(find_study_error(refused.value))
-    assert "The training part of the split in " in told and "or leave nearest_contrast out" in told
+    assert "The training part of the split has no study" in told and "or leave nearest_contrast out" in told
 
 
 def test_fine_tuning_starts_from_the_trained_weights(trained: Path, tmp_path: Path, phantom_cohort: Path) -> None:
     # the network is that of the weights, whatever train.json says
     changes = {"pretrained_path": str(trained / "model.pt"), "channels": "base", **ONE_EPOCH}
     overrides = tiny_run(phantom_cohort, tmp_path, **changes)
-    with pytest.raises(StudyError, match=r"does not fit \(image_size is 64, not 32\)"):
-        train_in_process(config_files("train", "finetune"), overrides | {"image_size": 32})
+    with pytest.raises(StudyError, match=r"does not fit \(image_size is 64, not 80\)"):
+        train_in_process(config_files("train", "finetune"), overrides | {"image_size": 80})
     # with a rate of 0 the weights stay where they started, and the bank is frozen from the same slices
     train_in_process(config_files("train", "finetune"), overrides | {"learning_rate": 0.0})
     assert_same(load(tmp_path / "model.pt"), load(trained / "model.pt"))
