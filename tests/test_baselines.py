@@ -23,6 +23,7 @@ import torch
 from builders import (
     TINY_CHANNELS,
     all_availabilities,
+    assert_same,
     bundle_workflow,
     config_files,
     generator,
@@ -131,6 +132,18 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     save_weights(tmp_path / "model.pt", network("unet"))
     with pytest.raises(StudyError, match="they are weights of PlainUNet, not of MMGANGenerator"):
         load_weights(network("mmgan"), tmp_path / "model.pt")
+
+
+def test_weights_of_a_baseline_are_fine_tuned_with_its_overlay(tmp_path: Path) -> None:
+    save_weights(
+        tmp_path / "unet.pt", network("unet"), {"preprocessing": {"image_size": 32, "spacing": 4.0, "scaling": "brain"}}
+    )
+    parser = ConfigParser()
+    parser.read_config(config_files("train", "baselines/unet", "finetune"))
+    parser.update({"pretrained_path": str(tmp_path / "unet.pt"), "device": "cpu"})
+    step = parser.get_parsed_content("training_step")
+    assert isinstance(step, PlainTrainingStep) and isinstance(step.net, PlainUNet)
+    assert_same(dict(step.net.named_parameters()), dict(network("unet").named_parameters()))
 
 
 @pytest.mark.parametrize(("name", "config"), [("unet", "train"), ("mmgan", "baselines/mmgan")])
