@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -253,6 +254,35 @@ def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_agai
     changed = CONFIG["evaluations"]["evaluation"] | {"overrides": {"lpips": False}}
     one_run(data, evaluations={"evaluation": changed}).run()
     assert calls(data) == ["evaluating first/seed_0/fold_0/evaluation"]
+
+
+def test_what_used_weights_that_were_trained_anew_is_done_again(data: Path) -> None:
+    plan = one_run(data, names=["control", "first"])
+    plan.run()
+    assert len(calls(data)) == 5
+    (plan.directory("second", 0, 0) / "model_last.pt").unlink()
+    one_run(data, names=["control", "first"]).run()
+    again = ["training second", "evaluating second", "evaluating control"]
+    assert [call.split("/")[0] for call in calls(data)] == again
+    # by another program, whose plan did not have the others
+    done = plan.directory("first", 0, 0) / "training.done"
+    os.utime(done, (time.time() + 1,) * 2)
+    one_run(data, names=["control"], dry_run=True).run()
+    steps = [line.split("started")[0] for path in data.parent.glob("out/plan_*.sh") for line in path.open()]
+    assert len(steps) == 4 and not any("first/seed_0/fold_0/training" in step for step in steps)
+
+
+def test_other_weights_are_evaluated_and_a_moved_folder_is_not(data: Path) -> None:
+    plan = one_run(data)
+    plan.run()
+    calls(data)
+    (plan.directory("first", 0, 0) / "model.pt").touch()
+    for weights in ("best", "last"):
+        one_run(data, weights=weights).run()
+        assert calls(data) == ["evaluating first/seed_0/fold_0/evaluation"]
+    Path(plan.output_dir).rename(data.parent / "moved")
+    one_run(data, output_dir=data.parent / "moved").run()
+    assert calls(data) == []
 
 
 def test_settings_of_a_step_are_in_order(data: Path) -> None:

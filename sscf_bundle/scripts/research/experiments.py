@@ -36,7 +36,7 @@ from .tables import Table
 logger = logging.getLogger(__name__)
 
 #: Endings of the ids that say where something lies, not what is computed.
-_PLACES = ("_dir", "_path", "_file", "bundle_root")
+_PLACES = ("_dir", "scripts_path", "_file", "bundle_root")
 
 
 def write_splits(
@@ -150,12 +150,21 @@ class Step:
         if not self.file("json").is_file():
             return None
         before, now = _read(self.file("json")), json.loads(json.dumps(self.config))
+
+        def value(config: Mapping[str, Any], key: str) -> Any:
+            # of weights the experiment, seed, fold and file: the folder may have been moved
+            return Path(str(config.get(key))).parts[-4:] if key.endswith("_path") else config.get(key)
+
         keys = sorted(key for key in {*before, *now} if not key.endswith(_PLACES))
-        return next((key for key in keys if before.get(key) != now.get(key)), None)
+        return next((key for key in keys if value(before, key) != value(now, key)), None)
 
     def is_finished(self) -> bool:
-        """Whether it was done with these settings and its file is still there."""
-        return self.file("done").is_file() and self.writes.is_file() and self.other_setting() is None
+        """Whether it was done with these settings, after what it needs, and its file is still there."""
+        done = self.file("done")
+        if not (done.is_file() and self.writes.is_file() and self.other_setting() is None):
+            return False
+        needed = [path.with_name(f"{path.name}.done") for path in self.needs]
+        return all(file.is_file() and file.stat().st_mtime <= done.stat().st_mtime for file in needed)
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -398,9 +407,11 @@ class Experiments:
                     f"{step.path.parent} was trained with another {other}: give another output_dir, or remove this "
                     "folder."
                 )
-        waiting = [step for step in plan if not step.is_finished()]
-        for step in waiting:
-            step.write()
+        waiting = []
+        for step in plan:  # what is needed stands before what needs it, and is not done once it waits
+            if not step.is_finished():
+                waiting.append(step)
+                step.write()
         if self.dry_run:
             self._print(waiting)
             return
