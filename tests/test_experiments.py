@@ -27,9 +27,9 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from scripts.contrasts import StudyError
-from scripts.data.datalist import PARTS, cross_validation_splits
+from scripts.data.datalist import PARTS, cross_validation_splits, write_whole
 from scripts.networks.weights import save_weights, with_shared_weights
-from scripts.research.experiments import Experiments, write_splits
+from scripts.research.experiments import Experiments, make_splits
 from scripts.research.report import write_report
 from scripts.research.tables import KINDS
 from scripts.training.trainer import TimeLimit
@@ -122,14 +122,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiments:
     """Two experiments and a control over two seeds and three folds."""
     output_dir = changes.get("output_dir", data.parent / "out")
-    split_files = write_splits(
-        output_dir / "splits", data, patient_pattern=r"(P\d\d)_\w$", folds=folds, held_out=["P06"]
-    )
-    for path in map(Path, split_files):
-        studies = json.loads(path.read_text())["test"]
-        if not (data.parent / "scores" / path.stem).is_dir():
-            scores = make_scores(0, studies={name: name[:3] for name in studies})
-            write_scores(data.parent / "scores" / path.stem, scores[scores["score"] == "psnr"])
+    splits = make_splits(output_dir / "splits", data, patient_pattern=r"(P\d\d)_\w$", folds=folds, held_out=["P06"])
+    for file, split in splits.items():
+        folder = data.parent / "scores" / Path(file).stem
+        if not folder.is_dir():
+            scores = make_scores(0, studies={name: name[:3] for name in split["test"]})
+            write_scores(folder, scores[scores["score"] == "psnr"])
     tables = {"mean": {"title": "Mean", "kind": "scores", "reference": "first"}}
     settings = {
         "experiments": {
@@ -140,7 +138,7 @@ def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiment
         "names": ["control", "first"],
         "output_dir": output_dir,
         "dataset_dir": data,
-        "split_files": split_files,
+        "splits": splits,
         "bundle_root": BUNDLE_ROOT,
         "report": lambda **runs: write_report(
             directory=output_dir, tables=tables, bootstrap_samples=20, **runs | {"panels": None}
@@ -247,9 +245,12 @@ def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_agai
     assert len(calls(data)) == 2
     with pytest.raises(StudyError, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
         one_run(data, budget={"max_epochs": 12, "decay_start": 4, "epoch_samples": 10}).run()
+    split = data.parent / "out" / "splits" / "fold_0.json"
+    before = split.read_text()
     (data / "P01_a" / "P01_a_t1.nii").unlink()
     with pytest.raises(StudyError, match=r"fold_0 was trained with another split_studies"):
         one_run(data).run()
+    assert split.read_text() == before
     (data / "P01_a" / "P01_a_t1.nii").touch()
     changed = CONFIG["evaluations"]["evaluation"] | {"overrides": {"lpips": False}}
     one_run(data, evaluations={"evaluation": changed}).run()
@@ -351,20 +352,22 @@ def test_evaluation_is_done_for_those_that_it_names(data: Path) -> None:
 
 def test_untouched_patients_are_in_no_fold_with_any_of_their_studies(data: Path) -> None:
     options = {"patient_pattern": r"(P\d\d)_\w$", "folds": 3}
-    for file in write_splits(data.parent / "splits", data, held_out=["P00_b"], **options):
-        studies = [study for part in json.loads(Path(file).read_text()).values() for study in part]
-        assert sorted(studies) == [f"P{i:02d}_a" for i in range(1, 7)]
-    # a given split is the only one
+    splits = make_splits(data.parent / "splits", data, held_out=["P00_b"], **options)
     given = data.parent / "splits" / "untouched.json"
-    (file,) = write_splits(data.parent / "final", data, split_file=given)
-    assert json.loads(Path(file).read_text()) == json.loads(given.read_text())
+    untouched = splits.pop(str(given))
+    for split in splits.values():
+        assert sorted(study for part in split.values() for study in part) == [f"P{i:02d}_a" for i in range(1, 7)]
+    # a given split is the only one
+    write_whole(given, untouched)
+    assert make_splits(data.parent / "final", data, split_file=given) == {f"{data.parent}/final/fold_0.json": untouched}
     for folder, changes, words in (
         (data, {"held_out": ["P99"]}, "names P99"),
         (data / "nowhere", {}, "nowhere"),
         (data, {"split_file": given, "held_out": ["P00_b"]}, "has P00 of held_out"),
+        (data, {"validation_fraction": 0}, "no study for the validation"),
     ):
         with pytest.raises(StudyError, match=words):
-            write_splits(data.parent / "splits", folder, **{**options, **changes})
+            make_splits(data.parent / "splits", folder, **{**options, **changes})
 
 
 def test_unknown_names_are_refused(data: Path) -> None:

@@ -30,7 +30,7 @@ from monai.bundle.utils import merge_kv
 
 from ..checked_settings import refuse_unknown
 from ..contrasts import StudyError
-from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
+from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_whole
 from .tables import Table
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _PLACES = ("_dir", "scripts_path", "_file", "bundle_root")
 
 
-def write_splits(
+def make_splits(
     directory: str | Path,
     dataset_dir: str | Path,
     file_pattern: Mapping[str, str] | None = None,
@@ -50,12 +50,12 @@ def write_splits(
     validation_fraction: float = 0.1,
     held_out: Sequence[str] = (),
     seed: int = 0,
-) -> list[str]:
-    """Writes a split for each fold, each patient outside the untouched part being tested once, and gives the files.
+) -> dict[str, dict[str, list[str]]]:
+    """A split for each fold, each patient outside the untouched part being tested once: its studies by its file.
 
     Args:
-        directory: gets ``fold_<f>.json``, and ``untouched.json``, a split with the untouched part as its test part for
-            the one final run.
+        directory: of ``fold_<f>.json``, and of ``untouched.json``, a split with the untouched part as its test part for
+            the one final run. Nothing is written to it here.
         dataset_dir, file_pattern, patient_pattern: see ``find_studies``.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
@@ -86,14 +86,19 @@ def write_splits(
         splits = [split_patients(used, fractions, seed)]
     else:
         splits = cross_validation_splits(used, folds, validation_fraction, seed)
-    parts = {directory / f"fold_{fold}.json": split for fold, split in enumerate(splits)}
+    parts = {f"fold_{fold}": split for fold, split in enumerate(splits)}
     if untouched:
         final = split_patients(used, (1 - validation_fraction, validation_fraction, 0), seed)
-        final |= {"test": [item for item in items if item["patient"] in untouched]}
-        write_split(final, directory / "untouched.json")
-    for path, split in parts.items():
-        write_split(split, path)
-    return [str(path) for path in parts]
+        parts["untouched"] = final | {"test": [item for item in items if item["patient"] in untouched]}
+    if not all(split["validation"] for split in parts.values()):
+        raise StudyError(
+            "A split has no study for the validation: give more than 0 as validation_fraction and in split_fractions, "
+            "or name some in split_file."
+        )
+    return {
+        str(directory / f"{name}.json"): {part: [item["study"] for item in chosen] for part, chosen in split.items()}
+        for name, split in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class Experiments:
     names: str | Sequence[str]  #: which to run; those that they need are added. A name of ``sets`` stands for its list.
     output_dir: str | Path  #: gets everything.
     dataset_dir: str | Path  #: folder of the studies.
-    split_files: Sequence[str]  #: of the folds, see ``write_splits``.
+    splits: Mapping[str, Mapping[str, Sequence[str]]]  #: see ``make_splits``; written before anything runs.
     #: see ``write_report``; called with ``runs``, ``reference``, ``panels``, ``notes`` and ``more_tables``.
     report: Callable[..., None]
     bundle_root: str | Path = "."  #: folder of ``configs`` and ``scripts``.
@@ -229,6 +234,7 @@ class Experiments:
     def __post_init__(self) -> None:
         # the runs have another working directory
         self.output_dir, self.bundle_root = Path(self.output_dir).absolute(), Path(self.bundle_root).absolute()
+        self.split_files = [file for file in self.splits if Path(file).stem != "untouched"]
         refuse_unknown("weights", [self.weights], ("last", "best"))
         refuse_unknown("evaluate_with", self.evaluate_with, list(self.evaluations))
         refuse_unknown("reference", [self.reference], [None, *self.experiments])
@@ -314,7 +320,7 @@ class Experiments:
     def steps(self, name: str, seed: int, fold: int) -> list[Step]:
         """Everything that one run of an experiment (with a seed and a position in ``split_files``) does, in order."""
         one, folder = self.experiments[name], self.directory(name, seed, fold)
-        common = {**self._common(fold, folder), "seed": seed, "split_studies": _read(Path(self.split_files[fold]))}
+        common = {**self._common(fold, folder), "seed": seed, "split_studies": self.splits[self.split_files[fold]]}
         common |= one.overrides
         weights, training = self._weights(name, seed, fold)
         steps = []
@@ -391,13 +397,12 @@ class Experiments:
         Raises:
             StudyError: if a step failed, or a training that was begun had other settings.
         """
-        notes = self._too_large(self.prepare())
         runs = [
             (name, seed, fold)
             for seed in sorted({seed for seeds in self.seeds_of.values() for seed in seeds})
             for fold in range(len(self.split_files))
             for name in self.names
-            if name not in notes and seed in self.seeds_of[name]
+            if seed in self.seeds_of[name]
         ]
         plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
         for step in plan:
@@ -407,6 +412,10 @@ class Experiments:
                     f"{step.path.parent} was trained with another {other}: give another output_dir, or remove this "
                     "folder."
                 )
+        for file, split in self.splits.items():  # not before: what was refused changes nothing
+            write_whole(file, split)
+        notes = self._too_large(self.prepare())
+        plan = {step: name for step, name in plan.items() if name not in notes}
         waiting = []
         for step in plan:  # what is needed stands before what needs it, and is not done once it waits
             if not step.is_finished():
