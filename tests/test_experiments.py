@@ -240,7 +240,8 @@ def test_training_without_weights_has_failed(data: Path) -> None:
 
 
 def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_again(data: Path) -> None:
-    one_run(data, dry_run=True, budget={"max_epochs": 3}).run()  # nothing was trained with these
+    # nothing was trained with these
+    one_run(data, dry_run=True, budget={"max_epochs": 3, "decay_start": 1, "epoch_samples": 5}).run()
     one_run(data).run()
     assert len(calls(data)) == 2
     with pytest.raises(StudyError, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
@@ -308,6 +309,24 @@ def test_settings_of_a_step_are_in_order(data: Path) -> None:
     assert control["ckpt_path"] == str(plan.directory("second", 0, 1) / "model_last.pt")
     assert control["report_dir"] == str(plan.directory("control", 0, 1) / "evaluation")
     assert {one["cache_dir"] for one in config.values()} == {str(Path(plan.output_dir) / "cache")}
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_runs(data: Path) -> None:
+    evaluation = CONFIG["evaluations"]["evaluation"]
+    for changes, message in (
+        ({"settings": {"chanels": "small"}}, "There is no setting chanels: did you mean channels"),
+        ({"budget": {"max_epoch": 3}}, "There is no setting max_epoch: did you mean max_epochs"),
+        ({"budget": {"max_epochs": 3}}, "budget has no decay_start: give all of max_epochs, decay_start, epoch_samp"),
+        ({"experiments": {"first": {"overrides": {"bank_size": "few"}}}}, "bank_size must be a whole number, got 'few"),
+        ({"evaluations": {"evaluation": {**evaluation, "overrides": {"lpip": False}}}}, "no setting lpip: did you"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            one_run(data, dry_run=True, **changes).run()
+    assert not (data.parent / "out").exists()
+    mmgan = {"configs": ["baselines/mmgan"], "overrides": {"curriculum": None}}  # None in the config below
+    one_run(data, dry_run=True, experiments={"first": mmgan}, settings={"compile": "false", "device": "cuda:9"}).run()
+    config = json.loads((data.parent / "out" / "first" / "seed_0" / "fold_0" / "training.json").read_text())
+    assert config["compile"] is False and config["curriculum"] is None
 
 
 def test_bank_larger_than_the_training_slices_is_not_run(data: Path) -> None:

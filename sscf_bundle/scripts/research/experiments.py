@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
@@ -28,7 +29,7 @@ import pandas as pd
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from ..checked_settings import refuse_unknown
+from ..checked_settings import checked_settings, refuse_unknown
 from ..contrasts import StudyError
 from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_whole
 from .tables import Table
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 #: Endings of the ids that say where something lies, not what is computed.
 _PLACES = ("_dir", "scripts_path", "_file", "bundle_root")
+#: Ids that are not checked: another machine may run the plan, and the others are given by a step itself.
+_UNCHECKED = ("device", "seed", "split_studies")
+_BUDGET = ("max_epochs", "decay_start", "epoch_samples")
 
 
 def make_splits(
@@ -214,8 +218,8 @@ class Experiments:
     evaluation_base: Sequence[str] = ("train",)  #: configs under every evaluation.
     #: of every experiment, where its own configs do not say otherwise.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    #: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment; an experiment's ``share`` multiplies
-    #: the first two.
+    #: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment, all three or none; an experiment's
+    #: ``share`` multiplies the first two.
     budget: Mapping[str, Any] = field(default_factory=dict)
     #: wall time of a training instead of the end of its epochs; a training that was stopped before its end then starts
     #: anew.
@@ -291,10 +295,24 @@ class Experiments:
         return {name: sorted(found[name]) for name in self.names}
 
     def _config(self, *layers: Mapping[str, Any] | Sequence[str]) -> ConfigParser:
-        """Configs, given by their names, and overrides of single ids as one config, the later over the earlier."""
+        """Configs, given by their names, and overrides of single ids as one config, the later over the earlier.
+
+        Raises:
+            StudyError: for overrides that do not fit the configs, see ``checked_settings``.
+        """
         parser, folder = ConfigParser(), Path(self.bundle_root) / "configs"
+        # common settings may be of the trainings or of the evaluations alone
+        below = dict.fromkeys(folder / f"{name}.json" for name in (*self.base, *self.evaluation_base))
         for layer in layers:
-            for part in [layer] if isinstance(layer, Mapping) else [_read(folder / f"{name}.json") for name in layer]:
+            if isinstance(layer, Mapping):
+                places = str(self.output_dir)  # of a step itself
+                given = {k: v for k, v in layer.items() if k not in _UNCHECKED and not str(v).startswith(places)}
+                parts = [{**layer, **_checked(tuple(map(str, below)), json.dumps(given))}]
+            else:
+                files = [folder / f"{name}.json" for name in layer]
+                below |= dict.fromkeys(files)
+                parts = [_read(file) for file in files]
+            for part in parts:
                 for key, value in part.items():
                     merge_kv(parser, key, value)  # "+" adds to a list
         return parser
@@ -405,6 +423,8 @@ class Experiments:
             if seed in self.seeds_of[name]
         ]
         plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
+        if absent := [key for key in _BUDGET if self.budget and key not in self.budget]:
+            raise StudyError(f"budget has no {absent[0]}: give all of {', '.join(_BUDGET)}.")
         for step in plan:
             other = step.other_setting()
             if step.run_id == "training" and step.file("log").is_file() and other is not None:
@@ -498,6 +518,12 @@ class Experiments:
                 notes=notes,
                 more_tables=self.times(),
             )
+
+
+@functools.cache
+def _checked(files: tuple[str, ...], given: str) -> dict[str, Any]:
+    """``checked_settings`` of JSON, which is the same for every seed and fold."""
+    return checked_settings(files, json.loads(given))
 
 
 def _read(path: Path) -> dict[str, Any]:
