@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -26,9 +27,9 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from scripts.contrasts import StudyError
-from scripts.data.datalist import PARTS, cross_validation_splits
+from scripts.data.datalist import PARTS, cross_validation_splits, write_whole
 from scripts.networks.weights import save_weights, with_shared_weights
-from scripts.research.experiments import Experiments, write_splits
+from scripts.research.experiments import Experiments, make_splits
 from scripts.research.report import write_report
 from scripts.research.tables import KINDS
 from scripts.training.trainer import TimeLimit
@@ -121,14 +122,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiments:
     """Two experiments and a control over two seeds and three folds."""
     output_dir = changes.get("output_dir", data.parent / "out")
-    split_files = write_splits(
-        output_dir / "splits", data, patient_pattern=r"(P\d\d)_\w$", folds=folds, held_out=["P06"]
-    )
-    for path in map(Path, split_files):
-        studies = json.loads(path.read_text())["test"]
-        if not (data.parent / "scores" / path.stem).is_dir():
-            scores = make_scores(0, studies={name: name[:3] for name in studies})
-            write_scores(data.parent / "scores" / path.stem, scores[scores["score"] == "psnr"])
+    splits = make_splits(output_dir / "splits", data, patient_pattern=r"(P\d\d)_\w$", folds=folds, held_out=["P06"])
+    for file, split in splits.items():
+        folder = data.parent / "scores" / Path(file).stem
+        if not folder.is_dir():
+            scores = make_scores(0, studies={name: name[:3] for name in split["test"]})
+            write_scores(folder, scores[scores["score"] == "psnr"])
     tables = {"mean": {"title": "Mean", "kind": "scores", "reference": "first"}}
     settings = {
         "experiments": {
@@ -139,7 +138,7 @@ def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiment
         "names": ["control", "first"],
         "output_dir": output_dir,
         "dataset_dir": data,
-        "split_files": split_files,
+        "splits": splits,
         "bundle_root": BUNDLE_ROOT,
         "report": lambda **runs: write_report(
             directory=output_dir, tables=tables, bootstrap_samples=20, **runs | {"panels": None}
@@ -241,18 +240,51 @@ def test_training_without_weights_has_failed(data: Path) -> None:
 
 
 def test_other_settings_of_a_training_are_refused_and_of_an_evaluation_done_again(data: Path) -> None:
-    one_run(data, dry_run=True, budget={"max_epochs": 3}).run()  # nothing was trained with these
+    # nothing was trained with these
+    one_run(data, dry_run=True, budget={"max_epochs": 3, "decay_start": 1, "epoch_samples": 5}).run()
     one_run(data).run()
     assert len(calls(data)) == 2
     with pytest.raises(StudyError, match=r"fold_0 was trained with another max_epochs: give another output_dir"):
         one_run(data, budget={"max_epochs": 12, "decay_start": 4, "epoch_samples": 10}).run()
+    split = data.parent / "out" / "splits" / "fold_0.json"
+    before = split.read_text()
     (data / "P01_a" / "P01_a_t1.nii").unlink()
     with pytest.raises(StudyError, match=r"fold_0 was trained with another split_studies"):
         one_run(data).run()
+    assert split.read_text() == before
     (data / "P01_a" / "P01_a_t1.nii").touch()
     changed = CONFIG["evaluations"]["evaluation"] | {"overrides": {"lpips": False}}
     one_run(data, evaluations={"evaluation": changed}).run()
     assert calls(data) == ["evaluating first/seed_0/fold_0/evaluation"]
+
+
+def test_what_used_weights_that_were_trained_anew_is_done_again(data: Path) -> None:
+    plan = one_run(data, names=["control", "first"])
+    plan.run()
+    assert len(calls(data)) == 5
+    (plan.directory("second", 0, 0) / "model_last.pt").unlink()
+    one_run(data, names=["control", "first"]).run()
+    again = ["training second", "evaluating second", "evaluating control"]
+    assert [call.split("/")[0] for call in calls(data)] == again
+    # by another program, whose plan did not have the others
+    done = plan.directory("first", 0, 0) / "training.done"
+    os.utime(done, (time.time() + 1,) * 2)
+    one_run(data, names=["control"], dry_run=True).run()
+    steps = [line.split("started")[0] for path in data.parent.glob("out/plan_*.sh") for line in path.open()]
+    assert len(steps) == 4 and not any("first/seed_0/fold_0/training" in step for step in steps)
+
+
+def test_other_weights_are_evaluated_and_a_moved_folder_is_not(data: Path) -> None:
+    plan = one_run(data)
+    plan.run()
+    calls(data)
+    (plan.directory("first", 0, 0) / "model.pt").touch()
+    for weights in ("best", "last"):
+        one_run(data, weights=weights).run()
+        assert calls(data) == ["evaluating first/seed_0/fold_0/evaluation"]
+    Path(plan.output_dir).rename(data.parent / "moved")
+    one_run(data, output_dir=data.parent / "moved").run()
+    assert calls(data) == []
 
 
 def test_settings_of_a_step_are_in_order(data: Path) -> None:
@@ -277,6 +309,24 @@ def test_settings_of_a_step_are_in_order(data: Path) -> None:
     assert control["ckpt_path"] == str(plan.directory("second", 0, 1) / "model_last.pt")
     assert control["report_dir"] == str(plan.directory("control", 0, 1) / "evaluation")
     assert {one["cache_dir"] for one in config.values()} == {str(Path(plan.output_dir) / "cache")}
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_runs(data: Path) -> None:
+    evaluation = CONFIG["evaluations"]["evaluation"]
+    for changes, message in (
+        ({"settings": {"chanels": "small"}}, "There is no setting chanels: did you mean channels"),
+        ({"budget": {"max_epoch": 3}}, "There is no setting max_epoch: did you mean max_epochs"),
+        ({"budget": {"max_epochs": 3}}, "budget has no decay_start: give all of max_epochs, decay_start, epoch_samp"),
+        ({"experiments": {"first": {"overrides": {"bank_size": "few"}}}}, "bank_size must be a whole number, got 'few"),
+        ({"evaluations": {"evaluation": {**evaluation, "overrides": {"lpip": False}}}}, "no setting lpip: did you"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            one_run(data, dry_run=True, **changes).run()
+    assert not (data.parent / "out").exists()
+    mmgan = {"configs": ["baselines/mmgan"], "overrides": {"curriculum": None}}  # None in the config below
+    one_run(data, dry_run=True, experiments={"first": mmgan}, settings={"compile": "false", "device": "cuda:9"}).run()
+    config = json.loads((data.parent / "out" / "first" / "seed_0" / "fold_0" / "training.json").read_text())
+    assert config["compile"] is False and config["curriculum"] is None
 
 
 def test_bank_larger_than_the_training_slices_is_not_run(data: Path) -> None:
@@ -321,20 +371,22 @@ def test_evaluation_is_done_for_those_that_it_names(data: Path) -> None:
 
 def test_untouched_patients_are_in_no_fold_with_any_of_their_studies(data: Path) -> None:
     options = {"patient_pattern": r"(P\d\d)_\w$", "folds": 3}
-    for file in write_splits(data.parent / "splits", data, held_out=["P00_b"], **options):
-        studies = [study for part in json.loads(Path(file).read_text()).values() for study in part]
-        assert sorted(studies) == [f"P{i:02d}_a" for i in range(1, 7)]
-    # a given split is the only one
+    splits = make_splits(data.parent / "splits", data, held_out=["P00_b"], **options)
     given = data.parent / "splits" / "untouched.json"
-    (file,) = write_splits(data.parent / "final", data, split_file=given)
-    assert json.loads(Path(file).read_text()) == json.loads(given.read_text())
+    untouched = splits.pop(str(given))
+    for split in splits.values():
+        assert sorted(study for part in split.values() for study in part) == [f"P{i:02d}_a" for i in range(1, 7)]
+    # a given split is the only one
+    write_whole(given, untouched)
+    assert make_splits(data.parent / "final", data, split_file=given) == {f"{data.parent}/final/fold_0.json": untouched}
     for folder, changes, words in (
         (data, {"held_out": ["P99"]}, "names P99"),
         (data / "nowhere", {}, "nowhere"),
         (data, {"split_file": given, "held_out": ["P00_b"]}, "has P00 of held_out"),
+        (data, {"validation_fraction": 0}, "no study for the validation"),
     ):
         with pytest.raises(StudyError, match=words):
-            write_splits(data.parent / "splits", folder, **{**options, **changes})
+            make_splits(data.parent / "splits", folder, **{**options, **changes})
 
 
 def test_unknown_names_are_refused(data: Path) -> None:

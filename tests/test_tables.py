@@ -231,12 +231,9 @@ def test_paper_stands_apart_and_says_what_differs(runs: Runs, tmp_path: Path) ->
 
 
 def test_scaling_and_slices_are_told_and_named_where_they_are_not_the_paper_s(tmp_path: Path) -> None:
-    folders = {
-        name: write_scores(tmp_path / name, make_scores(0), scaling=name, scored_slices=[70, 71])
-        for name in ("brain", "per_slice")
-    }
-    caption = build_table(read_runs(folders, 20), "t", "title", "scores").caption
-    assert "; scaling brain, per_slice; scored slices [70, 71]; " in caption
+    folder = write_scores(tmp_path / "a", make_scores(0), scaling="brain", scored_slices=[70, 71])
+    caption = build_table(read_runs({"a": folder}, 20), "t", "title", "scores").caption
+    assert "; scaling brain; scored slices [70, 71]; " in caption
     protocol = json.loads((BUNDLE_ROOT / "configs" / "paper_values.json").read_text())["protocol"]
     as_published = {"cohort": "MICCAI_BraTS2020_TrainingData", **protocol["metadata"]}
     assert protocol_differences([as_published], 74, protocol) == []
@@ -260,6 +257,22 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         StudyError, match="whole and defined were scored by different definitions of the protocol per_s"
     ):
         read_runs({"whole": whole, "defined": other})
+    fewer = write_scores(tmp_path / "fewer", frame[frame["scenario"] != "T1"])
+    with pytest.raises(StudyError, match=r"fewer \(seed 0\) and whole were .* different scenarios \(T1 is in one"):
+        read_runs({"whole": whole, "fewer": fewer})
+    for key, values in {
+        "image_size": (192, 128),
+        "scaling": ("brain", "per_slice"),
+        "scored_slices": ([70], [71]),
+    }.items():
+        folders = {f"{key}{v}": write_scores(tmp_path / f"{key}{v}", frame, **{key: v}) for v in values}
+        with pytest.raises(StudyError, match=f"were scored with the {key} .* on which the protocol per_slice depends"):
+            read_runs(folders)
+        for one in folders.values():  # the grid on file is the same for both
+            facts = json.loads((one / "metrics.json").read_text())
+            facts["metadata"]["protocols"] = {"volume": "3-D study on the grid on file"}
+            (one / "metrics.json").write_text(json.dumps(facts))
+        read_runs(folders)
     with pytest.raises(StudyError, match="Case_1a twice for seed 0: give every fold once"):
         read_runs({"a": [whole, part]})
     with pytest.raises(StudyError, match=r"no scores\.csv in .*nowhere"):

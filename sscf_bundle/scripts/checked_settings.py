@@ -148,7 +148,7 @@ def _kinds(files: str | Sequence[str], name: str) -> tuple[type, ...]:
     """Types of the plain values that single configs give a setting."""
     parsers = [ConfigParser(ConfigParser.load_config_file(file)) for file in ensure_tuple(files)]
     values = [parser[name] for parser in parsers if name in parser]
-    return tuple(type(value) for value in values if value is not None and not _is_made(value))
+    return tuple(type(value) for value in values if not _is_made(value))
 
 
 def _made(files: str | Sequence[str], name: str, given: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
@@ -28,18 +29,21 @@ import pandas as pd
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from ..checked_settings import refuse_unknown
+from ..checked_settings import checked_settings, refuse_unknown
 from ..contrasts import StudyError
-from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_split
+from ..data.datalist import cross_validation_splits, find_studies, split_patients, write_whole
 from .tables import Table
 
 logger = logging.getLogger(__name__)
 
 #: Endings of the ids that say where something lies, not what is computed.
-_PLACES = ("_dir", "_path", "_file", "bundle_root")
+_PLACES = ("_dir", "scripts_path", "_file", "bundle_root")
+#: Ids that are not checked: another machine may run the plan, and the others are given by a step itself.
+_UNCHECKED = ("device", "seed", "split_studies")
+_BUDGET = ("max_epochs", "decay_start", "epoch_samples")
 
 
-def write_splits(
+def make_splits(
     directory: str | Path,
     dataset_dir: str | Path,
     file_pattern: Mapping[str, str] | None = None,
@@ -50,12 +54,12 @@ def write_splits(
     validation_fraction: float = 0.1,
     held_out: Sequence[str] = (),
     seed: int = 0,
-) -> list[str]:
-    """Writes a split for each fold, each patient outside the untouched part being tested once, and gives the files.
+) -> dict[str, dict[str, list[str]]]:
+    """A split for each fold, each patient outside the untouched part being tested once: its studies by its file.
 
     Args:
-        directory: gets ``fold_<f>.json``, and ``untouched.json``, a split with the untouched part as its test part for
-            the one final run.
+        directory: of ``fold_<f>.json``, and of ``untouched.json``, a split with the untouched part as its test part for
+            the one final run. Nothing is written to it here.
         dataset_dir, file_pattern, patient_pattern: see ``find_studies``.
         folds: of the cross-validation by patient, at least 2; None makes one split by ``fractions``.
         fractions: of training, validation and test patients where ``folds`` and ``split_file`` are None.
@@ -86,14 +90,19 @@ def write_splits(
         splits = [split_patients(used, fractions, seed)]
     else:
         splits = cross_validation_splits(used, folds, validation_fraction, seed)
-    parts = {directory / f"fold_{fold}.json": split for fold, split in enumerate(splits)}
+    parts = {f"fold_{fold}": split for fold, split in enumerate(splits)}
     if untouched:
         final = split_patients(used, (1 - validation_fraction, validation_fraction, 0), seed)
-        final |= {"test": [item for item in items if item["patient"] in untouched]}
-        write_split(final, directory / "untouched.json")
-    for path, split in parts.items():
-        write_split(split, path)
-    return [str(path) for path in parts]
+        parts["untouched"] = final | {"test": [item for item in items if item["patient"] in untouched]}
+    if not all(split["validation"] for split in parts.values()):
+        raise StudyError(
+            "A split has no study for the validation: give more than 0 as validation_fraction and in split_fractions, "
+            "or name some in split_file."
+        )
+    return {
+        str(directory / f"{name}.json"): {part: [item["study"] for item in chosen] for part, chosen in split.items()}
+        for name, split in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -150,12 +159,21 @@ class Step:
         if not self.file("json").is_file():
             return None
         before, now = _read(self.file("json")), json.loads(json.dumps(self.config))
+
+        def value(config: Mapping[str, Any], key: str) -> Any:
+            # of weights the experiment, seed, fold and file: the folder may have been moved
+            return Path(str(config.get(key))).parts[-4:] if key.endswith("_path") else config.get(key)
+
         keys = sorted(key for key in {*before, *now} if not key.endswith(_PLACES))
-        return next((key for key in keys if before.get(key) != now.get(key)), None)
+        return next((key for key in keys if value(before, key) != value(now, key)), None)
 
     def is_finished(self) -> bool:
-        """Whether it was done with these settings and its file is still there."""
-        return self.file("done").is_file() and self.writes.is_file() and self.other_setting() is None
+        """Whether it was done with these settings, after what it needs, and its file is still there."""
+        done = self.file("done")
+        if not (done.is_file() and self.writes.is_file() and self.other_setting() is None):
+            return False
+        needed = [path.with_name(f"{path.name}.done") for path in self.needs]
+        return all(file.is_file() and file.stat().st_mtime <= done.stat().st_mtime for file in needed)
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +207,7 @@ class Experiments:
     names: str | Sequence[str]  #: which to run; those that they need are added. A name of ``sets`` stands for its list.
     output_dir: str | Path  #: gets everything.
     dataset_dir: str | Path  #: folder of the studies.
-    split_files: Sequence[str]  #: of the folds, see ``write_splits``.
+    splits: Mapping[str, Mapping[str, Sequence[str]]]  #: see ``make_splits``; written before anything runs.
     #: see ``write_report``; called with ``runs``, ``reference``, ``panels``, ``notes`` and ``more_tables``.
     report: Callable[..., None]
     bundle_root: str | Path = "."  #: folder of ``configs`` and ``scripts``.
@@ -200,8 +218,8 @@ class Experiments:
     evaluation_base: Sequence[str] = ("train",)  #: configs under every evaluation.
     #: of every experiment, where its own configs do not say otherwise.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    #: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment; an experiment's ``share`` multiplies
-    #: the first two.
+    #: ``max_epochs``, ``decay_start`` and ``epoch_samples`` of every experiment, all three or none; an experiment's
+    #: ``share`` multiplies the first two.
     budget: Mapping[str, Any] = field(default_factory=dict)
     #: wall time of a training instead of the end of its epochs; a training that was stopped before its end then starts
     #: anew.
@@ -220,6 +238,7 @@ class Experiments:
     def __post_init__(self) -> None:
         # the runs have another working directory
         self.output_dir, self.bundle_root = Path(self.output_dir).absolute(), Path(self.bundle_root).absolute()
+        self.split_files = [file for file in self.splits if Path(file).stem != "untouched"]
         refuse_unknown("weights", [self.weights], ("last", "best"))
         refuse_unknown("evaluate_with", self.evaluate_with, list(self.evaluations))
         refuse_unknown("reference", [self.reference], [None, *self.experiments])
@@ -276,10 +295,24 @@ class Experiments:
         return {name: sorted(found[name]) for name in self.names}
 
     def _config(self, *layers: Mapping[str, Any] | Sequence[str]) -> ConfigParser:
-        """Configs, given by their names, and overrides of single ids as one config, the later over the earlier."""
+        """Configs, given by their names, and overrides of single ids as one config, the later over the earlier.
+
+        Raises:
+            StudyError: for overrides that do not fit the configs, see ``checked_settings``.
+        """
         parser, folder = ConfigParser(), Path(self.bundle_root) / "configs"
+        # common settings may be of the trainings or of the evaluations alone
+        below = dict.fromkeys(folder / f"{name}.json" for name in (*self.base, *self.evaluation_base))
         for layer in layers:
-            for part in [layer] if isinstance(layer, Mapping) else [_read(folder / f"{name}.json") for name in layer]:
+            if isinstance(layer, Mapping):
+                places = str(self.output_dir)  # of a step itself
+                given = {k: v for k, v in layer.items() if k not in _UNCHECKED and not str(v).startswith(places)}
+                parts = [{**layer, **_checked(tuple(map(str, below)), json.dumps(given))}]
+            else:
+                files = [folder / f"{name}.json" for name in layer]
+                below |= dict.fromkeys(files)
+                parts = [_read(file) for file in files]
+            for part in parts:
                 for key, value in part.items():
                     merge_kv(parser, key, value)  # "+" adds to a list
         return parser
@@ -305,7 +338,7 @@ class Experiments:
     def steps(self, name: str, seed: int, fold: int) -> list[Step]:
         """Everything that one run of an experiment (with a seed and a position in ``split_files``) does, in order."""
         one, folder = self.experiments[name], self.directory(name, seed, fold)
-        common = {**self._common(fold, folder), "seed": seed, "split_studies": _read(Path(self.split_files[fold]))}
+        common = {**self._common(fold, folder), "seed": seed, "split_studies": self.splits[self.split_files[fold]]}
         common |= one.overrides
         weights, training = self._weights(name, seed, fold)
         steps = []
@@ -382,15 +415,16 @@ class Experiments:
         Raises:
             StudyError: if a step failed, or a training that was begun had other settings.
         """
-        notes = self._too_large(self.prepare())
         runs = [
             (name, seed, fold)
             for seed in sorted({seed for seeds in self.seeds_of.values() for seed in seeds})
             for fold in range(len(self.split_files))
             for name in self.names
-            if name not in notes and seed in self.seeds_of[name]
+            if seed in self.seeds_of[name]
         ]
         plan = {step: name for name, seed, fold in runs for step in self.steps(name, seed, fold)}
+        if absent := [key for key in _BUDGET if self.budget and key not in self.budget]:
+            raise StudyError(f"budget has no {absent[0]}: give all of {', '.join(_BUDGET)}.")
         for step in plan:
             other = step.other_setting()
             if step.run_id == "training" and step.file("log").is_file() and other is not None:
@@ -398,9 +432,15 @@ class Experiments:
                     f"{step.path.parent} was trained with another {other}: give another output_dir, or remove this "
                     "folder."
                 )
-        waiting = [step for step in plan if not step.is_finished()]
-        for step in waiting:
-            step.write()
+        for file, split in self.splits.items():  # not before: what was refused changes nothing
+            write_whole(file, split)
+        notes = self._too_large(self.prepare())
+        plan = {step: name for step, name in plan.items() if name not in notes}
+        waiting = []
+        for step in plan:  # what is needed stands before what needs it, and is not done once it waits
+            if not step.is_finished():
+                waiting.append(step)
+                step.write()
         if self.dry_run:
             self._print(waiting)
             return
@@ -478,6 +518,12 @@ class Experiments:
                 notes=notes,
                 more_tables=self.times(),
             )
+
+
+@functools.cache
+def _checked(files: tuple[str, ...], given: str) -> dict[str, Any]:
+    """``checked_settings`` of JSON, which is the same for every seed and fold."""
+    return checked_settings(files, json.loads(given))
 
 
 def _read(path: Path) -> dict[str, Any]:

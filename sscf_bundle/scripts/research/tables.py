@@ -78,6 +78,8 @@ KINDS: dict[str, dict[str, Any]] = {
 PROTOCOLS = {"dice": "segmentation", "downstream": "downstream"}
 #: Those that score no image.
 DICE_PROTOCOLS = {*PROTOCOLS.values(), "segmentation_per_slice"}
+#: What scores of slices depend on, on the network's grid; whole studies have the grid on file, by a text without them.
+_GRID = ("image_size", "spacing", "scaling", "scored_slices", "evaluated_slices")
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -174,8 +176,8 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000) -> Runs
         bootstrap_samples: of every bootstrap over patients.
 
     Raises:
-        StudyError: if a file is missing or is no such table, a study is there twice for one seed, or
-            the runs were evaluated on different studies.
+        StudyError: if a file is missing or is no such table, a study is there twice for one seed, or the runs were
+            evaluated on different studies, scenarios or grids.
     """
     if not folders:
         raise StudyError("There are no runs: give the folder of at least one evaluation.")
@@ -200,25 +202,36 @@ def read_runs(folders: Mapping[str, Any], bootstrap_samples: int = 2000) -> Runs
                 )
             frames.append(part.assign(run=str(name), seed=seed))
     frame = pd.concat(frames, ignore_index=True)
-    defined: dict[str, tuple[str, str]] = {}
+    defined: dict[tuple[str, str], tuple[str, Any]] = {}
     for run, facts in ((run, facts) for run, entries in metadata.items() for facts in entries):
         for protocol, definition in facts.get("protocols", {}).items():
-            first, known = defined.setdefault(protocol, (run, definition))
+            first, known = defined.setdefault((protocol, ""), (run, definition))
             if known != definition:
                 raise StudyError(
                     f"{first} and {run} were scored by different definitions of the protocol {protocol}: evaluate both "
                     "with one version and the same evaluated_slices."
                 )
+            for key in _GRID if "slice" in f"{protocol} {definition}" else ():
+                first, known = defined.setdefault((protocol, key), (run, facts.get(key)))
+                if known != facts.get(key):
+                    raise StudyError(
+                        f"{first} and {run} were scored with the {key} {known} and {facts.get(key)}, on which the "
+                        f"protocol {protocol} depends: evaluate both with one {key}, or by the protocol volume alone."
+                    )
     # a task may need more of a study than another one (all contrasts, a mask), so by protocol
-    for protocol, rows in frame.groupby("protocol", sort=False):
-        tested = rows.groupby(["run", "seed"], sort=False)["study"].agg(frozenset)
-        for (name, seed), studies in tested.items():
-            if studies != tested.iloc[0]:
-                other = sorted(studies ^ tested.iloc[0])[0]
-                raise StudyError(
-                    f"{name} (seed {seed}) and {tested.index[0][0]} were evaluated on different studies ({other} is in "
-                    f"one alone, protocol {protocol}): evaluate both on one split."
-                )
+    for protocol, rows in frame[frame["method"] == "network"].groupby("protocol", sort=False):
+        for column, what, remedy in (
+            ("study", "studies", "on one split"),
+            ("scenario", "scenarios", "with the same scenarios"),
+        ):
+            tested = rows.groupby(["run", "seed"], sort=False)[column].agg(frozenset)
+            for (name, seed), there in tested.items():
+                if there != tested.iloc[0]:
+                    other = sorted(there ^ tested.iloc[0])[0]
+                    raise StudyError(
+                        f"{name} (seed {seed}) and {tested.index[0][0]} were evaluated on different {what} ({other} is "
+                        f"in one alone, protocol {protocol}): evaluate both {remedy}."
+                    )
     return Runs(frame, metadata, bootstrap_samples)
 
 
