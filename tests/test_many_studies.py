@@ -31,6 +31,7 @@ from scripts.data.datalist import find_studies
 from scripts.inference.panel import draw_panel
 from scripts.inference.postprocessing import FinishPredictiond, study_scale
 from scripts.inference.preprocessing import list_studies
+from scripts.inference.resume import describe_file
 from scripts.inference.summary import write_summary
 from scripts.inference.writer import StudyWriter
 from scripts.networks.sscf import SSCFNet
@@ -82,6 +83,38 @@ def test_finished_studies_are_skipped_until_something_changes(tmp_path: Path, we
     assert run(tmp_path, output_scale=1000.0) == 3
     assert run(tmp_path, output_scale=1000.0) == 0
     assert run(tmp_path, output_scale=1000.0, overwrite=True) == 3
+
+
+@pytest.mark.parametrize("values", [".img", ".img.gz"])
+@pytest.mark.parametrize("named", ["header", "values"])
+def test_content_of_a_pair_of_files_is_that_of_both(tmp_path: Path, values: str, named: str) -> None:
+    for ending in (".hdr", values):
+        (tmp_path / f"a{ending}").write_bytes(b"old")
+    path = str(tmp_path / ("a.hdr" if named == "header" else f"a{values}"))
+    before = describe_file(path)
+    for ending in (".hdr", values):
+        (tmp_path / f"a{ending}").write_bytes(b"new")
+        after = describe_file(path)
+        assert after["sha256"] != before["sha256"]
+        before = after
+
+
+@pytest.mark.parametrize("naming", ["study", "bids"])
+def test_study_whose_name_cannot_be_written_fails_before_the_network_and_stops_no_other(
+    tmp_path: Path, weights: Path, naming: str
+) -> None:
+    paths = write_study(tmp_path / "in", ["t1"])
+    wrong = ["a/b", "../x", ".x", "x" * 300] + (["\u00fc"] if naming == "bids" else [])
+    rows = [{"study": name, "t1": paths["t1"]} for name in (*wrong, "good")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    settings = {"dataset_dir": None, "datalist_file": str(tmp_path / "list.json"), "naming": naming}
+    paths = {"output_dir": tmp_path / "out", "ckpt_path": weights, "amp": False, "handlers": []}
+    workflow = bundle_workflow("inference", **paths, **settings)
+    with pytest.raises(StudyError, match=f"{len(wrong)} of {len(wrong) + 1} studies failed"):
+        workflow.run()
+    assert list(workflow.evaluator.seconds) == ["good"]  # type: ignore[attr-defined]
+    reasons = [failure["reason"] for failure in json.loads((tmp_path / "out" / "failures.json").read_text())]
+    assert all(reason.endswith(": give another name.") for reason in reasons)
 
 
 def test_broken_off_run_goes_on_and_ends_with_the_same_files(tmp_path: Path, weights: Path) -> None:
