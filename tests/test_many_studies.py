@@ -158,8 +158,14 @@ def test_parts_make_the_whole_with_one_table(tmp_path: Path, weights: Path) -> N
     for wrong in ("4/3", "0/3", "half"):
         with pytest.raises(StudyError, match="shard must be a part"):
             list_studies(tmp_path / "in", shard=wrong)
-    with pytest.raises(StudyError, match="more than one is given"):
-        list_studies(tmp_path / "in", t1=tmp_path / "in" / "S3_t1.nii.gz")
+    one = tmp_path / "in" / "S3" / "S3_t1.nii.gz"
+    for given, words in (
+        ({"dataset_dir": tmp_path / "in", "t1": one}, "more than one is given"),
+        ({"dataset_dir": tmp_path / "in", "study": "S3"}, "study names the study of flair, "),
+        ({"t1": one, "shard": "2/4"}, "shard is a part of many studies"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            list_studies(**given)
 
 
 def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:

@@ -307,6 +307,11 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert os.listdir(tmp_path / "S1") == ["S1_t1.nii.gz"]
     with pytest.raises(StudyError, match="lies in dataset_dir"):
         list_studies(tmp_path, output_dir=tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "S1")
+    assert len(list_studies(tmp_path / "data", output_dir=tmp_path / "out")) == 1
+    with pytest.raises(StudyError, match="lies in dataset_dir"):
+        list_studies(tmp_path / "data", output_dir=tmp_path / "S1")
 
 
 def test_study_from_python_gets_what_the_run_gives(tmp_path):
@@ -314,7 +319,7 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
     torch.manual_seed(0)
     save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     options = {"output_dir": tmp_path / "out", "ckpt_path": tmp_path / "model.pt", "device": "cpu", "amp": False}
-    written = synthesize_study(**paths, **options)
+    written = synthesize_study(**{key: [path] for key, path in paths.items()}, **options)
     assert sorted(written) == ["flair", "seg", "t1ce"]
     record = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
     assert record["verdict"] in ("review", "not calibrated") and record["warnings"] and record["settings"]["trust"]
@@ -325,6 +330,7 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
         ({"trust": "perhaps"}, "trust must be True or False"),
         ({"amp": 1}, "amp must be True or False"),
         ({"tracking": "mlflow"}, "no setting tracking"),
+        ({"output_dir": None}, "output_dir needs the path of a folder"),
     ):
         with pytest.raises(StudyError, match=words):
             synthesize_study(**paths, **(options | wrong))
