@@ -120,6 +120,28 @@ def test_setting_that_does_not_exist_is_named_where_a_workflow_is_built_by_its_c
     assert told == "No config of this bundle has a setting overwrte: did you mean overwrite?"
 
 
+def test_text_is_a_truth_value_where_a_workflow_is_built_by_its_class(tmp_path: Path) -> None:
+    def built(**settings: object) -> ConfigWorkflow:
+        paths = {"output_dir": str(tmp_path), "bundle_root": str(BUNDLE_ROOT)}
+        return ConfigWorkflow(
+            config_files("inference"), workflow_type="inference", logging_file=False, **paths, **settings
+        )
+
+    workflow = built(page="no", amp="off", checks="yes", trust="$not True", register=False)
+    workflow.initialize()
+    found = [workflow.parser.get_parsed_content(name) for name in ("page", "amp", "checks", "trust", "register")]
+    assert found == [False, False, True, False, False]
+    with pytest.raises(RuntimeError) as raised:
+        built(page="perhaps").initialize()
+    assert str(find_study_error(raised.value)) == "page must be True or False, got 'perhaps'."
+
+
+def test_setting_is_not_held_against_a_name_of_python() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        bundle_workflow("inference", selff=1)
+    assert "did you mean self" not in str(find_study_error(raised.value))
+
+
 def test_type_of_a_setting_is_not_that_of_another_which_is_given() -> None:
     # by default val_slice_choice is slice_choice, a text
     assert checked_settings(config_files("train"), {"slice_choice": [70, 71], "val_slice_choice": "brain"}) == {}
@@ -259,6 +281,18 @@ def test_mistake_on_the_command_line_is_one_sentence(tmp_path: Path, phantom_coh
     assert status == 1 and "Traceback" not in printed
     assert printed.strip().splitlines()[-1].startswith("channels must be numbers or one of"), printed
     assert not (tmp_path / "out" / "traceback.log").exists()
+
+
+def test_interruption_is_one_sentence(tmp_path: Path, weights: Path) -> None:
+    overrides = {"output_dir": tmp_path / "out", "ckpt_path": weights, "flair": weights}
+    overrides["writer"] = "$(_ for _ in ()).throw(KeyboardInterrupt)"
+    status, printed = run_bundle("inference", config_files("inference"), overrides, tmp_path / "log.txt", cwd=tmp_path)
+    assert status == 130 and "Traceback" not in printed
+    assert printed.strip().splitlines()[-1] == "Interrupted: start the same command again to go on.", printed
+
+
+def test_line_break_in_a_name_breaks_no_sentence() -> None:
+    assert str(StudyError("Study a\nb\t\udc80 is damaged.")) == r"Study a\nb\t\udc80 is damaged."
 
 
 def test_traceback_of_an_unexpected_error_is_in_a_file(tmp_path: Path, weights: Path) -> None:

@@ -127,6 +127,29 @@ def test_name_conventions(tmp_path, protocol):
     assert item == expected
 
 
+@pytest.mark.parametrize(
+    ("folder", "names", "study"),
+    [
+        ("Trial_T2", {"flair": "Trial_T2_flair.nii.gz", "t1": "Trial_T2_t1.nii.gz"}, "Trial_T2"),
+        ("p1_seg", {"flair": "p1_seg_flair.nii.gz"}, "p1_seg"),
+        ("all", {key: f"Trial_T2_{key}.nii.gz" for key in ("flair", "t1", "t1ce", "t2", "seg")}, "Trial_T2"),
+    ],
+)
+def test_study_named_as_a_contrast_loses_none(tmp_path, folder, names, study):
+    touch(tmp_path / folder, *names.values(), f"{study}_t1_seg.nii.gz")
+    paths = {key: str(tmp_path / folder / name) for key, name in names.items()}
+    (item,) = find_studies(tmp_path)
+    assert item == {"study": study, "patient": study, **paths}
+    paths.pop("seg", None)
+    assert single_study(**paths)[0]["study"] == study
+
+
+def test_what_is_derived_from_a_volume_is_no_study(tmp_path):
+    touch(tmp_path / "P1_T1", "P1_T1.nii.gz", "P1_T1_seg.nii.gz", "P1_T1_flair.nii.gz", "P1_T1_t2.nii.gz")
+    touch(tmp_path / "bids", "sub-2_T1w_t2.nii.gz", "sub-2_T1w_flair.nii.gz", "sub-2_T1w.nii.gz")
+    assert [set(item) - {"study", "patient"} for item in find_studies(tmp_path)] == [{"t1"}, {"t1"}]
+
+
 def test_flat_folder_holds_several_studies(tmp_path):
     touch(tmp_path, *BRATS_2021.values(), "BraTS2021_00042_t1.nii.gz", "100101A_FLAIR.nii.gz", "100101B_FLAIR.nii.gz")
     items = find_studies(tmp_path)
@@ -182,8 +205,9 @@ def test_own_file_names(tmp_path):
     touch(tmp_path / "flat", "p1_x.nii", "p2_x.nii", "p2_y.nii")
     items = find_studies(tmp_path / "flat", {"t1": "*_x.nii", "t2": "*_y.nii"})
     assert [(item["study"], "t2" in item) for item in items] == [("p1", False), ("p2", True)]
-    with pytest.raises(StudyError, match="flare"):
-        find_studies(tmp_path, {"flare": "*.nii"})
+    for wrong in ({"flare": "*.nii"}, {"flair": 3}):
+        with pytest.raises(StudyError, match="file name glob"):
+            find_studies(tmp_path, wrong)
 
 
 def test_a_name_that_is_not_understood_is_told(tmp_path, caplog):
@@ -233,13 +257,15 @@ def test_nothing_found(tmp_path):
         find_studies(touch(tmp_path / "empty", "readme.txt"))
     with pytest.raises(StudyError, match=r"No study .*own_\*"):
         find_studies(tmp_path / "empty", {"t1": "own_*.nii"})
+    with pytest.raises(StudyError, match=r"readme\.txt is a file: set dataset_dir"):
+        find_studies(tmp_path / "empty" / "readme.txt")
     with pytest.raises(StudyError, match="nowhere does not exist"):
         find_studies(tmp_path / "nowhere")
 
 
 def test_lists_of_studies(tmp_path):
     (tmp_path / "a.csv").write_text(
-        "\ufeffstudy,t1,t2,seg\nS1,x/a_t1.nii,,/m.nii\n,y/sub-02_T1w.nii,y/sub-02_T2w.nii,\n"
+        "\ufeffStudy,T1,t2,seg\nS1,x/a_t1.nii,NaN,/m.nii\n\n,y/sub-02_T1w.nii,y/sub-02_T2w.nii,,\n"
     )
     expected = [
         {"study": "S1", "patient": "S1", "t1": str(tmp_path / "x/a_t1.nii"), "seg": "/m.nii"},
@@ -251,18 +277,26 @@ def test_lists_of_studies(tmp_path):
         },
     ]
     assert read_datalist(tmp_path / "a.csv") == expected
-    rows = [{"study": "S1", "t1": "x/a_t1.nii", "seg": "/m.nii"}, {"t1": "y/sub-02_T1w.nii", "t2": "y/sub-02_T2w.nii"}]
+    rows = [
+        {"study": "S1", "t1": ["x/a_t1.nii"], "seg": "/m.nii"},
+        {"t1": "y/sub-02_T1w.nii", "t2": "y/sub-02_T2w.nii"},
+    ]
     for content in (rows, {"training": [], "testing": rows}, {"name": "x", "validation": rows}):
-        (tmp_path / "a.json").write_text(json.dumps(content))
+        (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content))
         assert read_datalist(tmp_path / "a.json") == expected
     for content, words in (
         ("study,t3\nS1,x\n", "unknown column t3"),
+        ("study;t1\nS1;x\n", "unknown column study;t1: give the columns .*, with commas"),
+        ("study,t1\nS1,x,y\n", "unknown column without a name"),
         ("study,t1\n", "has no study"),
         ("study,t1\nS1,x\nS1,y\n", "names the study S1 twice"),
     ):
         (tmp_path / "b.csv").write_text(content)
         with pytest.raises(StudyError, match=words):
             read_datalist(tmp_path / "b.csv")
+    (tmp_path / "b.json").write_text('[{"t1": ["x", "y"]}]')
+    with pytest.raises(StudyError, match="t1 must be one value"):
+        read_datalist(tmp_path / "b.json")
     for content in ("{", "{}", "[1]", "3"):
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(StudyError, match="cannot be read as CSV or JSON"):
@@ -348,7 +382,9 @@ def test_single_study(tmp_path):
         "t2": str(folder / "S7_t2.nii.gz"),
     }
     assert single_study(t1=folder / "T1.nii.gz")[0]["study"] == "S7"
-    assert single_study(t1=folder / "T1.nii.gz", name="x")[0]["study"] == "x"
+    assert single_study(t1=[folder / "T1.nii.gz"], name="x")[0]["study"] == "x"
+    with pytest.raises(StudyError, match="t1 must be one value"):
+        single_study(t1=["a", "b"])
     assert single_study(t1=folder / "p8 dark.nii", t2=folder / "p8 light.nii")[0]["study"] == "p8"
     with pytest.raises(StudyError, match="No file"):
         single_study()

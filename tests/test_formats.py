@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import itk
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_studies_of_every_format_are_found_and_read(tmp_path, ending):
     assert item == {"study": "p1", "patient": "p1", **{key: str(path) for key, path in files.items()}}
     assert_read(item, {"t1": volume(0), "t2": volume(1)})
     assert single_study(**files)[0]["study"] == "p1"
+
+
+def test_pair_of_files_is_taken_as_nifti_and_refused_as_analyze(tmp_path):
+    path = str(tmp_path / "a.hdr")
+    nib.save(nib.Nifti1Pair(volume().astype(np.int16), AFFINE), path)
+    assert_read({"t1": path}, {"t1": volume()})
+    nib.save(nib.AnalyzeImage(volume().astype(np.int16), np.diag([-1.5, 2, 3, 1])), path)
+    for name in (path, str(tmp_path / "a.img")):
+        with pytest.raises(StudyError, match="which does not tell right from left: convert it"):
+            LoadStudyd()({"t1": name})
 
 
 @pytest.mark.parametrize("ending", ["nrrd", "mha"])
@@ -132,6 +143,11 @@ def test_folder_with_two_series_is_refused(tmp_path):
         shutil.copy(path, one / f"second_{path.name}")
     with pytest.raises(StudyError, match="holds 2 DICOM series, not one"):
         LoadStudyd()({"flair": str(one)})
+
+
+def test_folder_without_a_series_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="holds no DICOM series: give the folder"):
+        LoadStudyd()({"flair": str(tmp_path)})
 
 
 def test_series_without_a_slice_is_refused(tmp_path):

@@ -31,6 +31,7 @@ from scripts.data.datalist import find_studies
 from scripts.inference.panel import draw_panel
 from scripts.inference.postprocessing import FinishPredictiond, study_scale
 from scripts.inference.preprocessing import list_studies
+from scripts.inference.resume import describe_file
 from scripts.inference.summary import write_summary
 from scripts.inference.writer import StudyWriter
 from scripts.networks.sscf import SSCFNet
@@ -84,6 +85,38 @@ def test_finished_studies_are_skipped_until_something_changes(tmp_path: Path, we
     assert run(tmp_path, output_scale=1000.0, overwrite=True) == 3
 
 
+@pytest.mark.parametrize("values", [".img", ".img.gz"])
+@pytest.mark.parametrize("named", ["header", "values"])
+def test_content_of_a_pair_of_files_is_that_of_both(tmp_path: Path, values: str, named: str) -> None:
+    for ending in (".hdr", values):
+        (tmp_path / f"a{ending}").write_bytes(b"old")
+    path = str(tmp_path / ("a.hdr" if named == "header" else f"a{values}"))
+    before = describe_file(path)
+    for ending in (".hdr", values):
+        (tmp_path / f"a{ending}").write_bytes(b"new")
+        after = describe_file(path)
+        assert after["sha256"] != before["sha256"]
+        before = after
+
+
+@pytest.mark.parametrize("naming", ["study", "bids"])
+def test_study_whose_name_cannot_be_written_fails_before_the_network_and_stops_no_other(
+    tmp_path: Path, weights: Path, naming: str
+) -> None:
+    paths = write_study(tmp_path / "in", ["t1"])
+    wrong = ["a/b", "../x", ".x", "x" * 300] + (["\u00fc"] if naming == "bids" else [])
+    rows = [{"study": name, "t1": paths["t1"]} for name in (*wrong, "good")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    settings = {"dataset_dir": None, "datalist_file": str(tmp_path / "list.json"), "naming": naming}
+    paths = {"output_dir": tmp_path / "out", "ckpt_path": weights, "amp": False, "handlers": []}
+    workflow = bundle_workflow("inference", **paths, **settings)
+    with pytest.raises(StudyError, match=f"{len(wrong)} of {len(wrong) + 1} studies failed"):
+        workflow.run()
+    assert list(workflow.evaluator.seconds) == ["good"]  # type: ignore[attr-defined]
+    reasons = [failure["reason"] for failure in json.loads((tmp_path / "out" / "failures.json").read_text())]
+    assert all(reason.endswith(": give another name.") for reason in reasons)
+
+
 def test_broken_off_run_goes_on_and_ends_with_the_same_files(tmp_path: Path, weights: Path) -> None:
     for name in ("A1", "B2", "C3"):
         write_study(tmp_path / "in" / name, ["t1"], name)
@@ -125,8 +158,14 @@ def test_parts_make_the_whole_with_one_table(tmp_path: Path, weights: Path) -> N
     for wrong in ("4/3", "0/3", "half"):
         with pytest.raises(StudyError, match="shard must be a part"):
             list_studies(tmp_path / "in", shard=wrong)
-    with pytest.raises(StudyError, match="more than one is given"):
-        list_studies(tmp_path / "in", t1=tmp_path / "in" / "S3_t1.nii.gz")
+    one = tmp_path / "in" / "S3" / "S3_t1.nii.gz"
+    for given, words in (
+        ({"dataset_dir": tmp_path / "in", "t1": one}, "more than one is given"),
+        ({"dataset_dir": tmp_path / "in", "study": "S3"}, "study names the study of flair, "),
+        ({"t1": one, "shard": "2/4"}, "shard is a part of many studies"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            list_studies(**given)
 
 
 def test_table_and_page_show_what_the_records_say(tmp_path: Path) -> None:

@@ -181,6 +181,8 @@ BAD_FILES = {
     "4-D": ("t1", lambda p: write(p, np.stack([brain_volume(1)] * 2, -1)), "4-D with shape 24 x 20 x 6 x 2"),
     "2-D": ("t1", lambda p: write(p, brain_volume(1)[..., 3]), "2-D"),
     "complex": ("t1", lambda p: write(p, brain_volume(1).astype(np.complex64)), "complex numbers"),
+    "float64": ("t1", lambda p: write(p, brain_volume(1) * 1e37), "or some above 3.4e38"),
+    "colors": ("t1", lambda p: write(p, np.zeros(SHAPE, [(c, np.uint8) for c in "RGB"])), "holds colors"),
     "flat affine": ("t1", lambda p: write(p, brain_volume(1), np.diag([1, 1, 1e-4, 1])), "no valid affine|voxels of"),
     "dependent axes": ("t1", lambda p: write(p, brain_volume(1), sheared()), "no valid affine"),
     "NaN in the affine": ("t1", with_header(296, np.float32(np.nan).tobytes()), "no valid affine"),
@@ -216,9 +218,10 @@ def test_no_contrast(study):
         LoadStudyd()({"study": "S1", "seg": study["seg"]})
 
 
-def test_what_is_accepted(study, tmp_path):
-    # an axis of one volume, rounding in the header, interpolation overshoot
-    study["t1"] = write(tmp_path / "axis.nii.gz", brain_volume(1)[..., None])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_what_is_accepted(study, tmp_path, axes):
+    # axes of one volume, rounding in the header, interpolation overshoot
+    study["t1"] = write(tmp_path / "axis.nii.gz", brain_volume(1)[..., *[None] * axes])
     study["t2"] = write(tmp_path / "overshoot.nii.gz", with_value(-40.0), shifted(1e-3))
     # other byte order, a background of -1e-7 from rescaling
     study["flair"] = write(tmp_path / "order.nii.gz", brain_volume(0).astype(">f4"))

@@ -187,6 +187,11 @@ def bank_of(net: SSCFNet) -> tuple[CompiledBank, torch.Tensor]:
     return net.stored_bank(), net.bank_present.any(dim=1).expand(2, -1)
 
 
+def test_scores_of_no_slice_are_refused() -> None:
+    with pytest.raises(StudyError, match="trust_slices_for_one must be at least 1, got 0"):
+        TrustAssessor(number=3, slices_for_one=0, reject=2.0)
+
+
 @pytest.fixture
 def items(tmp_path: Path) -> list[dict[str, str]]:
     for number in range(3):

@@ -157,9 +157,22 @@ def test_mask_labels(tmp_path):
     paths = write_study(tmp_path / "in", ["t1"])
     written = fill_with(CopyNet(1), paths, tmp_path / "out", mask_labels={"ED": 7, "ET": 9, "NET": 11})
     assert set(np.unique(load(written["seg"]))) == {0, 7, 9}
-    for labels in ({"ED": 1, "ET": 2}, {"ED": 0, "ET": 1, "NET": 2}):
-        with pytest.raises(ValueError, match="mask_labels"):
+    for labels in ({"ED": 1, "ET": 2}, *({"ED": wrong, "ET": 1, "NET": 2} for wrong in (0, 1.5, True, "a"))):
+        with pytest.raises(StudyError, match="mask_labels must map"):
             FinishPredictiond(mask_labels=labels)
+
+
+@pytest.mark.parametrize("scale", [0, 1e39, np.inf, np.nan])
+def test_scale_that_a_file_cannot_hold_is_refused(scale):
+    with pytest.raises(StudyError, match="output_scale must be greater than 0 and at most 3"):
+        FinishPredictiond(output_scale=scale)
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    statistics = {"log_ratios": [[100.0] * 4] * 4}
+    with pytest.raises(StudyError, match="t1 has NaN or infinite values: use another output_scale"):
+        fill_with(CopyNet(), write_study(tmp_path / "in", ["flair"]), tmp_path / "out", statistics=statistics)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_one_volume_for_platforms(tmp_path):
@@ -276,8 +289,10 @@ def test_what_stands_in_the_way_is_left_alone(tmp_path):
     assert (tmp_path / "out" / "S1").read_text() == "mine"
     with pytest.raises(StudyError, match="cannot be written to"):
         StudyWriter(tmp_path / "out" / "S1").prepare()
+    with pytest.raises(StudyError, match="output_dir needs the path of a folder"):
+        StudyWriter(None)
     for name, words in (
-        ("x" * 300, "cannot be written: File name too long"),
+        ("x" * 300, "cannot name a folder"),
         ("line\nbreak", "cannot name a folder"),
         ("../elsewhere", "cannot name a folder"),
     ):
@@ -292,6 +307,11 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert os.listdir(tmp_path / "S1") == ["S1_t1.nii.gz"]
     with pytest.raises(StudyError, match="lies in dataset_dir"):
         list_studies(tmp_path, output_dir=tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "S1")
+    assert len(list_studies(tmp_path / "data", output_dir=tmp_path / "out")) == 1
+    with pytest.raises(StudyError, match="lies in dataset_dir"):
+        list_studies(tmp_path / "data", output_dir=tmp_path / "S1")
 
 
 def test_study_from_python_gets_what_the_run_gives(tmp_path):
@@ -299,7 +319,7 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
     torch.manual_seed(0)
     save_weights(tmp_path / "model.pt", SSCFNet(**TINY), {"preprocessing": PREPROCESSING})
     options = {"output_dir": tmp_path / "out", "ckpt_path": tmp_path / "model.pt", "device": "cpu", "amp": False}
-    written = synthesize_study(**paths, **options)
+    written = synthesize_study(**{key: [path] for key, path in paths.items()}, **options)
     assert sorted(written) == ["flair", "seg", "t1ce"]
     record = json.loads((tmp_path / "out/GOOD/GOOD_synthesis.json").read_text())
     assert record["verdict"] in ("review", "not calibrated") and record["warnings"] and record["settings"]["trust"]
@@ -310,6 +330,7 @@ def test_study_from_python_gets_what_the_run_gives(tmp_path):
         ({"trust": "perhaps"}, "trust must be True or False"),
         ({"amp": 1}, "amp must be True or False"),
         ({"tracking": "mlflow"}, "no setting tracking"),
+        ({"output_dir": None}, "output_dir needs the path of a folder"),
     ):
         with pytest.raises(StudyError, match=words):
             synthesize_study(**paths, **(options | wrong))

@@ -26,7 +26,7 @@ from .contrasts import StudyError
 logger = logging.getLogger(__name__)
 
 #: Texts that mean a truth value: Python knows ``True`` and ``False`` alone, and every other text counts as true.
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 #: What is called for the type of a default: cheap, and writes nothing.
 _CALLED = {"scripts.networks.precision.half_pays", "scripts.networks.weights.read_settings"}
 #: What a setting of each type may be, and its words.
@@ -87,8 +87,8 @@ def checked_settings(
         if isinstance(value, bool) and (wanted is str or default is None) and "::" not in name and name != "resample":
             # --name with nothing behind it is True to the command line
             raise StudyError(f"{given_name} needs a value, got {value}.")
-        if wanted is bool and isinstance(value, str) and value.lower() in _TRUTH:
-            changed[name] = value = _TRUTH[value.lower()]
+        if wanted is bool and isinstance(value, str) and value.lower() in TRUTH:
+            changed[name] = value = TRUTH[value.lower()]
         if wanted in _ACCEPTED:
             accepted, words = _ACCEPTED[wanted]
             fits = isinstance(value, accepted + _kinds(files, name))

@@ -30,7 +30,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from .checked_settings import checked_settings, unused_settings
+from .checked_settings import TRUTH, checked_settings, unused_settings
 from .contrasts import StudyError, find_study_error
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
 
     ``run`` of the workflow raises a ``StudyError`` as it is. On the command line, an error becomes one sentence and the
     exit status 1; the traceback of one that nobody foresaw goes to ``traceback.log``. A setting without effect is named
-    in the log, and so is one that does not exist where a workflow was built by its class.
+    in the log, and so is one that does not exist where a workflow was built by its class. There only truth values are
+    checked.
 
     Args:
         output_dir: folder of ``traceback.log``.
@@ -54,15 +55,15 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     """
     main = getattr(sys.modules["__main__"], "__spec__", None)
     if not debug and main is not None and main.name == "monai.bundle.__main__":
-        sys.excepthook = functools.partial(_print_error, Path(output_dir) / "traceback.log")
+        sys.excepthook = functools.partial(_print_error, Path(str(output_dir)) / "traceback.log")
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not create_workflow.__code__:
         frame = frame.f_back
     tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
     monai_knows = {name for settings in tracking.values() for name in settings["configs"]}
-    monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters, ConfigParser.meta_key}
+    monai_knows |= {*inspect.signature(ConfigWorkflow.__init__).parameters, ConfigParser.meta_key} - {"self"}
     if frame is None:
-        _name_unknown_settings(monai_knows)
+        _check_settings_of_class(monai_knows)
         return
     workflow, files, given = (frame.f_locals[name] for name in ("workflow_", "config_file", "_args"))
     for name, value in checked_settings(files, given, monai_knows).items():
@@ -75,14 +76,25 @@ def start(output_dir: str | Path, debug: bool = False) -> None:
     workflow.run = functools.partial(_run, workflow)
 
 
-def _name_unknown_settings(monai_knows: set[str]) -> None:
-    """Names in the log what a workflow that was built by its class was given and nobody knows."""
+def _check_settings_of_class(monai_knows: set[str]) -> None:
+    """Takes texts for truth values in a workflow built by its class, and names in the log what nobody knows."""
     workflows = (call.frame.f_locals.get("self") for call in inspect.stack(0))
     workflow = next((one for one in workflows if isinstance(one, ConfigWorkflow)), None)
     if workflow is None:
         return
     files = sorted((_SCRIPTS.parent / "configs").rglob("*.json"))
-    known = {name for file in files for name in ConfigParser.load_config_file(file)}
+    known: set[str] = set()
+    for file in files:
+        content = ConfigParser.load_config_file(file)
+        known |= content.keys()
+        truths = [name for name, value in content.items() if isinstance(value, bool) or name == "amp"]
+        given = workflow.parser.get()
+        texts = {name: given[name] for name in truths if isinstance(given.get(name), str)}
+        for name, text in texts.items():
+            if text.lower() in TRUTH:
+                workflow.parser[name] = TRUTH[text.lower()]
+            elif not text.startswith(("$", "@", "%")):
+                raise StudyError(f"{name} must be True or False, got {text!r}.")
     for name in sorted(set(workflow.parser.get()) - known - monai_knows):
         (near,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         logger.warning("No config of this bundle has a setting %s: did you mean %s?", name, near)
@@ -134,6 +146,9 @@ def _write_config(engine: Engine, parser: ConfigParser, path: Path) -> None:
 
 def _print_error(path: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The ``sys.excepthook`` of the command line: one sentence on stderr."""
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted: start the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
     if not isinstance(error, Exception):
         sys.__excepthook__(kind, error, trace)
         return

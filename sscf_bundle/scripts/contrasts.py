@@ -48,6 +48,10 @@ SCENARIOS: tuple[tuple[int, ...], ...] = tuple(
 class StudyError(ValueError):
     """A study, file or setting that cannot be used; the message is one sentence that names it and a fix."""
 
+    def __init__(self, message: str) -> None:
+        # a line break in a name must not break the sentence
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 def find_study_error(error: BaseException) -> StudyError | None:
     """The first ``StudyError`` among an exception and its causes, None if there is none.

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai.data import partition_dataset
+from monai.utils import ensure_tuple
 
 from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, MASK_KEY, StudyError
 from .formats import holds_dicom, volume_stem
@@ -107,7 +108,8 @@ def find_studies(
     """
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
-        raise StudyError(f"The folder {root} does not exist: set dataset_dir to the folder that holds the studies.")
+        problem = "is a file" if root.exists() else "does not exist"
+        raise StudyError(f"{root} {problem}: set dataset_dir to the folder that holds the studies.")
     globs = None if pattern is None else _compile_globs(pattern)
     try:
         patient_expression = re.compile(patient_pattern) if patient_pattern else None
@@ -118,8 +120,10 @@ def find_studies(
     prefixes: dict[str, set[str]] = defaultdict(set)
     unreadable: list[OSError] = []
     unknown: list[Path] = []
-    for path in _files(root, unreadable):
-        match = _match_built_in(path) if globs is None else _match_globs(path.name, globs)
+    paths = _files(root, unreadable)
+    known = _studies_like_contrasts(paths)
+    for path in paths:
+        match = _match_built_in(path, known[path.parent]) if globs is None else _match_globs(path.name, globs)
         if match is not None:
             if path.parent != root and path.is_dir() and not any(map(str.isalpha, match.prefix)):
                 match = match._replace(prefix="")  # the number of a series, not of a study
@@ -279,7 +283,7 @@ def single_study(
         StudyError: when no file is given or one does not exist.
     """
     given = zip(CONTRAST_KEYS, (flair, t1, t1ce, t2), strict=True)
-    paths = {key: Path(path).expanduser() for key, path in given if path}
+    paths = {key: Path(only_one(key, path)).expanduser() for key, path in given if path}
     if not paths:
         raise StudyError(f"No file is given: give at least one of {', '.join(CONTRAST_KEYS)}.")
     for key, path in paths.items():
@@ -287,6 +291,14 @@ def single_study(
             raise StudyError(f"The {key} file {path} does not exist: correct the path or leave it out.")
     study = name or _common_name(list(paths.values()))
     return [{"study": study, "patient": patient_of(study), **{key: str(path) for key, path in paths.items()}}]
+
+
+def only_one(name: str, value: Any) -> str:
+    """A value as a text, or the one in a list of one, as platforms give paths."""
+    values = ensure_tuple(value)
+    if len(values) != 1:
+        raise StudyError(f"{name} must be one value, got {value!r}: give each study an entry of its own.")
+    return str(values[0])
 
 
 def read_datalist(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -308,20 +320,29 @@ def read_datalist(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     known = (*CONTRAST_KEYS, MASK_KEY, "study", "patient")
     try:
         if path.suffix.lower() == ".json":
-            rows = json.loads(path.read_text())
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if isinstance(rows, dict):
                 parts = [name for name, part in rows.items() if isinstance(part, list)]
                 rows = rows["testing" if "testing" in parts else parts[0]]
         else:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-        rows = [{str(name).strip(): str(value).strip() for name, value in row.items() if value} for row in rows]
+                header, *lines = list(csv.reader(file)) or [[]]
+            rows = [dict(itertools.zip_longest(header, line, fillvalue="")) for line in lines if line]
+        cells = [[(str(name).strip().lower(), value) for name, value in row.items() if value] for row in rows]
     except (OSError, ValueError, AttributeError, IndexError, TypeError) as error:
-        raise StudyError(f"The list {path} cannot be read as CSV or JSON ({error}): correct it.") from error
+        raise StudyError(
+            f"The list {path} cannot be read as CSV or JSON ({error}): give rows below a header, or a list of objects."
+        ) from error
+    # "nan" is what tables make of nothing
+    rows = [
+        {name: text for name, value in row if (text := only_one(name, value).strip()).lower() != "nan"} for row in cells
+    ]
     unknown = [name for row in rows for name in row if name not in known]
     if unknown or not rows:
-        problem = f"the unknown column {unknown[0]}" if unknown else "no study"
-        raise StudyError(f"The list {path} has {problem}: give the columns {', '.join(known)}, as far as there are.")
+        problem = f"the unknown column {unknown[0] or 'without a name'}" if unknown else "no study"
+        raise StudyError(
+            f"The list {path} has {problem}: give the columns {', '.join(known)}, as far as there are, with commas."
+        )
     items = []
     for number, row in enumerate(rows, start=1):
         paths = {key: path.parent / Path(row[key]).expanduser() for key in (*CONTRAST_KEYS, MASK_KEY) if row.get(key)}
@@ -373,10 +394,44 @@ def _files(root: Path, unreadable: list[OSError]) -> list[Path]:
     return sorted(found)
 
 
-def _match_built_in(path: Path) -> _Match | None:
+def _studies_like_contrasts(paths: Sequence[Path]) -> dict[Path, set[str]]:
+    """Studies whose names end as a contrast does, such as ``Trial_T2``, by folder.
+
+    They are named as the folder is, or before several contrasts in it. What a volume is named is none: ``X_T1_seg`` is
+    derived from ``X_T1``.
+    """
+    stems: dict[Path, set[str]] = defaultdict(set)
+    for path in paths:
+        stems[path.parent].add(volume_stem(path) or "")
+    found = {}
+    for folder, names in stems.items():
+        contrasts: dict[str, set[str]] = defaultdict(set)
+        for name in names:
+            study, ending = re.split(r"(?=[_.\- ][^_.\- ]*$)", f"_{name}", maxsplit=1)
+            contrasts[study[1:]].update(k for k, e, _ in _BUILT_IN if k != MASK_KEY and e.match(ending[1:]))
+        several = {study for study, keys in contrasts.items() if len(keys) > 1}
+        found[folder] = {
+            study
+            for study in {folder.name, *several} - names
+            if not _BIDS.match(study) and any((match := e.match(study)) and match["prefix"] for _, e, _ in _BUILT_IN)
+        }
+    return found
+
+
+def _match_built_in(path: Path, studies: Collection[str] = ()) -> _Match | None:
+    """What the name of a file says; ``studies`` are of ``_studies_like_contrasts``."""
     stem = volume_stem(path)
     if stem is None:
         return None
+    for study in studies:
+        if re.match(rf"{re.escape(study)}[_.\- ]", stem):
+            match = _match_stem(stem[len(study) + 1 :])
+            if match is not None:
+                return match._replace(prefix="_".join(filter(None, (study, match.prefix))))
+    return _match_stem(stem)
+
+
+def _match_stem(stem: str) -> _Match | None:
     for key, expression, precedence in _BUILT_IN:
         match = expression.match(stem)
         if match is None:
@@ -398,7 +453,7 @@ def _match_built_in(path: Path) -> _Match | None:
 
 def _compile_globs(pattern: Mapping[str, str]) -> list[tuple[str, re.Pattern[str]]]:
     """Expressions from globs, the part matched by the first ``*`` as group ``prefix``."""
-    if not isinstance(pattern, Mapping):
+    if not isinstance(pattern, Mapping) or not all(isinstance(glob, str) for glob in pattern.values()):
         raise StudyError(f"The pattern must give a file name glob for each contrast by its key, got {pattern!r}.")
     unknown = set(pattern) - {*CONTRAST_KEYS, MASK_KEY}
     if unknown or not set(pattern) & set(CONTRAST_KEYS):
@@ -486,7 +541,8 @@ def _any_path(item: Mapping[str, Any]) -> str:
 
 def _common_name(paths: Sequence[Path]) -> str:
     """What the names of loose files have in common, without the contrast; the folder's name if that is nothing."""
-    matches = [_match_built_in(path) for path in paths]
+    known = _studies_like_contrasts(paths)
+    matches = [_match_built_in(path, known[path.parent]) for path in paths]
     prefixes = {match.prefix if match else None for match in matches}
     if len(prefixes) == 1 and None not in prefixes:
         common = prefixes.pop()

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import itk
+import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
@@ -50,12 +51,19 @@ def read_volume(path: str) -> MetaTensor:
     """Read a file, or the one DICOM series in a folder, as ``monai.transforms.LoadImage`` does, float32.
 
     Raises:
-        StudyError: when a folder holds several series, or slices of a series are missing.
+        StudyError: when a folder holds several series, slices of a series are missing, or a file holds colors or is
+            Analyze 7.5.
     """
     reader = None  # by the name of the file
     if os.path.isdir(path) and _VOLUME.match(os.path.basename(path)) is None:
         _check_series(path)
         reader = "ITKReader"
+    elif path.lower().endswith((".nii", ".nii.gz", ".hdr", ".img", ".img.gz")):
+        header = nib.load(path).header
+        if not isinstance(header, nib.Nifti1Header):
+            raise StudyError(f"{path} is Analyze 7.5, which does not tell right from left: convert it to NIfTI.")
+        if header.get_data_dtype().fields:
+            raise StudyError(f"{path} holds colors: give the volume of intensities.")
     # readers keep state between reading and decoding, so that threads must not share one
     return LoadImage(reader=reader, image_only=True, dtype=np.float32)(path)
 
@@ -68,7 +76,9 @@ def _check_series(folder: str) -> None:
     names.AddSeriesRestriction("0008|0021")
     names.SetDirectory(folder)
     series = names.GetSeriesUIDs()
-    if len(series) != 1:
+    if not series:
+        raise StudyError(f"{folder} holds no DICOM series: give the folder with its files, or a file.")
+    if len(series) > 1:
         raise StudyError(f"{folder} holds {len(series)} DICOM series, not one: give each series a folder of its own.")
     places = []
     for name in names.GetFileNames(series[0]):

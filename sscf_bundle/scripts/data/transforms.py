@@ -182,9 +182,9 @@ class LoadStudyd(MapTransform):
             raise StudyError(
                 f"{path} cannot be read ({reason}): it is damaged or of another format, so copy or export it again."
             ) from error
-        if volume.ndim == 4 and volume.shape[-1] == 1:
+        if volume.ndim > 3 and set(volume.shape[3:]) == {1}:
             meta = dict(volume.meta)
-            volume = MetaTensor(volume.as_tensor()[..., 0], meta=meta)
+            volume = MetaTensor(volume.as_tensor().reshape(volume.shape[:3]), meta=meta)
         if volume.ndim != 3:
             raise StudyError(
                 f"{path} is {volume.ndim}-D with shape {_times(volume.shape)}, not one 3-D volume: split it into one "
@@ -215,7 +215,7 @@ class LoadStudyd(MapTransform):
         values = volume.as_tensor()
         # NaN passes through both extrema
         if not torch.isfinite(torch.stack(values.aminmax())).all():
-            raise StudyError(f"{path} holds NaN or infinite values: repair or export it again.")
+            raise StudyError(f"{path} holds NaN or infinite values, or some above 3.4e38: repair or export it again.")
         # rescaling leaves a background of some -1e-7
         negative = int(torch.count_nonzero(values < -1e-4 * values.abs().max()))
         if negative > MAX_NEGATIVE * int(torch.count_nonzero(values)):

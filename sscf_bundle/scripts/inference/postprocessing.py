@@ -113,7 +113,8 @@ class FinishPredictiond(MapTransform):
             ``study_scale``.
 
     Raises:
-        ValueError: when ``mask_labels`` does not give every tumor class a label value, or ``output_scale`` is not > 0.
+        StudyError: when ``mask_labels`` does not give every tumor class a label value, or ``output_scale`` is not > 0
+            or more than float32 holds.
     """
 
     def __init__(
@@ -125,12 +126,15 @@ class FinishPredictiond(MapTransform):
     ) -> None:
         super().__init__(keys)
         labels = BRATS_MASK_LABELS if mask_labels is None else mask_labels
-        if set(labels) != set(TUMOR_CLASSES) or not all(0 < value < 256 for value in labels.values()):
-            raise ValueError(f"mask_labels must map {', '.join(TUMOR_CLASSES)} to 1 to 255, got {dict(labels)}.")
-        if not output_scale > 0:
-            raise ValueError(f"output_scale must be greater than 0, got {output_scale}.")
+        whole = all(type(value) is int and 0 < value < 256 for value in labels.values())
+        if set(labels) != set(TUMOR_CLASSES) or not whole:
+            raise StudyError(
+                f"mask_labels must map {', '.join(TUMOR_CLASSES)} to whole numbers from 1 to 255, got {dict(labels)}."
+            )
+        if not 0 < output_scale <= torch.finfo(torch.float32).max:
+            raise StudyError(f"output_scale must be greater than 0 and at most 3.4e38, got {output_scale}.")
         if statistics is not None and output_scale != 1:
-            raise ValueError(f"output_scale is of relative intensities, got {output_scale} with those of the study.")
+            raise StudyError(f"output_scale is of relative intensities, got {output_scale} with those of the study.")
         self.output_scale, self.statistics = output_scale, statistics
         self.values = torch.tensor([0, *(labels[name] for name in TUMOR_CLASSES)], dtype=torch.float32)
 

@@ -157,22 +157,30 @@ def list_studies(
     if bool(files) + bool(dataset_dir) + bool(datalist_file) > 1:
         raise StudyError("Give dataset_dir, or datalist_file, or the files of one study: more than one is given.")
     if files:
+        if match[2] != "1":
+            raise StudyError("shard is a part of many studies, but the files of one are given: leave it out.")
         return single_study(**files, name=None if study is None else str(study))
     if not dataset_dir and not datalist_file:
         raise StudyError(
             "No input is given: set dataset_dir or datalist_file, or the files of one study as "
             f"{', '.join(CONTRAST_KEYS)}."
         )
+    if study is not None:
+        raise StudyError("study names the study of flair, t1, t1ce and t2, of which none is given: leave it out.")
     root = Path(str(dataset_dir)).expanduser()
     if datalist_file:
         items = read_datalist(datalist_file)
-    elif output_dir is not None and Path(str(output_dir)).expanduser().resolve().is_relative_to(root.resolve()):
-        raise StudyError(
-            f"output_dir {output_dir} lies in dataset_dir {root}, where the next run would take synthetic volumes for "
-            "input: choose another output_dir."
-        )
     else:
         items = find_studies(root, pattern)
+        real, results = root.resolve(), Path(str(output_dir)).expanduser().resolve()
+        folders = {Path(item[key]).parent for item in items for key in CONTRAST_KEYS if key in item}
+        # a link may lead there too
+        linked = not real.is_relative_to(results) and any(one.resolve().is_relative_to(results) for one in folders)
+        if output_dir is not None and (linked or results.is_relative_to(real)):
+            raise StudyError(
+                f"output_dir {output_dir} lies in dataset_dir {root}, where the next run would take synthetic volumes "
+                "for input: choose another output_dir."
+            )
     # a mask on file is not needed, and a damaged one must not stop a study
     return [{k: v for k, v in item.items() if k != MASK_KEY} for item in items[int(match[1]) - 1 :: int(match[2])]]
 

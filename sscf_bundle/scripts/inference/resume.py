@@ -16,11 +16,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..contrasts import CONTRAST_KEYS, FAILURE_KEY
+from ..contrasts import CONTRAST_KEYS, FAILURE_KEY, StudyError
 from ..networks.weights import find_weights
 
 if TYPE_CHECKING:
@@ -36,16 +37,25 @@ def unfinished(
 
     A study is done if its record names the same input files by their content, the same weights, settings and version
     of the bundle, and all of its volumes are there. A file of equal size and time counts as unchanged. ``overwrite``
-    does all of them.
+    does all of them. A name that cannot be written is the failure of its study before the network runs.
     """
+    items = [_with_failure(item, writer) for item in items]
     if overwrite:
-        return list(items)
+        return items
     weights = hashlib.sha256(find_weights(str(ckpt_path)).read_bytes()).hexdigest()
     same = {"weights_sha256": weights, "settings": writer.settings, **writer.bundle}
     left = [item for item in items if item.get(FAILURE_KEY) or not _is_finished(item, writer, same)]
     if len(left) < len(items):
         logger.info("%d of %d studies are finished and skipped.", len(items) - len(left), len(items))
     return left
+
+
+def _with_failure(item: Mapping[str, Any], writer: StudyWriter) -> Mapping[str, Any]:
+    try:
+        writer.files(str(item["study"]))
+    except StudyError as error:
+        return {FAILURE_KEY: str(error), **item}
+    return item
 
 
 def _is_finished(item: Mapping[str, Any], writer: StudyWriter, same: Mapping[str, Any]) -> bool:
@@ -90,12 +100,13 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _parts(path: str) -> list[Path]:
-    """The files of a volume: one, those of a DICOM folder, or a header (``.nhdr``, ``.mhd``) and its neighbors."""
+    """The files of a volume: one, those of a DICOM folder, or those of one name where header and values are apart."""
     volume = Path(path)
     if volume.is_dir():
         return sorted(file for file in volume.iterdir() if file.is_file())
-    if volume.suffix.lower() in (".nhdr", ".mhd"):
-        return sorted(file for file in volume.parent.iterdir() if file.name.startswith(volume.stem + "."))
+    pair = re.fullmatch(r"(.*\.)(?:nhdr|mhd|hdr|img|img\.gz)", volume.name, re.IGNORECASE | re.DOTALL)
+    if pair:
+        return sorted(file for file in volume.parent.iterdir() if file.name.startswith(pair[1]))
     return [volume]
 
 

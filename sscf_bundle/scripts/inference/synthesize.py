@@ -20,6 +20,7 @@ from monai.bundle import ConfigParser
 
 from ..checked_settings import checked_settings
 from ..contrasts import StudyError, find_study_error
+from ..data.datalist import only_one
 
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +58,7 @@ def synthesize_study(
         StudyError: when the study, the weights or a setting cannot be used.
     """
     files = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2, "output_dir": output_dir}
-    paths = {key: None if path is None else str(path) for key, path in files.items()}
+    paths = {key: None if path is None else only_one(key, path) for key, path in files.items()}
     quiet = {"overwrite": True, "page": False, "handlers": [], "num_workers": 0, "num_writers": 0}
     config = str(_BUNDLE_ROOT / "configs" / "inference.json")
     settings |= checked_settings(config, settings)

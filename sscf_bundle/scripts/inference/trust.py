@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, scenario_name
+from ..contrasts import CONTRAST_KEYS, CONTRASTS, NUM_CONTRASTS, StudyError, scenario_name
 from ..data.randomness import stable_hash
 from ..networks.availability import network_input
 from ..networks.blocks import scale_statistics
@@ -202,6 +202,8 @@ class TrustAssessor:
         num_prototypes: int = 0,
         reference: Mapping[str, Any] | None = None,
     ) -> None:
+        if slices_for_one < 1:
+            raise StudyError(f"trust_slices_for_one must be at least 1, got {slices_for_one}.")
         self.reference, self.reject = reference, reject
         self.number, self.slices_for_one, self.num_prototypes = number, slices_for_one, num_prototypes
 

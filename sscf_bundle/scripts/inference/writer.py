@@ -45,6 +45,8 @@ _GEOMETRY_FIELDS = (
 #: Folders that a killed run was writing, and the age in seconds from which they are taken for such.
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.new", re.DOTALL)
 _ABANDONED = 3600
+#: Bytes of a study's name that leave room for what is written of it: names of files have 255 at most.
+_LONGEST_NAME = 200
 #: Fewest whole numbers that a contrast may be rounded to.
 _LEVELS = 100
 #: What later steps may add to an item for the record.
@@ -68,9 +70,15 @@ class StudyFiles:
     Args:
         study: name of the study.
         naming: ``"study"``, or ``"bids"``, which turns a name that is none of BIDS into a subject.
+
+    Raises:
+        StudyError: when files cannot be named so.
     """
 
     def __init__(self, study: str, naming: str = "study") -> None:
+        long = len(os.fsencode(study)) > _LONGEST_NAME
+        if study != Path(study).name or study.startswith(".") or not study.isprintable() or long:
+            raise StudyError(f"The study name {study!r} cannot name a folder: give another name.")
         if naming == "study":
             self.folder, stem = Path(study), study
             self.volumes = {key: f"{study}_{key}_synthetic.nii.gz" for key in CONTRAST_KEYS}
@@ -78,6 +86,8 @@ class StudyFiles:
         else:
             match = re.match(r"(sub-[A-Za-z0-9]+)(?:_(ses-[A-Za-z0-9]+))?(?=_|$)", study)
             entities = [e for e in match.groups() if e] if match else ["sub-" + re.sub(r"[^A-Za-z0-9]", "", study)]
+            if entities == ["sub-"]:
+                raise StudyError(f"The study name {study!r} has no letter or digit of BIDS: give another name.")
             self.folder, stem = Path(*entities, "anat"), "_".join(entities)
             self.volumes = {
                 key: f"{stem}{agent}_desc-synthetic_{suffix}.nii.gz" for key, (agent, suffix) in _BIDS_NAMES.items()
@@ -119,6 +129,8 @@ class StudyWriter:
         page: bool = False,
         shard: str | None = None,
     ) -> None:
+        if output_dir is None:
+            raise StudyError("output_dir needs the path of a folder, got None.")
         refuse_unknown("naming", [naming], ("study", "bids"))
         refuse_unknown("output_dtype", [output_dtype], ("float32", "reference"))
         self.output_dir = Path(str(output_dir)).expanduser()
@@ -170,8 +182,6 @@ class StudyWriter:
         folder = self.output_dir / files.folder
         available = [bool(kept) for kept in data["has_contrast"]]
         inputs = {key: str(data[key]) for key, kept in zip(CONTRAST_KEYS, available, strict=True) if kept}
-        if study != Path(study).name or study.startswith(".") or not study.isprintable():
-            raise StudyError(f"The study name {study!r} cannot name a folder: give another name.")
         if any(Path(path).resolve().parent == folder.resolve() for path in inputs.values()):
             raise StudyError(f"{folder} holds the input of the study: choose another output_dir.")
         other = read_record(folder / files.record).get("study", study)
@@ -199,6 +209,8 @@ class StudyWriter:
                             f"Intensities of {key} up to {scale:.4g} do not go into {dtype}: use --output_dtype "
                             "float32, or another output_scale or intensities."
                         )
+                    if not np.isfinite(values).all():
+                        raise StudyError(f"{key} has NaN or infinite values: use another output_scale or intensities.")
                     values = (np.rint(values) if dtype.kind in "iu" else values).astype(dtype, copy=False)
                 _save_volume(values, data["pred"].affine, source, new / files.volumes[key], is_mask=key == MASK_KEY)
                 if self.naming == "bids":
