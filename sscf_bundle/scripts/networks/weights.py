@@ -12,14 +12,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import io
 import json
 import logging
-import time
 import uuid
 import zipfile
 from collections.abc import Mapping
@@ -44,9 +42,6 @@ MEASURED = {"correction": "correcting", "trust": "calibrating"}
 
 #: Tensors of fewer values are never kept in half precision.
 _SMALL = 1024
-
-#: Seconds after which an unfinished file is taken for that of a killed process.
-_ABANDONED = 3600
 
 _BUNDLE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,15 +78,10 @@ def write_tensors(path: Path, content: Mapping[str, Any], compressed: bool = Fal
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process left of ``write_tensors`` to a path, whose name may be a pattern.
-
-    What is younger than an hour may be of another process that is writing it.
-    """
+    """Removes what a killed process left of ``write_tensors`` to a path, whose name may be a pattern."""
     if idist.get_rank() == 0:
         for left in path.parent.glob(f".{path.name}.*.new"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > _ABANDONED:
-                    left.unlink()
+            left.unlink(missing_ok=True)
 
 
 def save_weights(
