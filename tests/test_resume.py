@@ -144,7 +144,8 @@ def test_complete_run_started_again_ends_at_once_and_changes_nothing(
     overrides = tiny_run(phantom_cohort, copy, val_at_start=True)
     status, printed = run_bundle("training", CONFIG, overrides, tmp_path / "log.txt")
     assert status == 0, printed
-    assert f"going on after epoch {EPOCHS}" in printed and "Epoch[" not in printed
+    assert f"going on after epoch {EPOCHS}" in printed and "This training is complete" in printed
+    assert "Epoch[" not in printed
     assert newest.stat().st_mtime_ns == written
     assert_same_result(copy, unbroken)
 

@@ -18,6 +18,7 @@ import importlib
 import io
 import json
 import logging
+import textwrap
 import uuid
 import zipfile
 from collections.abc import Mapping
@@ -295,7 +296,8 @@ def leave_out_measured(
 
 def first_reason(error: BaseException) -> str:
     """The first thing that the error of a ``load_state_dict`` names; torch's first line names the class alone."""
-    return str(error).strip().split("\n")[:2][-1].strip(" \t.") or type(error).__name__
+    reason = str(error).strip().split("\n")[:2][-1].strip(" \t.") or type(error).__name__
+    return textwrap.shorten(reason, 300, placeholder=" ...")  # of missing keys there may be hundreds
 
 
 def load_weights(network: nn.Module, path: str | Path, preprocessing: Mapping[str, Any] | None = None) -> str:

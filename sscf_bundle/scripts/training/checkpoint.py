@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import re
 import zipfile
@@ -127,6 +128,8 @@ class TrainingCheckpoint:
             engine.state.epoch = state["engine"]["epoch"]
             engine.state.iteration = engine.state.epoch * (engine.state.epoch_length or 0)
             logger.info(f"going on after epoch {engine.state.epoch} from {path}")
+            if engine.state.epoch >= (engine.state.max_epochs or math.inf):
+                logger.warning("This training is complete: a larger max_epochs extends it, resume False starts anew.")
             return
 
 
