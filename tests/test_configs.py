@@ -269,3 +269,20 @@ def test_large_files_are_named_as_monai_reads_them(tmp_path: Path) -> None:
         else:
             with pytest.raises(HashCheckError):
                 download_large_files(str(tmp_path))
+
+
+def test_overlays_keep_what_the_training_config_guards() -> None:
+    for name in ("recipe/2_whole", "recipe/3_full_size", "ablations/two_stage"):
+        network = combined(["train", name])["network"]  # channels_last is for every phase
+        assert network["_target_"].endswith("in_memory_format") and "with_shared" in network["network"]["_target_"]
+    segmenter = combined(["train", "downstream_train"])
+    assert {"split", "seed", "preprocessing"} <= set(segmenter["checkpoint#settings"])
+    assert "@cohort" in segmenter["train#trainer#train_handlers"]
+    assert "UnseenPatients" in combined(["train", "diagnosis"])["validate#handlers"][0]["_target_"]
+
+
+def test_one_strength_of_the_augmentation_can_be_set_alone() -> None:
+    parser = combined(["train"])
+    parser["augmentation#gamma"] = 0.2
+    augmentation = parser.get_parsed_content("augmentation")
+    assert augmentation.gamma == 0.2 and augmentation.rotation == augmentation.flip == 0
