@@ -62,6 +62,7 @@ RUNS = [
     ["report"],
     ["experiments"],
     ["experiments", "experiments_small"],
+    ["experiments", "recipe"],
 ]
 #: What ``monai.bundle run`` is asked for by name.
 ENTRY_POINTS = {

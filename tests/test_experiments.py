@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -90,6 +91,9 @@ FAKE_PYTHON = """
     if sys.argv[4] == "training":
         pathlib.Path(config["last_ckpt_path"]).write_bytes(b"weights")
         (folder / "checkpoints").mkdir()
+    elif sys.argv[4] in ("building", "joining"):
+        assert all(pathlib.Path(config[key]).is_file() for key in ("source_path", "companion_path") if config[key])
+        pathlib.Path(config["site_path"]).write_bytes(b"weights")
     else:
         assert pathlib.Path(config["ckpt_path"]).is_file()
         fold = pathlib.Path(config["split_file"]).stem
@@ -132,7 +136,7 @@ def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiment
     settings = {
         "experiments": {
             "first": {"configs": ["ablations/ccp"], "share": 0.5},
-            "second": {"configs": ["ablations/bank_10"], "after": "first"},
+            "second": {"configs": ["ablations/bank_10"], "uses": {"pretrained_path": "first"}},
             "control": {"overrides": {"retrieval": "random"}, "weights_of": "second"},
         },
         "names": ["control", "first"],
@@ -398,13 +402,54 @@ def test_unknown_names_are_refused(data: Path) -> None:
         ({"panels": ["frist"]}, "panels has no frist: choose from first"),
         ({"seeds": {"frist": [0]}}, "seeds has no frist: choose from first"),
         ({"seeds": {"second": [0]}}, "seeds gives none for control: name it or a set that has it"),
-        ({"experiments": {"a": {"after": "b"}, "b": {"after": "a"}}, "names": "a"}, "a and b need each other"),
+        (
+            {"experiments": {"a": {"uses": {"x": "b"}}, "b": {"uses": {"x": "a"}}}, "names": "a"},
+            "a and b need each other",
+        ),
     ):
         with pytest.raises(StudyError, match=message):
             experiments(data, **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------ configs
+def test_recipe_makes_its_weights_phase_by_phase_and_evaluates_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = ConfigParser()
+    parser.read_config(config_files("experiments", "recipe"))
+    names = ("base", "evaluation_base", "budget", "names", "experiments", "evaluations")
+    content = {name: parser.get_parsed_content(name) for name in names}
+    plan = experiments(data, None, seeds=[0], settings={"lpips_weights": "alexnet.pth"}, **content)
+    assert set(plan._too_large(40)) == {"bank", "joined", "sscf"}
+    monkeypatch.setattr(plan, "prepare", lambda: 1000)
+    plan.run()
+    phases = ["unet_half_size training", "unet training", "backbone training", "whole training"]
+    phases += ["full_size training", "bank building", "joined joining"]
+    done = [f"{step.split('/')[0]} {run_id}" for run_id, step in (call.split(maxsplit=1) for call in calls(data))]
+    assert sorted(done) == sorted([*phases, "unet evaluating", "sscf evaluating"])
+    assert all(done.index(first) < done.index(second) for first, second in itertools.pairwise(phases[2:]))
+
+    def config(name: str, step: str = "training") -> dict[str, Any]:
+        return json.loads((data.parent / "out" / name / "seed_0" / "fold_0" / f"{step}.json").read_text())
+
+    def made(name: str, file: str = "model_last.pt") -> str:
+        return str(data.parent / "out" / name / "seed_0" / "fold_0" / file)
+
+    for name, file in (("backbone", "1_backbone"), ("whole", "2_whole"), ("full_size", "3_full_size")):
+        overlay = json.loads((BUNDLE_ROOT / "configs" / "recipe" / f"{file}.json").read_text())
+        lengths = {key: overlay[key] for key in ("max_epochs", "decay_start")}
+        assert config(name).items() >= {"batch_size": 4, "lpips_weights": "alexnet.pth", **lengths}.items()
+    assert config("whole")["pretrained_path"] == made("backbone")
+    assert config("full_size")["pretrained_path"] == made("whole")
+    assert config("unet")["pretrained_path"] == made("unet_half_size")
+    bank, joined = config("bank", "building"), config("joined", "joining")
+    assert (bank["source_path"], bank["site_path"]) == (made("full_size"), made("bank", "model.pt"))
+    assert (bank["bank_size"], bank["slice_choice"], bank["half"]) == (80, "brain", True)
+    assert (joined["source_path"], joined["companion_path"]) == (made("bank", "model.pt"), made("unet"))
+    assert joined["half"] and config("sscf", "evaluation")["ckpt_path"] == made("joined", "model.pt")
+    assert "from_weights" in str(config("sscf", "evaluation")["network_def"]["_target_"])
+
+
 def test_experiments_name_configs_and_tables_name_experiments() -> None:
     known = CONFIG["experiments"]
     named = {config for one in known.values() for config in one.get("configs", ())}

@@ -112,8 +112,10 @@ class Experiment:
     configs: Sequence[str] = ()  #: names of configs below ``configs/`` without the suffix, as ``ablations/ccp``.
     overrides: Mapping[str, Any] = field(default_factory=dict)  #: of single ids.
     evaluation_overrides: Mapping[str, Any] = field(default_factory=dict)  #: of single ids in its evaluations alone.
+    run_id: str = "training"  #: of its configs; another one makes weights of others without a training.
     share: float = 1.0  #: of the budget, above 0.
-    after: str | None = None  #: experiment whose weights this one starts from (its configs read ``pretrained_path``).
+    #: for each id of its configs that takes other weights, ``pretrained_path`` for one, the experiment that makes them.
+    uses: Mapping[str, str] = field(default_factory=dict)
     weights_of: str | None = None  #: experiment whose weights are evaluated; nothing is trained.
     evaluated: bool = True  #: False for what is only a step of another experiment.
     #: file of the weights in its folder by the id that takes its path, where it is not ``last_ckpt_path``.
@@ -134,7 +136,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A training or an evaluation of one experiment, seed and fold; all of its files begin with ``path``."""
+    """Makes or evaluates the weights of one experiment, seed and fold; all of its files begin with ``path``."""
 
     path: Path  #: folder of the run and name of the step.
     run_id: str  #: of the config.
@@ -262,7 +264,7 @@ class Experiments:
         """Experiments whose weights one needs."""
         one = self.experiments[name]
         used = [n for e in self._evaluations(name).values() for n in e.uses.values()]
-        return [n for n in (one.after, one.weights_of, *used) if n is not None]
+        return [n for n in (*one.uses.values(), one.weights_of, *used) if n is not None]
 
     def _with_needs(self, names: Sequence[str]) -> list[str]:
         """The experiments and those that they need, each behind what it needs."""
@@ -277,7 +279,7 @@ class Experiments:
             return list(TopologicalSorter(graph).static_order())
         except CycleError as error:
             chain = " and ".join(sorted(set(error.args[1])))
-            raise StudyError(f"The experiments {chain} need each other: correct after or weights_of.") from error
+            raise StudyError(f"The experiments {chain} need each other: correct uses or weights_of.") from error
 
     def _seeds_by_name(self, seeds: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """The seeds of every experiment that is run."""
@@ -322,11 +324,11 @@ class Experiments:
         return Path(self.output_dir) / name / f"seed_{seed}" / f"fold_{fold}"
 
     def _weights(self, name: str, seed: int, fold: int) -> tuple[Path, Path]:
-        """The evaluated weights of one run and the step that trains them."""
+        """The evaluated weights of one run and the step that makes them."""
         name = self.experiments[name].weights_of or name
-        folder = self.directory(name, seed, fold)
+        one, folder = self.experiments[name], self.directory(name, seed, fold)
         usual = "model.pt" if self.weights == "best" else "model_last.pt"
-        return folder / next(iter(self.experiments[name].writes.values()), usual), folder / "training"
+        return folder / next(iter(one.writes.values()), usual), folder / one.run_id
 
     def _common(self, fold: int, directory: Path) -> dict[str, Any]:
         """Where things lie, for every step of a fold."""
@@ -340,25 +342,25 @@ class Experiments:
         one, folder = self.experiments[name], self.directory(name, seed, fold)
         common = {**self._common(fold, folder), "seed": seed, "split_studies": self.splits[self.split_files[fold]]}
         common |= one.overrides
-        weights, training = self._weights(name, seed, fold)
+        weights, making = self._weights(name, seed, fold)
         steps = []
         if one.weights_of is None:
-            overrides = {**self.budget, **common}
+            trains = one.run_id == "training"
+            overrides = {**(self.budget if trains else {}), **common}
             for key in ("max_epochs", "decay_start"):
                 if one.share != 1 and isinstance(overrides.get(key), int):
                     overrides[key] = max(1, round(one.share * overrides[key]))
-            overrides |= {"ckpt_path": str(folder / "model.pt"), "last_ckpt_path": str(folder / "model_last.pt")}
+            if trains:
+                overrides |= {"ckpt_path": str(folder / "model.pt"), "last_ckpt_path": str(folder / "model_last.pt")}
             overrides |= {key: str(folder / file) for key, file in one.writes.items()}
-            needs = []
-            if one.after is not None:
-                pretrained, before = self._weights(one.after, seed, fold)
-                overrides["pretrained_path"], needs = str(pretrained), [before]
-            if self.minutes is not None:
+            others = {key: self._weights(other, seed, fold) for key, other in one.uses.items()}
+            overrides |= {key: str(file) for key, (file, _) in others.items()}
+            if trains and self.minutes is not None:
                 seconds = max(1, round(60 * one.share * self.minutes))
                 limit = {"_target_": "scripts.training.trainer.TimeLimit", "limit_sec": seconds}
                 overrides |= {"+train#handlers": [limit], "resume": False}
             config = self._config(self.base, self.settings, one.configs, overrides)
-            steps.append(Step(training, "training", config.get(), weights, needs))
+            steps.append(Step(making, one.run_id, config.get(), weights, [step for _, step in others.values()]))
         for label, evaluation in self._evaluations(name).items():
             used = {key: self._weights(other, seed, fold) for key, other in evaluation.uses.items()}
             overrides = {
@@ -370,7 +372,7 @@ class Experiments:
                 **{key: str(file) for key, (file, _) in used.items()},
             }
             config = self._config(self.evaluation_base, self.settings, one.configs, evaluation.configs, overrides)
-            needs = [training, *(step for _, step in used.values())]
+            needs = [making, *(step for _, step in used.values())]
             written = folder / label / "metrics.json"
             steps.append(Step(folder / label, evaluation.run_id, config.get(), written, needs))
         return steps
@@ -398,7 +400,7 @@ class Experiments:
         return min(counts)
 
     def _too_large(self, training_slices: int) -> dict[str, str]:
-        """Experiments that ask for a larger bank than there are training slices, with the reason."""
+        """Experiments that ask for a larger bank than there are training slices, or need one, with the reason."""
         reasons = {}
         for name in self.names:
             one, folder = self.experiments[name], Path(self.bundle_root) / "configs"
@@ -406,6 +408,9 @@ class Experiments:
             sizes = [layer["bank_size"] for layer in own if "bank_size" in layer]
             if sizes and sizes[-1] > training_slices:
                 reasons[name] = f"n/a: {training_slices} training slices cannot fill a bank of {sizes[-1]}"
+            for needed in self._needs(name):  # which stands before
+                if needed in reasons:
+                    reasons[name] = reasons[needed]
         return reasons
 
     # ---------------------------------------------------------------------------------------------------------- run
@@ -491,6 +496,7 @@ class Experiments:
             return []
         cells = pd.DataFrame(rows).groupby(["row", "block", "score"], sort=False, as_index=False)["mean"].mean()
         length = f"{self.minutes} minutes" if self.minutes else ", ".join(f"{k} {v}" for k, v in self.budget.items())
+        length = length or "that of its config"
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items()) or "those of the base"
         caption = (
             "Wall time of one training or evaluation in a process of its own, a mean over seeds and folds; of a "
