@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,37 +291,70 @@ def test_verdict_follows_the_calibration_in_the_weights(items: list[dict], tmp_p
     assert judged["verdict"] == "reject" and len(judged["reasons"]) >= 2
 
 
+def calibrated(
+    folder: Path, name: str, patients: Sequence[str], training: Sequence[str] = (), **settings: object
+) -> dict[str, Any]:
+    """What a calibration of ``model.pt`` in a folder puts into other weights there, limits without a least one."""
+    split = folder / "split.json"
+    split.write_text(json.dumps({"training": list(training), "validation": list(patients), "test": []}))
+    paths = {"source_path": folder / "model.pt", "calibrated_path": folder / name, "output_dir": folder / "out"}
+    paths |= {"dataset_dir": folder / "in", "split_file": split}
+    settings |= {"run_id": "calibrating", "bundle_root": BUNDLE_ROOT, "trust_least_limit": "$-1e6"}
+    bundle_workflow("train", "calibrate", **paths, **settings).run()
+    reference = read_reference(folder / name)
+    assert reference is not None
+    return reference
+
+
 def test_limits_come_from_the_patients_of_the_folds(items: list[dict], tmp_path: Path) -> None:
-    path, split = tmp_path / "model.pt", tmp_path / "split.json"
-    save_weights(path, filled_net(), {"preprocessing": PREPROCESSING})
-
-    def calibrated(name: str, patients: list[str], **settings: object) -> dict:
-        split.write_text(json.dumps({"training": [], "validation": patients, "test": []}))
-        paths = {"source_path": path, "calibrated_path": tmp_path / name, "output_dir": tmp_path / "out"}
-        paths |= {"dataset_dir": tmp_path / "in", "split_file": split}
-        settings |= {"run_id": "calibrating", "bundle_root": BUNDLE_ROOT, "trust_least_limit": "$-1e6"}
-        bundle_workflow("train", "calibrate", **paths, **settings).run()
-        return read_reference(tmp_path / name)
-
-    every = calibrated("every.pt", ["p0", "p1", "p2"])
+    save_weights(tmp_path / "model.pt", filled_net(), {"preprocessing": PREPROCESSING})
+    every = calibrated(tmp_path, "every.pt", ["p0", "p1", "p2"])
     folds = []
     for name, patients in (("one", ["p0"]), ("two", ["p1", "p2"])):
-        calibrated(f"{name}.pt", patients)
+        calibrated(tmp_path, f"{name}.pt", patients)
         folds.append(str((tmp_path / "out" / "judged.json").rename(tmp_path / f"{name}.json")))
         found = json.loads(Path(folds[-1]).read_text())["patients"]
         assert len(found) == len(patients) and len(found[0]) == 11
-    pooled = calibrated("pooled.pt", [], trust_folds=folds)
+    pooled = calibrated(tmp_path, "pooled.pt", [], trust_folds=folds)
     assert pooled == every and every["patients"] == 3
     # p0 and p1 are visits of one patient, who is left out and counted as one
-    assert calibrated("visits.pt", ["p0", "p1", "p2"], patient_pattern="(p(?=[01])|p2)")["patients"] == 2
+    assert calibrated(tmp_path, "visits.pt", ["p0", "p1", "p2"], patient_pattern="(p(?=[01])|p2)")["patients"] == 2
     found = json.loads((tmp_path / "out" / "judged.json").read_text())["patients"]
     assert sorted(map(len, found)) == [11, 22]
     # 3 patients are too few for 90%, and give the greatest with a margin of 1.25
-    half = calibrated("half.pt", [], trust_folds=folds, trust_coverage=0.75)
+    half = calibrated(tmp_path, "half.pt", [], trust_folds=folds, trust_coverage=0.75)
     for name, limit in half["limits"].items():
         assert pooled["limits"][name] == pytest.approx(1.25 * limit, rel=1e-3)
     with pytest.raises(StudyError, match=r"split\.json holds no scores of patients: give the judged.json"):
-        calibrated("three.pt", [], trust_folds=[str(split)])
+        calibrated(tmp_path, "three.pt", [], trust_folds=[str(tmp_path / "split.json")])
+
+
+def test_what_depends_on_features_is_held_against_the_training_patients_of_the_network(
+    items: list[dict], tmp_path: Path
+) -> None:
+    save_weights(tmp_path / "model.pt", filled_net(), {"preprocessing": PREPROCESSING})
+    own = calibrated(tmp_path, "own.pt", ["p0"])
+    left_out = calibrated(tmp_path, "left_out.pt", ["p1", "p2"])
+    both = calibrated(tmp_path, "both.pt", ["p1", "p2"], ["p0"])
+    assert both["distance"] == own["distance"] != left_out["distance"]
+    assert both["features"] == own["features"] != left_out["features"]
+    assert both["consistency"] == left_out["consistency"] != own["consistency"]
+    assert both["limits"]["consistency"] == left_out["limits"]["consistency"] and both["patients"] == 2
+
+    fold = (tmp_path / "out" / "judged.json").rename(tmp_path / "fold.json")
+    found = json.loads(fold.read_text())["patients"]
+    worst = max(
+        (value - own[name][contrast][0]) / own[name][contrast][1]
+        for patient in found
+        for scores in patient
+        for contrast, of_contrast in scores.items()
+        for name, value in of_contrast.items()
+        if name in ("distance", "features")
+    )
+    assert both["limits"]["out_of_distribution"] == pytest.approx(1.25 * worst, rel=2e-3)
+    assert calibrated(tmp_path, "pooled.pt", [], ["p0"], trust_folds=[str(fold)]) == both
+    with pytest.raises(StudyError, match="differ in whether their training patients were judged"):
+        calibrated(tmp_path, "other.pt", [], trust_folds=[str(fold)])
 
 
 @pytest.mark.parametrize("network", [PlainUNet(2, TINY_CHANNELS), tiny_net(prediction="mean")], ids=["unet", "mean"])

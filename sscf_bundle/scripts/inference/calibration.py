@@ -20,7 +20,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from .trust import EXPECTED, OVERALL, SCORES, TrustAssessor, central_slices, has
 logger = logging.getLogger(__name__)
 
 _LEAST_PATIENTS = 3
+#: Scores of all studies and choices of contrasts of a patient.
+Patient: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 def complete_studies(cohort: Cohort, transform: Callable[[Any], Any], part: str = "validation") -> Iterator[dict]:
@@ -173,6 +175,25 @@ def expected_scores(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     return {"patients": values.index.unique("patient").size, "scenarios": scenarios}
 
 
+def judged_patients(
+    cohort: Cohort, transform: StudyCompose, network: SSCFNet, assessor: TrustAssessor, part: str
+) -> list[Patient]:
+    """Scores of the patients of a part of the split, see ``calibrate``; one in the bank is named in the log."""
+    device = next(network.parameters()).device
+    by_patient: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
+    for whole in complete_studies(cohort, transform, part):
+        image = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS]
+        patient = str(whole.get("patient", whole["study"]))
+        if part != "training" and stable_hash(patient) in patients_in_bank(network):
+            told = "The patient of study %s is in the memory bank of the network: limits may be too narrow."
+            logger.warning(told, whole["study"])
+        for kept in map(torch.tensor, subsets):
+            shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
+            by_patient[patient].append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
+    return list(by_patient.values())
+
+
 def calibrate(
     cohort: Cohort,
     transform: StudyCompose,
@@ -188,13 +209,15 @@ def calibrate(
 ) -> dict[str, Any]:
     """Mean and spread of every score of complete, sound patients, and the limits that hold for them.
 
-    Each patient is judged complete, and with every choice of three and of two contrasts, and held against the others by
-    the worst of these. The limit of a score is ``conformal_limit`` of its patients, or, where they are too few for
-    that, the greatest with a margin.
+    Each patient is judged complete, and with every choice of three and of two contrasts. The worst of these is held
+    against the other patients; what depends on the network's own features, the parts of ``out_of_distribution``,
+    against those that it was trained on, where the split names them: another network has other features. The limit of
+    a score is ``conformal_limit`` of its patients, or, where they are too few for that, the greatest with a margin.
 
     Args:
         cohort: see ``complete_studies``; its part ``validation`` is judged, best of patients that the network never
-            saw. The own entries of a patient in the bank are never looked at.
+            saw, and its part ``training``, which may be empty, are those that it was trained on. The own entries of a
+            patient in the bank are never looked at.
         transform: see ``inference_transforms``.
         network: in evaluation mode.
         assessor: gives the scores.
@@ -204,7 +227,7 @@ def calibrate(
         coverage: share of new, sound patients that stay below a limit.
         judged_file: gets the scores of each patient and choice of contrasts, as JSON.
         folds: such files of a cross-validation, each of the patients kept out of the training of its network; they
-            are taken in the place of the cohort's.
+            are taken in the place of the part ``validation``.
         score_files: see ``expected_scores``; without, no score is expected.
 
     Returns:
@@ -213,35 +236,32 @@ def calibrate(
         ``expected_scores``.
 
     Raises:
-        StudyError: for a network without scores, and for a file that does not hold scores of patients.
+        StudyError: for a network without scores, for a file that does not hold scores of patients, and where some
+            networks have training patients and some have not.
     """
     if not has_scores(network):
         raise StudyError("Only an SSCFNet with ccp has scores to calibrate: give its weights as source_path.")
     expected = {"expected": expected_scores(score_files)} if score_files else {}
-    rows: list[Sequence[Mapping[str, Any]]] = []  # of each patient the scores of all studies and choices of contrasts
+    own = judged_patients(cohort, transform, network, assessor, "training") if cohort.parts["training"] else []
+    judged = []
     for fold in folds:
         try:
-            rows += json.loads(Path(fold).read_text())["patients"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            content = json.loads(Path(fold).read_text())
+            judged += [(rows, content.get("training", [])) for rows in content["patients"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StudyError(f"{fold} holds no scores of patients: give the judged.json of a calibration.") from error
+        if bool(content.get("training")) != bool(own):
+            raise StudyError(
+                f"{fold} and these weights differ in whether their training patients were judged: name them in the "
+                "part training of both split files, or of none."
+            )
     if not folds:
-        device = next(network.parameters()).device
-        by_patient: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-        subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]
-        for whole in complete_studies(cohort, transform):
-            image = torch.as_tensor(whole["image"])[None, :NUM_CONTRASTS]
-            patient = str(whole.get("patient", whole["study"]))
-            if stable_hash(patient) in patients_in_bank(network):
-                told = "The patient of study %s is in the memory bank of the network: limits may be too narrow."
-                logger.warning(told, whole["study"])
-            for kept in map(torch.tensor, subsets):
-                shown = {**whole, "image": network_input(image, kept[None])[0], "has_contrast": kept}
-                by_patient[patient].append(assessor(shown, network.eval(), device)["scores"]["contrasts"])
-        rows += by_patient.values()
-    if judged_file is not None:
-        write_whole(judged_file, {"patients": rows})
+        left_out = judged_patients(cohort, transform, network, assessor, "validation")
+        judged = [(rows, own) for rows in left_out]
+        if judged_file is not None:
+            write_whole(judged_file, {"patients": left_out, "training": own})
 
-    def spread(chosen: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    def spread(chosen: Sequence[Patient]) -> dict[str, Any]:
         table: dict[str, Any] = {name: {} for name in SCORES}
         for scores in itertools.chain.from_iterable(chosen):
             for contrast, of_contrast in scores.items():
@@ -253,16 +273,22 @@ def calibrate(
                 by_key[key] = [float(f"{v:.4g}") for v in (np.mean(values), deviation)]
         return table
 
+    def reference(others: Sequence[Patient], training: Sequence[Patient]) -> dict[str, Any]:
+        tables = spread(others), spread(training or others)
+        return {name: tables[name in OVERALL["out_of_distribution"]][name] for name in SCORES}
+
     limits: dict[str, float | None] = {}
     for name, parts in OVERALL.items():
-        left_out = []
-        for k, judged in enumerate(rows):
-            others = spread(rows[:k] + rows[k + 1 :] if len(rows) > 2 else rows)
-            known = [value for scores in judged if (value := worst(scores, others, parts)) is not None]
-            left_out += [max(known)] if known else []
-        limit = conformal_limit(left_out, coverage) or (margin * max(left_out) if left_out else None)
+        left_out_scores = []
+        for k, (patient, training) in enumerate(judged):
+            others = reference([p for p, _ in (judged[:k] + judged[k + 1 :] if len(judged) > 2 else judged)], training)
+            known = [value for scores in patient if (value := worst(scores, others, parts)) is not None]
+            left_out_scores += [max(known)] if known else []
+        limit = conformal_limit(left_out_scores, coverage) or (
+            margin * max(left_out_scores) if left_out_scores else None
+        )
         limits[name] = None if limit is None else float(f"{max(limit, least_limit):.4g}")
-    return {**spread(rows), "limits": limits, "patients": len(rows), **expected}
+    return {**reference([p for p, _ in judged], own), "limits": limits, "patients": len(judged), **expected}
 
 
 @torch.no_grad()
