@@ -136,7 +136,7 @@ def experiments(data: Path, folds: int | None = 3, **changes: Any) -> Experiment
     settings = {
         "experiments": {
             "first": {"configs": ["ablations/ccp"], "share": 0.5},
-            "second": {"configs": ["ablations/bank_10"], "uses": {"pretrained_path": "first"}},
+            "second": {"configs": ["ablations/bank_10", "ablations/two_stage"], "uses": {"pretrained_path": "first"}},
             "control": {"overrides": {"retrieval": "random"}, "weights_of": "second"},
         },
         "names": ["control", "first"],
@@ -409,6 +409,9 @@ def test_unknown_names_are_refused(data: Path) -> None:
     ):
         with pytest.raises(StudyError, match=message):
             experiments(data, **changes)
+    with pytest.raises(StudyError, match="No config of the experiment a has pretrained_path"):
+        experiments(data, names="a", experiments={"a": {"uses": {"pretrained_path": "b"}}, "b": {}}).run()
+    assert calls(data) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ configs

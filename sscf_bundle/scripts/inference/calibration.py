@@ -178,7 +178,13 @@ def expected_scores(files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
 def judged_patients(
     cohort: Cohort, transform: StudyCompose, network: SSCFNet, assessor: TrustAssessor, part: str
 ) -> list[Patient]:
-    """Scores of the patients of a part of the split, see ``calibrate``; one in the bank is named in the log."""
+    """Scores of the patients of a part of the split, see ``calibrate``; arguments as there.
+
+    Outside of the training part, a patient whose slices are in the bank is named in the log.
+
+    Raises:
+        StudyError: see ``complete_studies``.
+    """
     device = next(network.parameters()).device
     by_patient: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     subsets = [kept for kept in itertools.product((True, False), repeat=NUM_CONTRASTS) if sum(kept) > 1]

@@ -353,6 +353,12 @@ class Experiments:
             if trains:
                 overrides |= {"ckpt_path": str(folder / "model.pt"), "last_ckpt_path": str(folder / "model_last.pt")}
             overrides |= {key: str(folder / file) for key, file in one.writes.items()}
+            known = self._config(self.base, self.settings, one.configs).get()
+            if unread := [key for key in (*one.uses, *one.writes) if key not in known]:
+                raise StudyError(
+                    f"No config of the experiment {name} has {unread[0]}, so the weights would not be used: correct "
+                    "uses or writes, or name the config that reads it."
+                )
             others = {key: self._weights(other, seed, fold) for key, other in one.uses.items()}
             overrides |= {key: str(file) for key, (file, _) in others.items()}
             if trains and self.minutes is not None:
