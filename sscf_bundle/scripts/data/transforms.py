@@ -196,8 +196,9 @@ class LoadStudyd(MapTransform):
             raise StudyError(f"{path} holds complex numbers: give the magnitude image.")
         if "sform_code" in volume.meta and path.lower().endswith(_NIFTI):
             # the reader puts the qform, coded or not, in the place of an sform that does not fit the voxel sizes
-            affine = torch.as_tensor(cast(nib.Nifti1Image, nib.load(path)).affine)
-            volume.affine = volume.meta["original_affine"] = affine.to(volume.affine)
+            # copies: one tensor of the header's memory under two names came out of loading processes as zeros at times
+            volume.affine = volume.affine.new_tensor(cast(nib.Nifti1Image, nib.load(path)).affine)
+            volume.meta["original_affine"] = volume.affine.clone()
         axes = volume.affine[:3, :3]
         sizes = axes.norm(dim=0)
         if not volume.affine.isfinite().all() or torch.linalg.det(axes).abs() <= 1e-2 * sizes.prod():
